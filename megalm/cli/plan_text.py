@@ -100,9 +100,14 @@ def _bubble(run: ResolvedRun) -> str:
     stages, micro_batches = run.topology.pipeline, run.batch.accumulation
     share = bubble_share(stages, micro_batches)
     return (
-        f"bubble: each stage waits {share:.1%} of a step = (stages - 1) / (micro-batches + stages - 1) = "
+        f"bubble: each stage waits {share:.1%} of a step{_of_largest(run)} = (stages - 1) / "
+        "(micro-batches + stages - 1) = "
         f"{stages - 1} / {micro_batches + stages - 1}, if all stages take equal time"
     )
+
+
+def _of_largest(run: ResolvedRun) -> str:
+    return " of the largest batch" if run.stages.grow else ""
 
 
 def plan_text(
@@ -126,6 +131,7 @@ def plan_text(
         "Parameters": _parameters(plan),
         **({"Parameter groups": _groups(plan)} if plan.resolved.config.train.parameter_groups else {}),
         "Tokens and work": _tokens(plan),
+        **({"Stages of the run": _training_stages(plan)} if plan.resolved.stages.grow else {}),
         "Data": "\n".join(text for _, text in data_rows) or _no_data(plan),
         "Memory of one rank (estimate)": _memory(plan, min(ranks_per_node, plan.resolved.topology.world_size)),
         "Learning rate": _learning_rate(plan),
@@ -148,7 +154,7 @@ def fit_text(plan: Plan, limit: str) -> str:
         ["model", f"{plan.parameter_count:,} parameters"],
         ["shape", f"{shape.num_hidden_layers} layers, width {shape.hidden_size}, {shape.num_attention_heads} heads"],
         ["sequence length", config.data.sequence_length],
-        ["batch", f"{run.batch.global_batch} sequences, {run.tokens_per_step:,} tokens"],
+        ["batch", f"{run.batch.global_batch} sequences, {run.stages.at(config.train.steps).tokens:,} tokens"],
         ["micro-batch x accumulation x data ranks", " x ".join(map(str, _triple(plan)))],
         ["recomputation", "none" if every == 0 else "every block" if every == 1 else f"1 block in {every}"],
         ["precision, ZeRO stage, offload", f"{run.precision}, {run.zero_stage}, {_offloads(plan)}"],
@@ -196,7 +202,7 @@ def _rate(plan: Plan) -> str:
         losses.append("the pipeline's bubble")
     if rate.is_assumed and plan.recomputed_flops_per_token:
         losses.append("recomputation")
-    if rate.is_assumed and plan.offload_seconds:
+    if rate.is_assumed and plan.offload_seconds(plan.resolved.batch.accumulation):
         losses.append("offload")
     origin = f"{rate.origin}: {rate.share:.0%} less {', '.join(losses)}" if losses else rate.origin
     return f"at an MFU of {plan.mfu:.0%} ({origin})"
@@ -232,7 +238,7 @@ def _deepspeed(plan: Plan) -> str:
         ["fact", "value"],
         [
             ["file", run.deepspeed_source.path],
-            ["global batch", f"{run.batch.global_batch} sequences per step"],
+            ["global batch", f"{run.batch.global_batch} sequences per step{' at most' if run.stages.grow else ''}"],
             ["micro-batch x accumulation x data ranks", " x ".join(map(str, _triple(plan)))],
             ["precision", run.precision],
             ["ZeRO stage", zero.stage],
@@ -282,12 +288,33 @@ def _groups(plan: Plan) -> str:
     return table(["match", "algorithm", "tensors", "parameters", "learning rate x", "weight decay"], rows)
 
 
+def _training_stages(plan: Plan) -> str:
+    run, has_bubble = plan.resolved, plan.resolved.topology.pipeline > 1
+    rows: list[list[object]] = []
+    for stage, steps in run.stages.spans(run.config.train.steps):
+        batch, hours = run.batch.of(stage.sequences), plan.hours_of(stage, steps)
+        rows.append(
+            [
+                f"{stage.first_step:,}",
+                f"{steps:,}",
+                f"{stage.sequences:,} x {stage.sequence_length:,}",
+                f"{batch.micro_batch} x {batch.accumulation} x {batch.data_parallel}",
+                *([f"{bubble_share(run.topology.pipeline, batch.accumulation):.0%}"] if has_bubble else []),
+                f"{stage.tokens * steps:,}",
+                None if hours is None else format_duration(3600 * hours),
+            ]
+        )
+    parts = "micro-batch x accumulation x data ranks"
+    bubble = ["bubble"] if has_bubble else []
+    return table(["from step", "steps", "sequences x tokens", parts, *bubble, "tokens", "time"], rows)
+
+
 def _tokens(plan: Plan) -> str:
     run = plan.resolved
     return table(
         ["fact", "value"],
         [
-            ["tokens per step", f"{run.tokens_per_step:,}"],
+            *([] if run.stages.grow else [["tokens per step", f"{run.stages.at(1).tokens:,}"]]),
             ["steps", f"{run.config.train.steps:,}"],
             ["total tokens", f"{plan.total_tokens:,}"],
             ["tokens per parameter", f"{plan.tokens_per_parameter:.2f}"],

@@ -104,6 +104,7 @@ _OTHER_NAMES = {
     "max_tokens": "train.tokens",
     "train_tokens": "train.tokens",
     "total_tokens": "train.tokens",
+    "rampup_batch_size": "schedule.batch",
     "seq_length": "data.sequence_length",
     "block_size": "data.sequence_length",
     "n_layer": "model.num_hidden_layers",

@@ -115,7 +115,7 @@ class ModelSection(Section):
     intermediate_size: PositiveInt | None = Field(
         default=None, description="default 4 x hidden (gpt2), 8/3 x hidden rounded up to 64 (llama)"
     )
-    max_position_embeddings: PositiveInt | None = Field(default=None, description="default data.sequence_length")
+    max_position_embeddings: PositiveInt | None = Field(default=None, description="default the longest sequence length")
     tie_word_embeddings: bool | None = Field(default=None, description="default true for gpt2, false for llama")
     rope_theta: PositiveFloat = 10_000.0
     norm_epsilon: PositiveFloat = 1e-5
@@ -133,10 +133,11 @@ class BlendPart(Section):
 
 
 class DataStage(Section):
-    """The training data from a step on."""
+    """What training reads from a step on: another mixture, samples cut to another length, or both."""
 
     from_step: PositiveInt
-    blend: tuple[BlendPart, ...]
+    blend: tuple[BlendPart, ...] = ()
+    sequence_length: PositiveInt | None = None
 
 
 class DataSection(Section):
@@ -144,7 +145,9 @@ class DataSection(Section):
         default=None, description="dataset prefix: PREFIX.bin and PREFIX.idx; or a list of {prefix, weight}"
     )
     stages: tuple[DataStage, ...] = Field(
-        default=(), description="other mixtures from later steps on: a list of {from_step, blend}"
+        default=(),
+        description="other mixtures or sequence lengths from later steps on: a list of {from_step, blend, "
+        "sequence_length}",
     )
     validation: UserPath | dict[str, UserPath] | None = Field(
         default=None,
@@ -190,12 +193,27 @@ class DataSection(Section):
     )
 
     @property
+    def sequence_lengths(self) -> tuple[int, ...]:
+        """Of the stages that set one, in their order."""
+        return self.sequence_length, *(stage.sequence_length for stage in self.stages if stage.sequence_length)
+
+    @property
+    def sample_length(self) -> int:
+        """Tokens of a sample: the longest sequence length. Stages with a shorter one cut samples into parts."""
+        return max(self.sequence_lengths)
+
+    def with_sample_length(self, length: int) -> DataSection:
+        """Return the section with one sequence length."""
+        stages = tuple(stage.model_copy(update={"sequence_length": None}) for stage in self.stages)
+        return self.model_copy(update={"sequence_length": length, "stages": stages})
+
+    @property
     def blends(self) -> tuple[DataStage, ...]:
-        """data.train and data.stages as one list of stages; empty before a recipe is prepared."""
+        """data.train and the mixtures of data.stages as one list; empty before a recipe is prepared."""
         if self.train is None:
             return ()
         first = (BlendPart(prefix=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
-        return DataStage(from_step=1, blend=first), *self.stages
+        return DataStage(from_step=1, blend=first), *(stage for stage in self.stages if stage.blend)
 
     @property
     def validation_sets(self) -> dict[str, str]:
@@ -203,6 +221,13 @@ class DataSection(Section):
         if isinstance(self.validation, str):
             return {"validation": self.validation}
         return dict(self.validation or {})
+
+
+class BatchStage(Section):
+    """The sequences of each optimizer step from a step on; 0 and 1 are the first step."""
+
+    from_step: NonNegativeInt
+    sequences: PositiveInt
 
 
 class ScheduleSection(Section):
@@ -225,6 +250,11 @@ class ScheduleSection(Section):
     step_convention: StepConvention = Field(
         default="standard",
         description="deepspeed: its WarmupLR, WarmupDecayLR or WarmupCosineLR, which lag by one or two steps",
+    )
+    batch: tuple[BatchStage, ...] = Field(
+        default=(),
+        description="a batch that grows, by more micro-batches: a list of {from_step, sequences}; before the first "
+        "from_step the batch is train_batch_size",
     )
 
 

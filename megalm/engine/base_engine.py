@@ -366,6 +366,16 @@ class EngineBase:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate * group["learning_rate_scale"]
 
+    def _accumulate(self, micro_batches: int) -> None:
+        """Prepare a step of so many micro-batches, each of the size that the engine was built for."""
+        engine = self._engine
+        if micro_batches == engine.gradient_accumulation_steps():
+            return
+        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self._data.size)
+        engine.micro_steps = engine.global_steps * micro_batches  # a boundary is where they divide
+        if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO's copy
+            engine.optimizer.gradient_accumulation_steps = micro_batches
+
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return tokens, labels and documents on the device."""
 

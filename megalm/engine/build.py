@@ -77,6 +77,9 @@ def build_engine(
     if run.topology.tensor > 1:
         group, sequence = context.groups.tensor, run.config.parallel.sequence
         layers = TensorLayers(clock, group, sequence, run.compiled, float8, run.tensor_chunks)
+    if run.compiled:  # a graph for each length, in training and in validation, and of the loss's last chunk
+        graphs = 4 * len(set(run.config.data.sequence_lengths))
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
     sizes = shape.parameters()
     draw = (lambda name: initial_weight(name, sizes[name], shape, train.seed)) if initial_weights else None
     if run.topology.pipeline > 1:
@@ -191,7 +194,7 @@ def _balance(
     """Return the number of blocks of each stage, and the costs used to balance them."""
     costs = parameter_costs(build.shape)
     if run.config.parallel.balance == "time":
-        tokens = run.batch.micro_batch, run.config.data.sequence_length
+        tokens = run.batch.micro_batch, run.config.data.sample_length
         costs = measured_costs(build, tokens, _TYPES[run.precision], device, comm)
     return balanced_blocks(build.shape.num_hidden_layers, run.topology.pipeline, costs), costs
 

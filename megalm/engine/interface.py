@@ -126,7 +126,10 @@ class Engine(Protocol):
     """
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
-        """Forward and backward over the micro-batches, then one update; `step` counts from 1."""
+        """Forward and backward over the micro-batches, then one update; `step` counts from 1.
+
+        Steps may differ in the number of micro-batches.
+        """
 
     def refused_gradients(self) -> dict[str, float]:
         """Return canonical name -> gradient norm before clipping of the step just refused; empty if not finite."""

@@ -54,6 +54,7 @@ class PipelineEngine(EngineBase):
         # DeepSpeed's mean loss, with a broadcast and a copy from the host: megalm has its own.
         self._engine._aggregate_total_loss = lambda: None
         self._model = model
+        self._shape: torch.Size | None = None  # of a micro-batch's tokens
         self._clock = model.context.clock
         self._pipeline = context.groups.pipeline
         self._left_out = self._without_gradients()
@@ -61,7 +62,12 @@ class PipelineEngine(EngineBase):
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         model, engine, data = self._model, self._engine, self._data
         self._set_learning_rate(learning_rate)
+        self._accumulate(len(batch.micro_batches))
         micro_batches = [self._tensors(micro_batch) for micro_batch in batch.micro_batches]
+        shape = micro_batches[0][0].shape
+        if shape != self._shape:  # DeepSpeed's buffers have the last step's
+            engine.reset_activation_shape()
+            self._shape = shape
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over the targets of the *global* batch.
         model.loss_factor = len(micro_batches) * data.size / batch.divisor
         model.loss_sum = 0.0

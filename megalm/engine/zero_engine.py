@@ -70,6 +70,7 @@ class ZeroEngine(EngineBase):
         engine.train()
         self._state.release_buffers()
         self._set_learning_rate(learning_rate)
+        self._accumulate(len(batch.micro_batches))
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
         scale = self._data.size / batch.divisor

@@ -15,7 +15,7 @@ from typing import Any
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts
 from megalm.config.deepspeed.translate import translate
 from megalm.config.loading import LoadedConfig
-from megalm.config.schema import DataSection, RunConfig, ScheduleSection
+from megalm.config.schema import BatchStage, DataSection, DataStage, RunConfig, ScheduleSection
 from megalm.config.validation import shown
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.engine_checks import ALLOW_CPU_FP16
@@ -25,6 +25,7 @@ from megalm.runs.run_settings import ConfigFiles
 VOCABULARY = 131  # no multiple of anything, so that padding somewhere would show
 _CPU = DeviceFacts("cpu", bf16=True, memory_bytes=4 << 30)
 _MICRO_BATCH = 2
+_LENGTH = 24
 # Adam moves a weight by a whole step however small its gradient is, down to about epsilon. At the usual 1e-8 it would
 # make steps of gradients that are rounding alone; those of the miniature are about 1e-3, and low precision rounds them
 # by up to 1e-5.
@@ -101,7 +102,7 @@ def make_case(files: ConfigFiles, ranks: int, device: DeviceFacts, fp32: bool = 
         }
     )
     reference = _resolved(own, alone, {**settings, "zero_optimization": {"stage": 1}}, 1)
-    shape = build_model_config(config.model, VOCABULARY, config.data.sequence_length)
+    shape = build_model_config(config.model, VOCABULARY, config.data.sample_length)
     changes = [Change("precision", wanted, run.precision)] if wanted != run.precision else []
     return ParityCase(run, reference, shape, (*changes, *_changes(own, run)), tuple(_not_shown(own, run)))
 
@@ -109,7 +110,8 @@ def make_case(files: ConfigFiles, ranks: int, device: DeviceFacts, fp32: bool = 
 def _without_data(loaded: LoadedConfig) -> LoadedConfig:
     """Return the configuration without names of files, which need not be on this machine."""
     data = loaded.config.data
-    kept = DataSection(sequence_length=data.sequence_length, document_mask=data.document_mask)
+    stages = tuple(stage.model_copy(update={"blend": ()}) for stage in data.stages if stage.sequence_length)
+    kept = DataSection(sequence_length=data.sequence_length, stages=stages, document_mask=data.document_mask)
     # A recipe or a tokenizer may decide the vocabulary, on which nothing here depends.
     return replace(loaded, config=loaded.config.model_copy(update={"data": kept}))
 
@@ -139,6 +141,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
     model, train, parallel = config.model, config.train, config.parallel
     tensor, pipeline = min(2, parallel.tensor), min(2, parallel.pipeline)
     layers = max(pipeline, min(4, model.num_hidden_layers))
+    accumulation = _small_accumulation(own)
     heads = model.num_key_value_heads or model.num_attention_heads
     grouped = None if heads == model.num_attention_heads else min(2, heads)
     own_head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
@@ -162,8 +165,8 @@ def _small_config(own: ResolvedRun) -> RunConfig:
                 "attention_dropout": 0.0,
             }
         ),
-        "data": DataSection(sequence_length=24, document_mask=config.data.document_mask),
-        "schedule": ScheduleSection(),
+        "data": _small_data(config.data),
+        "schedule": ScheduleSection(batch=_small_stages(own, accumulation)),
         "train": train.model_copy(
             update={
                 "steps": 40,
@@ -190,10 +193,32 @@ def _small_config(own: ResolvedRun) -> RunConfig:
     return config.model_copy(update={**updates, **plain, "preset": None, "deepspeed_config": None})
 
 
+def _small_data(data: DataSection) -> DataSection:
+    """Return a sequence length that doubles right after the save, if the run's changes."""
+    if len(set(data.sequence_lengths)) == 1:
+        return DataSection(sequence_length=_LENGTH, document_mask=data.document_mask)
+    stages = (DataStage(from_step=3, sequence_length=_LENGTH),)
+    return DataSection(sequence_length=_LENGTH // 2, stages=stages, document_mask=data.document_mask)
+
+
+def _small_accumulation(own: ResolvedRun) -> int:
+    return 2 if own.batch.accumulation > 1 or own.topology.pipeline > 1 else 1
+
+
+def _small_stages(own: ResolvedRun, accumulation: int) -> tuple[BatchStage, ...]:
+    """Return a batch that grows before the save and right after it, if the run's grows."""
+    if len({stage.sequences for stage in own.stages.stages}) == 1:
+        return ()
+    return tuple(
+        BatchStage(from_step=step, sequences=2 * _MICRO_BATCH * (accumulation + more))
+        for step, more in ((2, 1), (3, 2))
+    )
+
+
 def _small_json(own: ResolvedRun, config: RunConfig) -> dict[str, Any]:
     given = own.deepspeed_source.to_dict()
     settings = {key: value for key, value in given.items() if key not in _NOT_PASSED_ON}
-    accumulation = 2 if own.batch.accumulation > 1 or config.parallel.pipeline > 1 else 1
+    accumulation = _small_accumulation(own)
     optimizer = own.optimizer.as_json()
     optimizer["params"] = {**given.get("optimizer", {}).get("params", {}), **optimizer["params"]}
     optimizer["params"]["eps"] = max(_EPSILON[own.precision], own.optimizer.epsilon)
@@ -231,7 +256,8 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
         ("parallel.pipeline", before.pipeline, after.pipeline),
         ("micro-batch", own.batch.micro_batch, run.batch.micro_batch),
         ("micro-batches in a step", own.batch.accumulation, run.batch.accumulation),
-        ("data.sequence_length", own.config.data.sequence_length, run.config.data.sequence_length),
+        *([("schedule.batch", _in_short(own), _in_short(run))] if own.stages.grow else []),
+        ("data.sequence_length", own.config.data.sample_length, run.config.data.sample_length),
     ]
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         pairs.append((f"model.{name}", getattr(own.config.model, name), getattr(run.config.model, name)))
@@ -247,6 +273,12 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
         ("optimizer.params.eps", own.optimizer.epsilon, run.optimizer.epsilon),
     ]
     yield from (Change(*pair) for pair in pairs if pair[1] != pair[2])
+
+
+def _in_short(run: ResolvedRun) -> str:
+    return ", ".join(
+        f"{stage.sequences} x {stage.sequence_length} from step {stage.first_step}" for stage in run.stages.stages
+    )
 
 
 def _not_shown(own: ResolvedRun, run: ResolvedRun) -> Iterator[str]:

@@ -107,9 +107,9 @@ def train_and_resume(
         say()
         second = steps(engine, loader, run, SAVED + 1, STEPS)
         trained = Trace([*first.losses, *second.losses], [*first.norms, *second.norms], second.fragments)
-        validation = engine.evaluate(loader.batch(STEPS * run.batch.global_batch).micro_batches)
-        texts = np.random.default_rng(3).integers(0, VOCABULARY, (2, run.config.data.sequence_length))
-        logits = engine.next_token_logits(texts, np.array([3, run.config.data.sequence_length - 1]))
+        validation = engine.evaluate(loader.batch(run.stages.samples(STEPS)).micro_batches)
+        texts = np.random.default_rng(3).integers(0, VOCABULARY, (2, run.config.data.sample_length))
+        logits = engine.next_token_logits(texts, np.array([3, run.config.data.sample_length - 1]))
     engine.close()
     say()
     outcome = Outcome(Trace([], [], initial), trained, validation, logits)
@@ -143,7 +143,7 @@ def _start(
     shape: ModelConfig,
     initial_weights: bool = True,
 ) -> tuple[Engine, BatchLoader]:
-    samples = SyntheticSamples(run.config.data.sequence_length, run.config.data.document_mask)
+    samples = SyntheticSamples(run.config.data.sample_length, run.config.data.document_mask)
     loader = BatchLoader(samples, batch_layout(run, run.topology.coordinate(comm.rank).data))
     return build_engine(run, shape, device, comm, initial_weights=initial_weights), loader
 
@@ -152,7 +152,9 @@ def steps(engine: Engine, loader: BatchLoader, run: ResolvedRun, first: int, las
     """Optimizer steps first..last (counted from 1), and the state after them."""
     losses, norms = [], []
     for step in range(first, last + 1):
-        result = engine.train_step(loader.batch((step - 1) * run.batch.global_batch), step, _LEARNING_RATE)
+        stage = run.stages.at(step)
+        batch = loader.batch(run.stages.samples(step - 1), [(stage.samples, stage.parts)])
+        result = engine.train_step(batch, step, _LEARNING_RATE)
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return Trace(losses, norms, snapshot(engine))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
 from megalm.config.loading import LoadedConfig
+from megalm.config.schema import BatchStage
 from megalm.errors import ConfigError
 from megalm.planning.memory_fit import USABLE_MEMORY
 from megalm.topology import Topology
@@ -27,6 +29,11 @@ class BatchPlan:
     def __post_init__(self) -> None:
         assert self.global_batch == self.micro_batch * self.accumulation * self.data_parallel, self
 
+    def of(self, sequences: int) -> BatchPlan:
+        """Return the plan of another global batch, which differs in its accumulation alone."""
+        accumulation = sequences // (self.micro_batch * self.data_parallel)
+        return replace(self, global_batch=sequences, accumulation=accumulation)
+
 
 def chooses_micro_batch(settings: DeepSpeedSettings) -> bool:
     """Return whether the micro-batch depends on the device's memory."""
@@ -35,26 +42,33 @@ def chooses_micro_batch(settings: DeepSpeedSettings) -> bool:
 
 @dataclass(frozen=True)
 class RunBatch:
-    """`batch.global_sequences` of the run configuration.
+    """The batch of the run configuration: `batch.global_sequences`, or `schedule.batch` if that begins at step 1.
 
     Attributes:
         source: the source of its value.
         by_user: the user set it: it applies if the JSON has no train_batch_size.
         asked_for: the JSON's train_batch_size is "auto": it applies if it divides.
+        key: the key that sets it.
+        later: the later stages of `schedule.batch`.
     """
 
     sequences: int | None = None
     source: str = ""
     by_user: bool = False
     asked_for: bool = False
+    key: str = "batch.global_sequences"
+    later: tuple[BatchStage, ...] = ()
 
     @staticmethod
     def of(loaded: LoadedConfig, ds: DeepSpeedConfig) -> RunBatch:
         """Return the value for a run with this JSON."""
-        key = "batch.global_sequences"
+        key, stages = "batch.global_sequences", loaded.config.schedule.batch
         auto = any(outcome.key == "train_batch_size" and outcome.value == "auto" for outcome in ds.outcomes)
+        if stages and stages[0].from_step <= 1:
+            key = "schedule.batch"
+            return RunBatch(stages[0].sequences, loaded.sources[key], True, auto, key, stages[1:])
         sequences = loaded.config.batch.global_sequences
-        return RunBatch(sequences, loaded.sources[key], key in loaded.explicit_keys, auto)
+        return RunBatch(sequences, loaded.sources[key], key in loaded.explicit_keys, auto, key, stages)
 
 
 def plan_batch(
@@ -64,7 +78,9 @@ def plan_batch(
     fits: Callable[[BatchPlan], bool],
     run_batch: RunBatch = RunBatch(),
 ) -> tuple[BatchPlan, list[str]]:
-    """Return the three batch sizes on these ranks, and a notice of each decision.
+    """Return the three batch sizes of the first step on these ranks, and a notice of each decision.
+
+    The micro-batch is one that divides the later batches too: a batch grows by more micro-batches.
 
     Two of the three sizes give the third, as in DeepSpeed. With `train_batch_size` alone the device's memory decides
     the micro-batch, as with "auto"; DeepSpeed would take the whole batch at once. Without a batch in the JSON the run
@@ -72,7 +88,7 @@ def plan_batch(
 
     Args:
         where: the JSON's name, for messages.
-        fits: whether a batch fits the device's memory.
+        fits: whether a batch fits the device's memory, asked for the largest one.
 
     Raises:
         ConfigError: sizes that contradict each other or do not divide.
@@ -84,7 +100,7 @@ def plan_batch(
     )
     ranks, notices, named = topology.data, list[str](), "train_batch_size"
     if total is None and takes_run_batch(settings, ranks, run_batch):
-        total, named = run_batch.sequences, "batch.global_sequences"
+        total, named = run_batch.sequences, run_batch.key
         notices = [f"{where} has no train_batch_size: {named}={total} ({run_batch.source})"]
         if total is not None and steps and not run_batch.by_user and total % (steps * ranks):
             total = (total // (steps * ranks) + 1) * steps * ranks  # a preset's batch gives way
@@ -96,17 +112,18 @@ def plan_batch(
                 "batch.global_sequences in the run configuration"
             )
         total = micro * (steps or 1) * ranks
-        notice = f"train_batch_size is missing: {total}, which changes with the number of ranks"
-        return BatchPlan(total, micro, steps or 1, ranks), [notice]
-    if total % ranks:
-        raise ConfigError(
-            f"{where}: {named}={total} does not divide over {ranks} data-parallel ranks; "
-            f"use {_nearest_multiples(total, ranks)}, or {_words(_divisors(total))} ranks"
-        )
-    per_rank = total // ranks
+        notices = [f"train_batch_size is missing: {total}, which changes with the number of ranks"]
+    for name, size in ((f"{where}: {named}", total), *_later_batches(run_batch.later)):
+        if size % ranks:
+            raise ConfigError(
+                f"{name}={size} does not divide over {ranks} data-parallel ranks; "
+                f"use {_nearest_multiples(size, ranks)}, or {_words(_divisors(size))} ranks"
+            )
+    per_rank, later = total // ranks, [stage.sequences for stage in run_batch.later]
     if not isinstance(micro, int):
         if chooses_micro_batch(settings):
-            micro, chosen = _largest_that_fits(total, ranks, fits, "missing" if micro is None else '"auto"')
+            given = "missing" if micro is None else '"auto"'
+            micro, chosen = _largest_that_fits([total, *later], ranks, fits, given)
             notices += chosen
         else:
             micro = max(1, per_rank // (steps or 1))
@@ -114,7 +131,18 @@ def plan_batch(
     if micro * steps != per_rank:
         explicit = settings.gradient_accumulation_steps is not None
         raise ConfigError(f"{where}: {_contradiction(named, total, micro, steps, topology, explicit)}")
+    for name, size in _later_batches(run_batch.later):
+        if size % (micro * ranks):
+            raise ConfigError(
+                f"{name}={size} is not a multiple of train_micro_batch_size_per_gpu={micro} x {ranks} data-parallel "
+                f"ranks = {micro * ranks}; use {_nearest_multiples(size, micro * ranks)}, or a micro-batch of "
+                f"{_words(_divisors(math.gcd(per_rank, *(batch // ranks for batch in later))))}"
+            )
     return BatchPlan(total, micro, steps, ranks), notices
+
+
+def _later_batches(stages: Sequence[BatchStage]) -> list[tuple[str, int]]:
+    return [(f"schedule.batch, from_step {stage.from_step}: sequences", stage.sequences) for stage in stages]
 
 
 def takes_run_batch(settings: DeepSpeedSettings, ranks: int, run_batch: RunBatch) -> bool:
@@ -125,9 +153,11 @@ def takes_run_batch(settings: DeepSpeedSettings, ranks: int, run_batch: RunBatch
     return run_batch.asked_for and steps is None and run_batch.sequences % (micro * ranks) == 0
 
 
-def _largest_that_fits(total: int, ranks: int, fits: Callable[[BatchPlan], bool], given: str) -> tuple[int, list[str]]:
-    per_rank = total // ranks
-    plans = (BatchPlan(total, micro, per_rank // micro, ranks) for micro in reversed(_divisors(per_rank)))
+def _largest_that_fits(
+    batches: Sequence[int], ranks: int, fits: Callable[[BatchPlan], bool], given: str
+) -> tuple[int, list[str]]:
+    most, common = max(batches), math.gcd(*(batch // ranks for batch in batches))
+    plans = (BatchPlan(most, micro, most // ranks // micro, ranks) for micro in reversed(_divisors(common)))
     micro = next((plan.micro_batch for plan in plans if fits(plan)), None)
     if micro is None:
         return 1, [

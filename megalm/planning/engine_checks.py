@@ -68,7 +68,7 @@ class CheckContext:
     @property
     def shape(self) -> ModelConfig:
         """The model, except for its vocabulary: no rule needs that."""
-        return build_model_config(self.config.model, 1, self.config.data.sequence_length)
+        return build_model_config(self.config.model, 1, self.config.data.sample_length)
 
     @property
     def group_keys(self) -> dict[str, GroupKey]:
@@ -150,7 +150,7 @@ def float8_divides_the_model(case: CheckContext) -> None:
         ("the width of a rank's heads (model.num_attention_heads)", heads * shape.head_dim),
         ("the width of a rank's key/value heads (model.num_key_value_heads)", key_heads * shape.head_dim),
         ("a rank's part of model.intermediate_size", shape.intermediate_size // degree),
-        ("data.sequence_length", case.config.data.sequence_length),
+        *(("data.sequence_length", length) for length in case.config.data.sequence_lengths),
     ):
         if size % _FLOAT8_MULTIPLE:
             raise ConfigError(
@@ -359,7 +359,7 @@ def tensor_divides_the_model(case: CheckContext) -> None:
 
 
 def sequence_has_a_tensor_group(case: CheckContext) -> None:
-    parallel, length = case.config.parallel, case.config.data.sequence_length
+    parallel, lengths = case.config.parallel, case.config.data.sequence_lengths
     if not parallel.sequence:
         return
     if parallel.tensor == 1:
@@ -367,13 +367,14 @@ def sequence_has_a_tensor_group(case: CheckContext) -> None:
             "parallel.sequence=true divides the sequence over a tensor group, but parallel.tensor=1; "
             "use parallel.tensor=2 or more, or remove parallel.sequence"
         )
-    if length % parallel.tensor:
-        below = length // parallel.tensor * parallel.tensor
-        lengths = f"{below} or {below + parallel.tensor}" if below else f"{parallel.tensor}"
-        raise ConfigError(
-            f"parallel.sequence=true: data.sequence_length={length} does not divide into parallel.tensor="
-            f"{parallel.tensor} slices; use {lengths}"
-        )
+    for length in lengths:
+        if length % parallel.tensor:
+            below = length // parallel.tensor * parallel.tensor
+            use = f"{below} or {below + parallel.tensor}" if below else f"{parallel.tensor}"
+            raise ConfigError(
+                f"parallel.sequence=true: data.sequence_length={length} does not divide into parallel.tensor="
+                f"{parallel.tensor} slices; use {use}"
+            )
 
 
 def overlap_has_a_tensor_group(case: CheckContext) -> None:

@@ -45,6 +45,8 @@ _DECIDED = (
     "train.tokens_per_parameter",
     "train.checkpoint_activations_every",
     "batch.global_sequences",
+    "schedule.batch",
+    "data.stages",
     "parallel.",
     "documented.",
     "deepspeed_config",
@@ -240,7 +242,7 @@ class _Search:
     def _count(self, width: int, depth: int) -> int:
         sizes = {"hidden_size": width, "num_hidden_layers": depth, "num_attention_heads": _heads(width)}
         model = self._base.model.model_copy(update=sizes)
-        return build_model_config(model, self._vocab_size, self._base.data.sequence_length).parameter_count()
+        return build_model_config(model, self._vocab_size, self._base.data.sample_length).parameter_count()
 
     def _fastest(self, shape: _Shape) -> _Candidate | None:
         """The run of a shape with the fastest settings that fit and end in time; None: there are none."""
@@ -260,7 +262,7 @@ class _Search:
                 yield self._candidate(shape, f"{stage}_offload.json", 1, micro_batch="auto")
 
     def _candidate(self, shape: _Shape, base: str, every: int, micro_batch: int | str) -> _Candidate:
-        request, length = self._request, self._base.data.sequence_length
+        request, length = self._request, self._base.data.sample_length
         tokens = request.tokens_per_parameter * shape.parameters
         _, batch_tokens, rate = next(row for row in reversed(_BY_SIZE) if row[0] <= shape.parameters)
         per_sequence = length * request.ranks  # a power of two for each rank has micro-batches of many sizes

@@ -138,9 +138,10 @@ class _Case:
         self.value = Span.of(claim.value)
         self.documented = self.run.config.documented
         self.devices = self.documented.devices or self.run.topology.world_size
-        self.steps, self.length = self.run.config.train.steps, self.run.config.data.sequence_length
+        self.steps, self.length = self.run.config.train.steps, self.run.config.data.sample_length
         self.stride = claim.stride or self.run.config.data.stride or self.length
         self.batch = f"{self.run.batch.global_batch} x {self.length:,}"
+        self.tokens_per_step = self.run.batch.global_batch * self.length
 
     def claimed(self, kind: ClaimKind) -> Span | None:
         """Return the document's first claim of this kind."""
@@ -187,7 +188,7 @@ def tolerances() -> str:
 
 def changed_keys(plan: Plan) -> list[str]:
     """Return the settings that decide verdicts and differ from the preset."""
-    decisive = ("model.", "data.sequence_length", "data.stride", "train.steps")
+    decisive = ("model.", "data.sequence_length", "data.stride", "schedule.batch", "train.steps")
     return [
         key
         for key, source in plan.resolved.sources.items()
@@ -222,7 +223,7 @@ def _tokens(case: _Case) -> Computed:
 
 
 def _tokens_per_step(case: _Case) -> Computed:
-    return _equals(case.batch, case.run.tokens_per_step)
+    return _equals(case.batch, case.tokens_per_step)
 
 
 def _data_tokens(case: _Case) -> Computed:
@@ -262,7 +263,7 @@ def _tokens_per_second(case: _Case) -> Computed:
 
 
 def _step_seconds(case: _Case) -> Computed:
-    hours, speed = case.value * (case.steps / _SECONDS_AN_HOUR), case.run.tokens_per_step / case.value
+    hours, speed = case.value * (case.steps / _SECONDS_AN_HOUR), case.tokens_per_step / case.value
     return Computed(note=f"{case.steps:,} steps take {_in_hours(hours)}; {_in_full(speed)} tokens/s")
 
 
@@ -281,7 +282,7 @@ def _mfu(case: _Case) -> Computed:
     plan, peak = case.plan, case.peak
     speeds = []  # FLOP/s of all devices
     if (step := case.claimed("step_seconds")) is not None:
-        speeds.append((f"{_plain(step)} s a step", plan.flops_per_token * case.run.tokens_per_step / step))
+        speeds.append((f"{_plain(step)} s a step", plan.flops_per_token * case.tokens_per_step / step))
     if (hours := case.claimed("hours")) is not None:
         speeds.append((_in_hours(hours), plan.total_flops / (hours * _SECONDS_AN_HOUR)))
     if not speeds:
@@ -310,7 +311,7 @@ def _loss(case: _Case) -> Computed:
     if case.claim.step == 0:
         reason = f"; {_plain(loss)} is the loss of {perplexity.low:,.0f} entries"
         return _equals(f"ln {entries:,}", math.log(entries), reason=reason)
-    seen = (case.steps if case.claim.step is None else case.claim.step) * case.run.tokens_per_step
+    seen = case.run.stages.tokens(case.steps if case.claim.step is None else case.claim.step)
     return Computed(note=f"perplexity {perplexity:,.4g}, after {_in_short(seen)} tokens", verdict=EXPECTED)
 
 

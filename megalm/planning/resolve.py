@@ -32,6 +32,7 @@ from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
 from megalm.planning.memory_fit import MemoryFit, memory_notices
 from megalm.planning.optimizer_facts import OptimizerFacts, optimizer_facts
 from megalm.planning.run_checks import check_run, with_steps
+from megalm.planning.training_stages import TrainingStages
 from megalm.topology import Topology, bubble_share
 
 __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "loss_chunk_tokens", "memory_case", "resolve"]
@@ -52,7 +53,10 @@ class ResolvedRun:
     """A run that can be started.
 
     Attributes:
-        deepspeed: the dictionary for `deepspeed.initialize` and the run folder, without optimizer and scheduler.
+        batch: the largest of the run.
+        stages: the batch and the sequence length of each step.
+        deepspeed: the dictionary for `deepspeed.initialize` and the run folder, without optimizer and scheduler; its
+            batch is that of the first step.
         whole_gradients: ZeRO 2 adds up each rank's gradients of a step, and reduces them once.
         recompute: what the backward pass computes again in each block that it does not recompute whole.
         notices: one line for each decision that the configuration leaves open, and for each slow or unsafe setting.
@@ -65,6 +69,7 @@ class ResolvedRun:
     topology: Topology
     device: DeviceFacts
     batch: BatchPlan
+    stages: TrainingStages
     precision: Precision
     schedule: ScheduleFacts
     optimizer: OptimizerFacts
@@ -91,16 +96,12 @@ class ResolvedRun:
         wanted = self.config.parallel.overlap_tensor_communication
         if self.topology.tensor == 1 or not (self.device.kind == "cuda" if wanted == "auto" else wanted):
             return 1
-        tokens = self.batch.micro_batch * self.config.data.sequence_length
+        tokens = self.batch.micro_batch * self.config.data.sample_length
         return max(1 if wanted == "auto" else 2, min(tokens // _CHUNK_TOKENS, _MOST_CHUNKS))
 
     @property
     def zero_stage(self) -> int:
         return self.deepspeed_source.settings.zero_optimization.stage
-
-    @property
-    def tokens_per_step(self) -> int:
-        return self.batch.global_batch * self.config.data.sequence_length
 
 
 def resolve(
@@ -147,7 +148,9 @@ def resolve(
             return False
         return memory(batch).leaves_room
 
-    batch, batch_notices = plan_batch(settings, topology, ds.path, fits, RunBatch.of(loaded, ds))
+    first_batch, batch_notices = plan_batch(settings, topology, ds.path, fits, RunBatch.of(loaded, ds))
+    stages = TrainingStages.of(config, first_batch.global_batch)
+    batch = first_batch.of(stages.largest_batch)
     if topology.pipeline > 1 and chooses_micro_batch(settings):
         batch_notices.append(_bubble_notice(topology, batch))
     whole_gradients, reduction_notices = _reduction(config, ds, batch, memory(batch, whole_gradients=True))
@@ -155,12 +158,12 @@ def resolve(
         config, ds, shape, device, {kind: memory(batch, whole_gradients, kind) for kind in get_args(Recompute)}
     )
     case = CheckContext(loaded, ds, world_size, device)
-    loaded, steps_notices = with_steps(case, batch.global_batch, shape.parameter_count())
+    loaded, steps_notices = with_steps(case, stages, shape.parameter_count())
     loaded, warmup_notices = _fit_warmup(loaded)
     config = loaded.config
     schedule, schedule_notices = schedule_facts(loaded, ds)
     optimizer, optimizer_notices = optimizer_facts(ds)
-    deepspeed, deepspeed_notices = _deepspeed_dict(ds, batch, precision, _gathered_sizes(ds, shape, topology))
+    deepspeed, deepspeed_notices = _deepspeed_dict(ds, first_batch, precision, _gathered_sizes(ds, shape, topology))
     diagnostics, diagnostics_notices = wanted_diagnostics(config, ds)
     return ResolvedRun(
         config=config,
@@ -170,6 +173,7 @@ def resolve(
         topology=topology,
         device=device,
         batch=batch,
+        stages=stages,
         precision=precision,
         schedule=schedule,
         optimizer=optimizer,
@@ -195,6 +199,7 @@ def resolve(
             *diagnostics_notices,
             *_compile_notices(config, device),
             *_interval_notices(config),
+            *_stage_notices(config),
             *parallel_notices(config, ranks_per_node or world_size),
         ),
         documented_by_preset=loaded.documented_by_preset,
@@ -338,7 +343,7 @@ def memory_case(
     sizes = _gathered_sizes(ds, shape, topology)
     return MemoryCase(
         shape=shape,
-        sequence_length=config.data.sequence_length,
+        sequence_length=config.data.sample_length,
         micro_batch=batch.micro_batch,
         accumulation=batch.accumulation,
         precision=precision,
@@ -418,7 +423,7 @@ def _recompute(
     """
     if config.train.recompute != "auto":
         return config.train.recompute, []
-    length = config.data.sequence_length
+    length = config.data.sample_length
     choices = [kind for kind in needs if not no_recomputation(kind, config, device, ds.settings.zero_optimization)]
     choices.sort(key=lambda kind: recomputed_flops_per_token(shape, length, kind))  # "none" stays before "norms"
     chosen = next(
@@ -455,7 +460,7 @@ def _shape(config: RunConfig, vocab_size: int | None) -> tuple[ModelConfig, list
     notices = []
     if expected is None:
         notices = [f"the vocabulary is not known yet: {UNKNOWN_VOCAB_SIZE:,} entries are assumed"]
-    return build_model_config(config.model, expected or UNKNOWN_VOCAB_SIZE, config.data.sequence_length), notices
+    return build_model_config(config.model, expected or UNKNOWN_VOCAB_SIZE, config.data.sample_length), notices
 
 
 def _deepspeed_dict(
@@ -514,6 +519,19 @@ def _compile_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
         return []
     return [
         'compile ("auto"): false; torch.compile needs Triton, a C compiler, Python.h and compute capability 7.0 here'
+    ]
+
+
+def _stage_notices(config: RunConfig) -> list[str]:
+    steps = config.train.steps
+    return [
+        f"{key}: from_step={first} is after train.steps={steps}: no step is in that stage"
+        for key, firsts in (
+            ("schedule.batch", [stage.from_step for stage in config.schedule.batch]),
+            ("data.stages", [stage.from_step for stage in config.data.stages if stage.sequence_length]),
+        )
+        for first in firsts
+        if first > steps
     ]
 
 

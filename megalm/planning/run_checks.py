@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from itertools import pairwise
 from pathlib import Path
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, named_json, read_deepspeed_json
@@ -24,6 +25,7 @@ from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
 from megalm.planning.diagnostics import profiled_steps
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
+from megalm.planning.training_stages import TrainingStages
 from megalm.rank_environment import JOB_FIELDS
 from megalm.utils.did_you_mean import likeness
 from megalm.utils.process_setup import require_extra
@@ -83,27 +85,27 @@ def _lines_of(error: MegalmError) -> tuple[str, ...]:
     return error.problems if isinstance(error, ConfigError) else (str(error),)
 
 
-def with_steps(case: CheckContext, global_batch: int, parameters: int) -> tuple[LoadedConfig, list[str]]:
+def with_steps(case: CheckContext, stages: TrainingStages, parameters: int) -> tuple[LoadedConfig, list[str]]:
     """Derive train.steps from train.tokens or train.tokens_per_parameter, and check them; a notice says how.
 
     The configuration itself changes, so that the run folder's YAML starts the same run.
 
     Args:
-        global_batch: sequences per step.
         parameters: of the model.
 
     Raises:
         ConfigError: the schedule does not fit into these steps.
     """
-    loaded, train, length = case.loaded, case.config.train, case.config.data.sequence_length
+    loaded, train = case.loaded, case.config.train
     key = next((key for key in RUN_LENGTH[1:] if value_of(case.config, key) is not None), None)
     if key is None:
         return loaded, []
     tokens = train.tokens or math.ceil((train.tokens_per_parameter or 0) * parameters)
-    steps = math.ceil(tokens / (global_batch * length))
+    steps = stages.steps_for(tokens)
     source = f"{key}, {loaded.sources[key]}"
     of_parameters = f" = {train.tokens_per_parameter:g} x {parameters:,} parameters" if train.tokens is None else ""
-    notice = f"train.steps={steps} ({source}): {tokens:,} tokens{of_parameters} / {global_batch * length:,} per step"
+    per_step = " to ".join(f"{stage.tokens:,}" for stage in dict.fromkeys((stages.at(1), stages.at(steps))))
+    notice = f"train.steps={steps} ({source}): {tokens:,} tokens{of_parameters} / {per_step} per step"
     changed = train.model_copy(update={"steps": steps, "tokens": None, "tokens_per_parameter": None})
     sources = loaded.sources | dict.fromkeys(RUN_LENGTH, "default") | {"train.steps": source}
     loaded = replace(loaded, config=loaded.config.model_copy(update={"train": changed}), sources=sources)
@@ -166,7 +168,7 @@ def rotary_needs_even_heads(case: CheckContext) -> None:
 
 
 def sequence_fits_positions(case: CheckContext) -> None:
-    length, positions = case.config.data.sequence_length, case.config.model.max_position_embeddings
+    length, positions = case.config.data.sample_length, case.config.model.max_position_embeddings
     if positions is not None and length > positions:
         raise ConfigError(
             f"data.sequence_length={length} is longer than model.max_position_embeddings={positions}; "
@@ -248,7 +250,7 @@ def data_is_complete(case: CheckContext) -> None:
         shown = f"={data.validation}" if isinstance(data.validation, str) else ""
         raise ConfigError(f"data.validation{shown} needs data.train, another dataset; set it, or use data.split")
     for key, given in (
-        ("data.stages", data.stages),
+        ("data.stages, blend", any(stage.blend for stage in data.stages)),
         ("data.input", data.input),
         ("data.append_eod", data.append_eod is not None),
         ("data.eod_token", data.eod_token is not None),
@@ -258,11 +260,53 @@ def data_is_complete(case: CheckContext) -> None:
             raise ConfigError(f"{key} needs data.train, your own dataset; set it")
 
 
+def stages_change_something(case: CheckContext) -> None:
+    data = case.config.data
+    if data.train == ():
+        raise ConfigError("data.train is an empty list; name a dataset, or several as {prefix, weight}")
+    for stage in data.stages:
+        if not stage.blend and stage.sequence_length is None:
+            raise ConfigError(
+                f"data.stages, from_step {stage.from_step} changes nothing; give it a blend, a list of "
+                "{prefix, weight}, or a sequence_length"
+            )
+
+
+def lengths_divide_samples(case: CheckContext) -> None:
+    data, stages = case.config.data, TrainingStages.of(case.config, 1).stages
+    for stage in stages:
+        length, longest = stage.sequence_length, data.sample_length
+        if longest % length:
+            near = _near_divisors(longest, length)
+            raise ConfigError(
+                f"data.stages, from step {stage.first_step}: sequence_length={length} does not divide the longest, "
+                f"{longest}, so samples cannot be cut into it; use {near}, or another longest length"
+            )
+
+
+def _near_divisors(value: int, size: int) -> str:
+    """The divisors of `value` below and above `size`."""
+    found = [divisor for divisor in range(1, value + 1) if value % divisor == 0]
+    return " or ".join(map(str, [*[it for it in found if it < size][-1:], *[it for it in found if it > size][:1]]))
+
+
+def batches_divide_into_samples(case: CheckContext) -> None:
+    """A step reads whole samples, so that the order of samples is the same whatever they are cut into."""
+    if len(set(case.config.data.sequence_lengths)) == 1:
+        return
+    for stage in TrainingStages.of(case.config, _batch(case).global_batch).stages:
+        if stage.sequences % stage.parts:
+            below = stage.sequences // stage.parts * stage.parts
+            use = f"{below} or {below + stage.parts}" if below else f"{stage.parts}"
+            raise ConfigError(
+                f"schedule.batch: from step {stage.first_step}, {stage.sequences} sequences of {stage.sequence_length} "
+                f"tokens are no whole samples of {case.config.data.sample_length}; use a batch of {use}"
+            )
+
+
 def blends_name_datasets_once(case: CheckContext) -> None:
     for stage in case.config.data.blends:
         where = "data.train" if stage.from_step == 1 else f"data.stages, from_step {stage.from_step}"
-        if not stage.blend:
-            raise ConfigError(f"{where} is an empty list; name a dataset, or several as {{prefix, weight}}")
         repeated = _repeated(part.prefix for part in stage.blend)
         if repeated is not None:
             raise ConfigError(f"{where} names {repeated} twice; add its weights up")
@@ -281,9 +325,9 @@ def stages_follow_each_other(case: CheckContext) -> None:
 
 def stride_makes_samples(case: CheckContext) -> None:
     data = case.config.data
-    if data.stride is not None and data.stride > data.sequence_length:
+    if data.stride is not None and data.stride > data.sample_length:
         raise ConfigError(
-            f"data.stride={data.stride} is more than data.sequence_length={data.sequence_length} and would skip "
+            f"data.stride={data.stride} is more than data.sequence_length={data.sample_length} and would skip "
             "tokens; lower it or remove it"
         )
 
@@ -293,8 +337,8 @@ def megatron_order_is_plain(case: CheckContext) -> None:
     if data.order != "megatron":
         return
     for given, does in (
-        (data.stages or not isinstance(data.train, str | None), "mixes datasets"),
-        (data.stride not in (None, data.sequence_length), f"has data.stride={data.stride}"),
+        (len(data.blends) > 1 or not isinstance(data.train, str | None), "mixes datasets"),
+        (data.stride not in (None, data.sample_length), f"has data.stride={data.stride}"),
     ):
         if given:
             raise ConfigError(
@@ -498,11 +542,24 @@ def kept_checkpoints_are_made(case: CheckContext) -> None:
         )
 
 
+def batch_stages_follow_each_other(case: CheckContext) -> None:
+    steps = [stage.from_step for stage in case.config.schedule.batch]
+    for before, step in pairwise(steps):
+        if step <= max(1, before):
+            raise ConfigError(f"schedule.batch: from_step={step} is not after step {max(1, before)}; sort the stages")
+
+
 def one_batch(case: CheckContext) -> None:
-    total, sequences = case.settings.train_batch_size, case.config.batch.global_sequences
-    if "batch.global_sequences" in case.loaded.explicit_keys and None not in (total, sequences) and total != sequences:
+    batch, given = RunBatch.of(case.loaded, case.ds), "batch.global_sequences" in case.loaded.explicit_keys
+    total, sequences, stated = case.settings.train_batch_size, batch.sequences, case.config.batch.global_sequences
+    if batch.key == "schedule.batch" and given and stated != sequences:
         raise ConfigError(
-            f"batch.global_sequences={sequences} ({case.loaded.sources['batch.global_sequences']}) and "
+            f"schedule.batch begins with {sequences} sequences, but batch.global_sequences={stated} "
+            f"({case.loaded.sources['batch.global_sequences']}) sets the same value; remove one"
+        )
+    if batch.by_user and None not in (total, sequences) and total != sequences:
+        raise ConfigError(
+            f"{batch.key}{' begins with ' if batch.key == 'schedule.batch' else '='}{sequences} ({batch.source}) and "
             f"train_batch_size={total} ({case.ds.path}) set the same value; remove one"
         )
 
@@ -608,8 +665,10 @@ RULES: tuple[Rule, ...] = (
     frozen_groups_have_no_settings,
     data_is_configured,
     data_is_complete,
+    stages_change_something,
     blends_name_datasets_once,
     stages_follow_each_other,
+    lengths_divide_samples,
     stride_makes_samples,
     megatron_order_is_plain,
     input_belongs_to_one_dataset,
@@ -626,8 +685,10 @@ RULES: tuple[Rule, ...] = (
     no_rate_above_peak,
     kept_checkpoints_are_made,
     *PARALLEL_RULES,
+    batch_stages_follow_each_other,
     one_batch,
     batch_divides,
+    batches_divide_into_samples,
     recipe_keeps_its_batch,
     *DEEPSPEED_RULES,
     wall_time_is_a_duration,

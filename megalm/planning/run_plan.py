@@ -16,10 +16,11 @@ from megalm.model.model_config import (
     flops_per_token,
     recomputed_flops_per_token,
 )
-from megalm.model.parameter_groups import Algorithm, group_keys, group_settings, optimizer_groups
+from megalm.model.parameter_groups import Algorithm, frozen_parameters, group_keys, group_settings, optimizer_groups
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
+from megalm.planning.training_stages import TrainingStage
 from megalm.topology import bubble_share
 from megalm.utils.plotting import new_plot, save_plot
 
@@ -134,7 +135,7 @@ class Plan:
 
     @property
     def total_tokens(self) -> int:
-        return self.resolved.tokens_per_step * self.resolved.config.train.steps
+        return self.resolved.stages.tokens(self.resolved.config.train.steps)
 
     @property
     def tokens_per_parameter(self) -> float:
@@ -142,21 +143,25 @@ class Plan:
 
     @property
     def flops_per_token(self) -> int:
-        return flops_per_token(self.shape, self.resolved.config.data.sequence_length, self.case.frozen)
+        """Of the run's mean token."""
+        return round(mean_flops_per_token(self.resolved, self.shape))
 
     @property
     def recomputed_flops_per_token(self) -> int:
-        """Of the backward pass, beside `flops_per_token`."""
+        """Of the backward pass, beside `flops_per_token`, at the longest sequence length."""
+        return self._recomputed(self.case.sequence_length)
+
+    def _recomputed(self, length: int) -> int:
         case = self.case
         return recomputed_flops_per_token(
-            self.shape, case.sequence_length, case.recompute, case.checkpoint_activations_every, case.frozen
+            self.shape, length, case.recompute, case.checkpoint_activations_every, case.frozen
         )
 
     @property
     def float8_share(self) -> float:
         """Of all operations."""
         config = self.resolved.config
-        return float8_share(self.shape, config.data.sequence_length, config.precision.float8, self.case.frozen)
+        return float8_share(self.shape, config.data.sample_length, config.precision.float8, self.case.frozen)
 
     @property
     def fit(self) -> MemoryFit:
@@ -165,29 +170,39 @@ class Plan:
     @property
     def mfu(self) -> float:
         """The share of the peak that the model's operations take, without those of a recomputed block's second pass."""
+        # Of the whole run: steps of a larger batch take more of the time, and less of it is lost.
+        spans = list(self.resolved.stages.spans(self.resolved.config.train.steps))
+        work = [
+            (count * stage.tokens * flops_per_token(self.shape, stage.sequence_length, self.case.frozen), stage)
+            for stage, count in spans
+        ]
+        return sum(flops for flops, _ in work) / sum(flops / self.mfu_of(stage) for flops, stage in work)
+
+    def mfu_of(self, stage: TrainingStage) -> float:
+        """The share in the steps of one stage."""
         run = self.resolved
         if not self.rate.is_assumed:
             return self.rate.share
-        busy = 1 - bubble_share(run.topology.pipeline, run.batch.accumulation)
-        recomputed = self.recomputed_flops_per_token / self.flops_per_token
-        share = self.rate.share * busy / (1 + recomputed)
+        accumulation = run.batch.of(stage.sequences).accumulation
+        busy = 1 - bubble_share(run.topology.pipeline, accumulation)
+        flops = flops_per_token(self.shape, stage.sequence_length, self.case.frozen)
+        share = self.rate.share * busy / (1 + self._recomputed(stage.sequence_length) / flops)
         if self._peak is None:
             return share
-        computes = self.flops_per_token * run.tokens_per_step / (self._peak * run.topology.world_size * share)
-        return share * computes / (computes + self.offload_seconds)
+        computes = flops * stage.tokens / (self._peak * run.topology.world_size * share)
+        return share * computes / (computes + self.offload_seconds(accumulation))
 
-    @property
-    def offload_seconds(self) -> float:
+    def offload_seconds(self, accumulation: int) -> float:
         """What offload adds to a step at least, by assumed speeds of PCIe, CPU and disk."""
         case, own = self.case, self.parameter_count / self.resolved.topology.world_size
         seconds = 0.0
         if case.offloads_optimizer:  # accumulated gradients come back for each micro-batch
-            moved = 2 * case.gradient_bytes * case.accumulation + case.element_bytes
+            moved = 2 * case.gradient_bytes * accumulation + case.element_bytes
             seconds += own * (moved / _PCIE_BYTES + 1 / _CPU_ADAM)
         if case.swaps:
             seconds += own * 2 * 12 / _DISK_BYTES
         if case.offloads_parameters:  # forward and backward
-            seconds += own * 2 * case.element_bytes * case.accumulation / _PCIE_BYTES
+            seconds += own * 2 * case.element_bytes * accumulation / _PCIE_BYTES
         return seconds
 
     @property
@@ -198,21 +213,23 @@ class Plan:
         return None if peak is None else peak[0]
 
     @property
-    def rank_flops(self) -> float | None:
-        """Operations of the model that a rank does in a second; None: the GPU's peak is not known."""
-        if self.rate.flops is not None:
-            return self.rate.flops
-        return None if self._peak is None else self._peak * self.mfu
-
-    @property
     def hours(self) -> float | None:
         """None: the GPU's peak is not known."""
-        speed = self.rank_flops
-        return None if speed is None else self.total_flops / (speed * self.resolved.topology.world_size) / 3600
+        spans = self.resolved.stages.spans(self.resolved.config.train.steps)
+        hours = [self.hours_of(stage, count) for stage, count in spans]
+        return None if None in hours else sum(filter(None, hours))
+
+    def hours_of(self, stage: TrainingStage, steps: int) -> float | None:
+        """The hours of a stage's steps; None: the GPU's peak is not known."""
+        speed = self.rate.flops  # of a rank
+        if speed is None and self._peak is not None:
+            speed = self._peak * self.mfu_of(stage)
+        flops = flops_per_token(self.shape, stage.sequence_length, self.case.frozen) * stage.tokens * steps
+        return None if speed is None else flops / (speed * self.resolved.topology.world_size) / 3600
 
     @property
     def total_flops(self) -> int:
-        return self.flops_per_token * self.total_tokens
+        return total_flops(self.resolved, self.shape)
 
 
 def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[ScheduleSegment] = ()) -> Plan:
@@ -223,7 +240,7 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[Schedu
         schedules: all schedules of a resumed run; none: the run's own.
     """
     config = resolved.config
-    shape = build_model_config(config.model, vocab_size, config.data.sequence_length)
+    shape = build_model_config(config.model, vocab_size, config.data.sample_length)
     case = memory_case(
         config,
         resolved.deepspeed_source,
@@ -243,6 +260,17 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[Schedu
         memory_by_stage=tuple(estimate_stages(case)),
         schedules=tuple(schedules) or (ScheduleSegment(1, 0, resolved.schedule),),
     )
+
+
+def total_flops(run: ResolvedRun, shape: ModelConfig) -> int:
+    """Return the operations of all steps of a run; those of a token depend on its sequence's length."""
+    spans = run.stages.spans(run.config.train.steps)
+    frozen = frozen_parameters(shape, run.config.train.parameter_groups)
+    return sum(flops_per_token(shape, stage.sequence_length, frozen) * stage.tokens * count for stage, count in spans)
+
+
+def mean_flops_per_token(run: ResolvedRun, shape: ModelConfig) -> float:
+    return total_flops(run, shape) / run.stages.tokens(run.config.train.steps)
 
 
 def parameters_by_part(shape: ModelConfig) -> dict[str, int]:

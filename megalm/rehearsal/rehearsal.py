@@ -100,7 +100,7 @@ def rehearse(case: RehearsalCase) -> Rehearsal:
     watcher, traffic = Watcher(), TrafficCounter()
     name = run.device.name or "GPU"
     FakeCuda(GpuProperties(name, run.device.memory_bytes, *case.capability), case.ranks_per_node, watcher).install()
-    stand_ins.install(case.capability, run.config.data.sequence_length, watcher)
+    stand_ins.install(case.capability, run.config.data.sample_length, watcher)
     _join(case, local)
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)
@@ -141,7 +141,7 @@ def _join(case: RehearsalCase, local: int) -> None:
 def _train(case: RehearsalCase, engine: Engine, record: _Recorder) -> bool:
     """Train and evaluate; return whether the last step's update was applied."""
     run = case.run
-    samples = ZeroSamples(run.config.data.sequence_length, run.config.data.document_mask)
+    samples = ZeroSamples(run.config.data.sample_length, run.config.data.document_mask)
     with BatchLoader(samples, batch_layout(run, run.topology.coordinate(case.rank).data), pin_batch) as batches:
 
         def step(number: int) -> StepResult:
@@ -156,5 +156,5 @@ def _train(case: RehearsalCase, engine: Engine, record: _Recorder) -> bool:
 
 def _use(case: RehearsalCase, engine: Engine, record: _Recorder) -> None:
     prompts = max(1, len(case.run.config.sample.prompts))
-    tokens = np.zeros((prompts, min(_PROMPT_TOKENS, case.run.config.data.sequence_length)), np.int64)
+    tokens = np.zeros((prompts, min(_PROMPT_TOKENS, case.run.config.data.sample_length)), np.int64)
     record("sample", lambda: engine.next_token_logits(tokens, np.zeros(prompts, np.int64)))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalm.errors import MegalmError
+from megalm.planning.training_stages import TrainingStages
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, read_newest_first
 from megalm.runs.run_folder import RunFolder, read_mapping
 from megalm.runs.run_lock import is_held
@@ -32,6 +33,7 @@ class RunStatus:
     Attributes:
         step, steps: the last one done and planned.
         tokens_per_second, mfu, step_seconds: of the last steps; step_seconds with validation and saves.
+        steps_to_come: as many as the last ones with the tokens of those that are left; None: as many as are left.
         attempts: also counts rollbacks.
         event: the last one, as in metrics.jsonl.
         failure: the first line of the last attempt's failure report.
@@ -48,6 +50,7 @@ class RunStatus:
     tokens_per_second: float | None = None
     mfu: float | None = None
     step_seconds: float | None = None
+    steps_to_come: float | None = None
     attempts: int = 0
     event: Row | None = None
     failure: str | None = None
@@ -64,7 +67,8 @@ class RunStatus:
         """Until the last step, of a run that trains; None: not known."""
         if self.state != "running" or self.steps is None or self.step_seconds is None:
             return None
-        return max(0, self.steps - self.step) * self.step_seconds
+        left = max(0, self.steps - self.step) if self.steps_to_come is None else self.steps_to_come
+        return left * self.step_seconds
 
 
 def is_run(folder: Path) -> bool:
@@ -92,9 +96,14 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
         failure = _failure(files, attempts)
     trained = _of_last_attempt(rows)
     first, last = (trained[-1], trained[0]) if trained else (None, None)
-    step_seconds = None
+    step_seconds = to_come = None
     if first is not None and last is not None and last["step"] > first["step"]:
-        step_seconds = (last["time"] - first["time"]) / (last["step"] - first["step"])
+        count = last["step"] - first["step"]
+        step_seconds = (last["time"] - first["time"]) / count
+        stages = TrainingStages.from_json(facts.get("training_stages"))
+        if stages is not None and isinstance(steps, int):
+            per_step = stages.tokens(last["step"], after=first["step"]) / count
+            to_come = stages.tokens(steps, after=last["step"]) / per_step
     return RunStatus(
         folder,
         state,
@@ -104,6 +113,7 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
         tokens_per_second=_median(trained, "tokens_per_second"),
         mfu=_median(trained, "mfu"),
         step_seconds=step_seconds,
+        steps_to_come=to_come,
         attempts=attempts,
         event=next((row for row in rows if row["kind"] == "event" and row["event"] not in _QUIET_EVENTS), None),
         failure=failure,

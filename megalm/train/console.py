@@ -16,7 +16,7 @@ from rich.console import Console
 
 from megalm.utils.atomic_files import still_names
 from megalm.utils.formatting import PrintableFormatter, printable
-from megalm.utils.progress import ProgressBar
+from megalm.utils.progress import ProgressBar, counts
 
 log = logging.getLogger("megalm")
 
@@ -110,18 +110,30 @@ class RunConsole:
         for name, value in rows:
             self.info(f"  {name:<{width}}  {value}")
 
-    def start(self, first_step: int, total_steps: int) -> None:
-        """Start the progress display; `first_step` steps are already done."""
+    def start(self, first_step: int, total_steps: int, work: Callable[[int], int] = lambda steps: steps) -> None:
+        """Start the progress display; `first_step` steps are already done.
+
+        Args:
+            work: steps -> what they take together, in any unit, from which the time left follows.
+        """
         if self._active:
-            self._bar = ProgressBar("step", total_steps, done=first_step, console=self._console, transient=False)
-            self._last_step, self._counted = total_steps, False
+            self._step, self._last_step, self._counted, self._work = first_step, total_steps, False, work
+            self._bar = ProgressBar(
+                "step",
+                work(total_steps),
+                done=work(first_step),
+                console=self._console,
+                shown=lambda *_: counts(self._step, self._last_step),
+                transient=False,
+            )
             self._bar.start()
 
     def step(self, step: int, text: str) -> None:
         """Show a step's numbers. A log file gets the first step, the last one, and one every few seconds."""
         if self._bar is None:
             return
-        self._bar.update(step, text, line_now=not self._counted or step == self._last_step)
+        self._step = step
+        self._bar.update(self._work(step), text, line_now=not self._counted or step == self._last_step)
         self._counted = True
         log.info("%s", self._bar.line)
 

@@ -28,6 +28,7 @@ from megalm.data.sampling.samples import TrainingSamples, ValidationSamples, spl
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
+from megalm.planning.training_stages import TrainingStages
 
 VALIDATION = "validation"  # the name of the only validation set, and of all together
 # Below this number of documents or samples, shuffling is faster than writing the order to a file.
@@ -136,7 +137,7 @@ def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[i
             another tokenizer or other settings.
         ConfigError: a tokenizer that does not fit the model, or validation on training data that is not allowed.
     """
-    data = open_datasets(run.config, run.batch.global_batch, places, first_sample_of)
+    data = open_datasets(run.config, run.stages, places, first_sample_of)
     # A run of an earlier release that resumes keeps what it began with, and is warned.
     stated = any(key.startswith("data.validation") and source != SAVED_CONFIG for key, source in run.sources.items())
     if stated and not run.config.data.allow_validation_on_training:
@@ -161,9 +162,12 @@ def validation_on_training(data: RunData) -> list[tuple[str, str]]:
 
 
 def open_datasets(
-    config: RunConfig, global_batch: int, places: DataPlaces, first_sample_of: Callable[[int], int] | None = None
+    config: RunConfig,
+    training: TrainingStages,
+    places: DataPlaces,
+    first_sample_of: Callable[[int], int] | None = None,
 ) -> RunData:
-    """The same as `open_data`, for a run of which only configuration and global batch are known."""
+    """The same as `open_data`, for a run of which only configuration and batches are known."""
     data = config.data
     tokenizer = load_run_tokenizer(data, places)
     entries = config.model.vocab_size
@@ -174,9 +178,9 @@ def open_datasets(
         )
     opened = {prefix: open_dataset(data, prefix, tokenizer) for prefix in places.prefixes}
     ranges = {prefix: _cut(opened[prefix], places.split) for prefix in places.training}
-    requested = config.train.steps * global_batch
+    requested = training.samples(config.train.steps)
     parts = [_training_samples(config, opened[prefix], ranges[prefix][0], requested) for prefix in places.training]
-    stages = _stages(places, first_sample_of or (lambda step: (step - 1) * global_batch))
+    stages = _stages(places, first_sample_of or (lambda step: training.samples(step - 1)))
     train = BlendedSamples(parts, stages, ArrayCache(_cache(data) / "orders"))
     validation = dict(_validation_samples(data, places, opened, ranges))
     alone = places.training[0] if len(places.training) == 1 else None
@@ -247,9 +251,9 @@ def batch_loader(
     return BatchLoader(train, batch_layout(run, data_rank), prepare)
 
 
-def batch_layout(run: ResolvedRun, data_rank: int) -> BatchLayout:
-    """Return the part of a global batch that this data-parallel rank reads."""
-    batch = run.batch
+def batch_layout(run: ResolvedRun, data_rank: int, sequences: int | None = None) -> BatchLayout:
+    """Return the part of a global batch, by default of the run's largest, that this data-parallel rank reads."""
+    batch = run.batch if sequences is None else run.batch.of(sequences)
     return BatchLayout(batch.global_batch, batch.micro_batch, data_rank, batch.data_parallel)
 
 
@@ -257,7 +261,8 @@ def validation_loaders(
     run: ResolvedRun, data: RunData, data_rank: int
 ) -> dict[str, tuple[ValidationLoader, ValidationLoader]]:
     """Return, by name of the set, a loader of the part used during training and one of the complete set."""
-    layout, most = batch_layout(run, data_rank), run.config.evaluate.max_samples
+    smallest = min(stage.sequences for stage in run.stages.stages)  # the last batch is padded
+    layout, most = batch_layout(run, data_rank, smallest), run.config.evaluate.max_samples
 
     def loaders(samples: ValidationSamples) -> tuple[ValidationLoader, ValidationLoader]:
         whole = ValidationLoader(samples, layout)
@@ -294,11 +299,11 @@ def _cut(dataset: IndexedDataset, split: str | None) -> tuple[Range, Range | Non
 
 def _training_samples(config: RunConfig, dataset: IndexedDataset, documents: Range, requested: int) -> TrainingSamples:
     data = config.data
-    large = max(len(dataset), len(dataset.tokens) // (data.stride or data.sequence_length)) >= KEPT_ORDERS_FROM
+    large = max(len(dataset), len(dataset.tokens) // (data.stride or data.sample_length)) >= KEPT_ORDERS_FROM
     return TrainingSamples(
         dataset,
         documents,
-        data.sequence_length,
+        data.sample_length,
         config.train.seed,
         order=data.order,
         requested_samples=requested,
@@ -329,8 +334,8 @@ def _validation_samples(
     """Yield the configured validation sets, or the held-out part of each training dataset."""
     for name, prefix in places.validation:
         dataset = opened[prefix]
-        yield name, ValidationSamples(dataset, (0, len(dataset)), data.sequence_length, data.document_mask)
+        yield name, ValidationSamples(dataset, (0, len(dataset)), data.sample_length, data.document_mask)
     for prefix, (_, documents) in ranges.items():
         if documents is not None:
             name = VALIDATION if len(ranges) == 1 else Path(prefix).name
-            yield name, ValidationSamples(opened[prefix], documents, data.sequence_length, data.document_mask)
+            yield name, ValidationSamples(opened[prefix], documents, data.sample_length, data.document_mask)

@@ -85,6 +85,10 @@ class RunCheckpointer:
         self._past.add(path.resolve())
         return path
 
+    def order_at(self, sample: int) -> str:
+        """Return the fingerprint of the order of samples, as far as `sample`."""
+        return self._data.at(sample)["order"]
+
     def completed(self, wait: bool = False) -> list[Saved]:
         """Return the checkpoints completed since the last call; with `wait`, wait for all writes first."""
         return self._writer.completed(wait)
@@ -105,7 +109,7 @@ class RunCheckpointer:
 
     def preflight(self, engine: Engine) -> None:
         """Preflight: write a checkpoint beside the real ones and remove it."""
-        facts = self._facts(engine.counters(), TrainingProgress())
+        facts = self._facts(engine.counters(), TrainingProgress(self._run.stages.at(1)))
         self._writer.preflight(self._folder.preflight, engine.fragments(), facts)
 
     def position(self, manifest: Manifest) -> TrainingProgress:
@@ -201,9 +205,7 @@ class RunCheckpointer:
             "validation": self._data.validation,
             "counters": counters,
             "rollbacks": position.rollbacks,
-            "data_position": position.data_json(
-                self._data.at(position.samples)["order"], run.config.data.sequence_length, run.batch.global_batch
-            ),
+            "data_position": position.data_json(self.order_at(position.samples)),
             "schedule": position.schedule.as_json(),
             "topology": {
                 "world_size": topology.world_size,

@@ -17,10 +17,12 @@ from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.sampling.sample_order import stride_warning
 from megalm.data.tokenizers.tokenizer import describe_eod
 from megalm.errors import ConfigError, DataError
-from megalm.model.model_config import ModelConfig, flops_per_token
+from megalm.model.model_config import ModelConfig
 from megalm.model.parameter_groups import frozen_parameters
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.planning.resolve import ResolvedRun
+from megalm.planning.run_plan import mean_flops_per_token
+from megalm.planning.training_stages import TrainingStage
 from megalm.rank_environment import RankPlace
 from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.topology import bubble_share
@@ -45,7 +47,8 @@ def data_rows(run: ResolvedRun, data: RunData) -> list[tuple[str, str]]:
         if part.dataset.trained is not None:
             text += f", trained {trained_share(part.trained_per_epoch, part.tokens_per_epoch)}"
         rows.append(("data", f"{planned.prefix}: {text}"))
-    for stage in run.config.data.blends if run.config.data.stages else ():
+    blends = run.config.data.blends
+    for stage in blends if len(blends) > 1 else ():
         all_of_it = sum(part.weight for part in stage.blend)
         shares = ", ".join(f"{part.prefix} {part.weight / all_of_it:.1%}" for part in stage.blend)
         unread = "" if stage.from_step <= run.config.train.steps else " (after the last step)"
@@ -139,7 +142,7 @@ def write_report_page(
 def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts) -> str:
     """Return a line on the pipeline's stages, one on its bubble, and a warning if the bubble is large."""
     stages, micro_batches = run.topology.pipeline, run.batch.accumulation
-    bubble = bubble_share(stages, micro_batches)
+    bubble, at = bubble_share(stages, micro_batches), " of the largest batch" if run.stages.grow else ""
     by_stage = costs.of_stages(blocks)
     shares = " + ".join(f"{cost / sum(by_stage):.0%}" for cost in by_stage)
     what = "the parameters" if run.config.parallel.balance == "parameters" else "the measured time"
@@ -147,7 +150,7 @@ def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts)
     lines = [
         f"  pipeline: {stages} stages of {' + '.join(map(str, blocks))} blocks, "
         f"with embedding and head {shares} of {what}",
-        f"  bubble: each stage waits {bubble:.0%} of a step, {waits}: the first micro-batch fills the pipeline, "
+        f"  bubble: each stage waits {bubble:.0%} of a step{at}, {waits}: the first micro-batch fills the pipeline, "
         "the last one empties it",
     ]
     if bubble > LARGE_BUBBLE:
@@ -170,12 +173,12 @@ def opening_facts(
     nodes: str | None = None,
 ) -> Sequence[tuple[str, str]]:
     """Return name and value of each fact, in display order."""
-    config, batch, count, tokenizer = run.config, run.batch, shape.parameter_count(), data.tokenizer
+    config, count, tokenizer = run.config, shape.parameter_count(), data.tokenizer
     steps, rules = config.train.steps, config.train.parameter_groups
     frozen = frozen_parameters(shape, rules)
     stored = checkpoint_bytes(shape, rules, run.optimizer.muon is not None, config.train.ema_decay is not None)
     still = sum(math.prod(size) for name, size in shape.parameters().items() if name in frozen)
-    tokens = steps * run.tokens_per_step
+    tokens = run.stages.tokens(steps)
     overlap = f", tensor groups communicate in {run.tensor_chunks} chunks" if run.tensor_chunks > 1 else ""
     rows = [
         ("device", f"{device}; {run.topology.world_size} rank(s), {threads} thread(s) each"),
@@ -190,12 +193,7 @@ def opening_facts(
             f"{config.model.style}, {shape.num_hidden_layers} layers x {shape.hidden_size}: {count:,} parameters"
             f"{f', of which {count - still:,} train' if still else ''}",
         ),
-        (
-            "batch",
-            f"{batch.global_batch} sequences = {batch.micro_batch} x {batch.accumulation} accumulated x "
-            f"{batch.data_parallel} data rank(s), {config.data.sequence_length} tokens each: "
-            f"{run.tokens_per_step:,} per step",
-        ),
+        *[("batch", _batch_words(run, stage)) for stage, _ in run.stages.spans(steps)],
         ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} per parameter"),
         *data_rows(run, data),
         ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} entries, {describe_eod(tokenizer)}"),
@@ -211,6 +209,15 @@ def opening_facts(
     return rows
 
 
+def _batch_words(run: ResolvedRun, stage: TrainingStage) -> str:
+    batch = run.batch.of(stage.sequences)
+    since = f"from step {stage.first_step:,}: " if run.stages.grow else ""
+    return (
+        f"{since}{batch.global_batch} sequences = {batch.micro_batch} x {batch.accumulation} accumulated x "
+        f"{batch.data_parallel} data rank(s), {stage.sequence_length} tokens each: {stage.tokens:,} per step"
+    )
+
+
 def environment_facts(
     run: ResolvedRun,
     data: DataIdentity,
@@ -221,7 +228,7 @@ def environment_facts(
     places: Sequence[RankPlace] = (),
 ) -> dict[str, Any]:
     """Return what environment.json records about this attempt besides versions and machine."""
-    stages = zip(run.config.data.stages, data.samples.stages[1:], strict=False)
+    stages = zip(run.config.data.blends[1:], data.samples.stages[1:], strict=False)
     before = data.samples.lengths_before
     return {
         "attempt": attempt,
@@ -236,7 +243,7 @@ def environment_facts(
         "compiled": run.compiled,
         "tensor_chunks": run.tensor_chunks,
         "zero_stage": run.zero_stage,
-        "dataset_fingerprint": data.at(run.config.train.steps * run.batch.global_batch)["dataset"],
+        "dataset_fingerprint": data.at(run.stages.samples(run.config.train.steps))["dataset"],
         "tokenizer_fingerprint": data.tokenizer,
     }
 
@@ -253,12 +260,12 @@ def _nodes(places: Sequence[RankPlace]) -> list[dict[str, Any]]:
 
 def scale_facts(run: ResolvedRun, shape: ModelConfig, data: RunData) -> dict[str, Any]:
     """Return the sizes in environment.json that help to interpret losses and token counts."""
-    frozen = frozen_parameters(shape, run.config.train.parameter_groups)
     planned = zip(data.train.parts, data.train.planned(data.samples), strict=True)
     return {
         "parameters": shape.parameter_count(),
         "planned_steps": run.config.train.steps,
-        "flops_per_token": flops_per_token(shape, run.config.data.sequence_length, frozen),
+        "training_stages": run.stages.as_json(),
+        "flops_per_token": round(mean_flops_per_token(run, shape)),
         "unigram_entropy": data.unigram_entropy,
         "validation_fingerprint": validation_fingerprint(data.validation) or None,
         "datasets": [
@@ -280,7 +287,7 @@ def _resolved_settings(run: ResolvedRun, shape: ModelConfig) -> dict[str, Any]:
             **({"decay_steps": schedule.decay_steps} if schedule.kind == "wsd" else {}),
             **({"decay_end_step": schedule.decay_end} if schedule.kind not in ENDLESS else {}),
         },
-        "batch": {"global_sequences": run.batch.global_batch},
+        "batch": {"global_sequences": run.stages.at(1).sequences},
     }
 
 

@@ -309,7 +309,7 @@ def build_trainer(
     supervisor.enter(hooks)
     # Before the mirror, which uses a core for seconds.
     frozen = frozen_parameters(plan.shape, run.config.train.parameter_groups)
-    share = float8_share(plan.shape, run.config.data.sequence_length, run.config.precision.float8, frozen)
+    share = float8_share(plan.shape, run.config.data.sample_length, run.config.precision.float8, frozen)
     peak, peak_source = peak_flops(device, run.precision != "fp32", share)
     mirror = _start_mirror(folder, run, ranks, console)
     if run.deepspeed["zero_optimization"].get("offload_optimizer"):
@@ -410,7 +410,7 @@ def _components(
 ) -> TrainerComponents:
     run, data, folder, console = plan.run, plan.data, opened.folder, opened.console
     data_rank = run.topology.coordinate(comm.rank).data
-    config, length = run.config, run.config.data.sequence_length
+    config, length = run.config, run.config.data.sample_length
     read_text = sample_text_reader(data.train, data.tokenizer)
     return TrainerComponents(
         run=run,
@@ -433,8 +433,8 @@ def _components(
         guard=spikes,
         incidents=SpikeReportWriter(folder.incidents, read_text, command, comm, console),
         limits=limits,
-        flops_per_token=flops_per_token(
-            plan.shape, length, frozen_parameters(plan.shape, config.train.parameter_groups)
+        flops_per_token=partial(
+            flops_per_token, plan.shape, frozen=frozen_parameters(plan.shape, config.train.parameter_groups)
         ),
         peak_flops=peak,
     )
@@ -468,7 +468,11 @@ def _straggler_watch(
 
 def _diagnostics(parts: TrainerComponents, folder: RunFolder, traffic: TrafficCounter) -> StepDiagnostics:
     run = parts.run
-    flops = parts.flops_per_token * run.tokens_per_step
+
+    def flops(step: int) -> float:
+        stage = run.stages.at(step)
+        return parts.flops_per_token(stage.sequence_length) * stage.tokens
+
     return StepDiagnostics(run.diagnostics, folder.profile, parts.comm, traffic, flops, run.config.train.steps)
 
 

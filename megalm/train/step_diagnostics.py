@@ -58,14 +58,14 @@ class StepDiagnostics:
     Args:
         folder: for profiles.
         traffic: counts on this rank.
-        flops_per_step: of all ranks, by the model's formula.
+        flops_of: step -> operations of all ranks, by the model's formula.
     """
 
     wanted: Diagnostics
     folder: Path
     comm: Communicator
     traffic: TrafficMeter
-    flops_per_step: float
+    flops_of: Callable[[int], float]
     last_step: int
     _window: list[int] = field(default_factory=list, init=False)  # steps whose traffic is counted
     _counted: list[Traffic] = field(default_factory=list, init=False)
@@ -151,7 +151,8 @@ class StepDiagnostics:
         if not self.comm.is_main:
             return
         times = part_times([parts for parts, _ in ranks if parts is not None])
-        content = found.content(self.flops_per_step / self.comm.size, self.wanted.profile_operators, times)
+        computed = sum(map(self.flops_of, steps)) / len(steps) / self.comm.size
+        content = found.content(computed, self.wanted.profile_operators, times)
         text = _as_text(content)
         _, own_problem = _attempted(lambda: _write_content(stem, content, text))
         if problem := next((why for why in (own_problem, *(why for _, why in ranks)) if why), ""):

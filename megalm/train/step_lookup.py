@@ -12,6 +12,7 @@ from megalm.config.schema import RunConfig
 from megalm.data.analysis.sample_sources import TokenSpan, spans_of
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
+from megalm.planning.training_stages import TrainingStages
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, live_rows, read_metrics
 from megalm.runs.run_folder import RunFolder
 from megalm.train.datasets import find_data, open_datasets
@@ -31,30 +32,30 @@ class StepSamples:
 
 @dataclass(frozen=True)
 class _Attempt:
-    """One attempt of a run; a later attempt may have another batch and other data."""
+    """One attempt of a run; a later attempt may have other batches and other data."""
 
     saved: RunConfig
-    global_batch: int
+    stages: TrainingStages
     environment: Mapping[str, Any]
 
     @property
     def config(self) -> RunConfig:
         """The attempt's configuration, with the sequence length at the start of the sample order."""
         lengths = self.environment.get("sequence_lengths_before", [])
-        first = lengths[0][0] if lengths else self.saved.data.sequence_length
-        data = self.saved.data.model_copy(update={"sequence_length": first})
+        first = lengths[0][0] if lengths else self.saved.data.sample_length
+        data = self.saved.data.with_sample_length(first)
         return self.saved.model_copy(update={"data": data})
 
     @property
     def cuts(self) -> list[tuple[int, int]]:
         """Return (samples consumed, sequence length from there on) for each change of the sequence length."""
         before = self.environment.get("sequence_lengths_before", [])
-        after = [length for length, _ in before[1:]] + [self.saved.data.sequence_length]
+        after = [length for length, _ in before[1:]] + [self.saved.data.sample_length]
         return [(consumed, length) for (_, consumed), length in zip(before, after, strict=False)]
 
     def first_sample_of(self, step: int) -> int:
         """Return the number of the first sample of `step`, at which a stage of the mixture begins."""
-        return int(self.environment.get(f"first_sample_of_step_{step}", (step - 1) * self.global_batch))
+        return int(self.environment.get(f"first_sample_of_step_{step}", self.stages.samples(step - 1)))
 
 
 def samples_of_step(path: Path, step: int, on_progress: Callable[[str], None] = lambda line: None) -> StepSamples:
@@ -80,17 +81,18 @@ def samples_of_step(path: Path, step: int, on_progress: Callable[[str], None] = 
         1,
     )
     attempt = _attempt(folder, number)
-    first, trained = _first_sample(rows, number, step, attempt.global_batch)
+    first, trained = _first_sample(rows, number, step, attempt.stages)
+    end = first + attempt.stages.at(step).samples
     places = find_data(attempt.config.data, on_progress)
-    data = open_datasets(attempt.config, attempt.global_batch, places, attempt.first_sample_of)
+    data = open_datasets(attempt.config, attempt.stages, places, attempt.first_sample_of)
     samples = data.train
     for consumed, length in attempt.cuts:
         samples = samples.recut(consumed, length)
-    pieces = list(spans_of(samples, first, attempt.global_batch))
-    return StepSamples(first, first + attempt.global_batch, trained, pieces, data.tokenizer)
+    pieces = list(spans_of(samples, first, end - first))
+    return StepSamples(first, end, trained, pieces, data.tokenizer)
 
 
-def _first_sample(rows: list[Row], attempt: int, step: int, batch: int) -> tuple[int, bool]:
+def _first_sample(rows: list[Row], attempt: int, step: int, stages: TrainingStages) -> tuple[int, bool]:
     """Return the number of the step's first sample, and whether the step has been trained.
 
     With a log interval not every step has a row; within an attempt samples are consecutive.
@@ -98,7 +100,8 @@ def _first_sample(rows: list[Row], attempt: int, step: int, batch: int) -> tuple
     trained = [row for row in rows if row["kind"] == "train" and row.get("samples") is not None]
     here = [row for row in trained if row.get("attempt") == attempt] or trained[-1:]
     row: Row = next((row for row in here if row["step"] >= step), here[-1] if here else {"step": 0, "samples": 0})
-    return row["samples"] + (step - 1 - row["step"]) * batch, any(row["step"] >= step for row in trained)
+    more, less = stages.samples(step - 1, after=row["step"]), stages.samples(row["step"], after=step - 1)
+    return row["samples"] + more - less, any(row["step"] >= step for row in trained)
 
 
 def _attempt(folder: RunFolder, number: int) -> _Attempt:
@@ -110,5 +113,5 @@ def _attempt(folder: RunFolder, number: int) -> _Attempt:
     before = {suffix: noted["attempt"] for suffix, noted in facts.items() if noted.get("attempt", number + 1) <= number}
     suffix = max(before, key=before.__getitem__, default="")
     config, _, resolved = (file.with_name(f"{file.stem}{suffix}{file.suffix}") for file in folder.config_files)
-    batch = read_json(resolved)["train_batch_size"]
-    return _Attempt(load_run_config(str(config), []).config, batch, facts[suffix])
+    saved = load_run_config(str(config), []).config
+    return _Attempt(saved, TrainingStages.of(saved, read_json(resolved)["train_batch_size"]), facts[suffix])

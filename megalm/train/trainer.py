@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from megalm.checkpoint.checkpointer import Saved
 from megalm.checkpoint.manifest import Status
 from megalm.communicator import Communicator
-from megalm.data.sampling.batch_loader import BatchLoader
+from megalm.data.sampling.batch_loader import PREFETCHED_BATCHES, BatchLoader
 from megalm.engine.interface import Engine, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError, is_out_of_memory
 from megalm.nodes.straggler_watch import StragglerWatch
@@ -59,7 +59,7 @@ class TrainerComponents:
     guard: SpikeGuard
     incidents: SpikeReportWriter
     limits: TimeLimits
-    flops_per_token: float
+    flops_per_token: Callable[[int], float]  # by sequence length
     peak_flops: float  # of all ranks together
     diagnostics: StepDiagnostics | None = None  # where the run asks for measurements
     stragglers: StragglerWatch | None = None  # where there are several ranks
@@ -89,8 +89,8 @@ class MetricsRecorder:
     def step(self, position: TrainingProgress, result: StepResult, rate: float, seconds: float) -> None:
         """Record the step that `position` has just reached, which took `seconds`."""
         parts = self.parts
-        tokens_per_second = parts.run.tokens_per_step / seconds
-        mfu = parts.flops_per_token * tokens_per_second / parts.peak_flops
+        tokens_per_second = position.stage.tokens / seconds
+        mfu = parts.flops_per_token(position.stage.sequence_length) * tokens_per_second / parts.peak_flops
         if result.skipped:
             self.event(position, "skip", reason="gradient overflow", loss_scale=result.loss_scale)
             parts.reporter.info(
@@ -206,7 +206,7 @@ class Trainer:
             )
             return EXIT_DONE
         self._saved_step = self.position.step
-        parts.reporter.start(self.position.step, config.train.steps)
+        parts.reporter.start(self.position.step, config.train.steps, parts.run.stages.tokens)
         started = time.monotonic()
         try:
             with garbage_collected_every(config.train.gc_interval_steps) as collect_garbage:
@@ -241,13 +241,16 @@ class Trainer:
 
     def _run_step(self, step: int) -> bool:
         parts, position = self.parts, self.position
+        if (stage := parts.run.stages.at(step)) != position.stage:
+            position.begin_stage(stage, parts.checkpoints.order_at(position.samples))
         rate = rate_at(position.schedule.segments, step)
         watch = parts.stragglers
         if watch is not None:
             watch.begin_step()
         start = time.perf_counter()
         with self._phase("data"):
-            batch = parts.batches.batch(position.samples)
+            stages = [parts.run.stages.at(step + ahead) for ahead in range(1 + PREFETCHED_BATCHES)]
+            batch = parts.batches.batch(position.samples, [(each.samples, each.parts) for each in stages])
         data_seconds = time.perf_counter() - start
         result = parts.engine.train_step(batch, step, rate)
         seconds = time.perf_counter() - start
@@ -275,10 +278,10 @@ class Trainer:
         return nullcontext() if self.parts.diagnostics is None else phase_of_step(name)
 
     def _advance(self) -> None:
-        parts, position = self.parts, self.position
+        position = self.position
         position.step += 1
-        position.samples += parts.run.batch.global_batch
-        position.tokens += parts.run.tokens_per_step
+        position.samples += position.stage.samples
+        position.tokens += position.stage.tokens
         position.evaluation = None
 
     def _report_spike(self, verdict: Verdict, result: StepResult, rate: float) -> Path | None:
@@ -294,7 +297,7 @@ class Trainer:
             learning_rate=rate,
             verdict=verdict,
             window=parts.guard.history.statistics(),
-            samples=(first, first + parts.run.batch.global_batch),
+            samples=(first, first + position.stage.samples),
             saved_step=self._saved_step,
         )
         # One report per series of spikes: a diverging run that continues would fill the disk.
@@ -316,6 +319,7 @@ class Trainer:
             TrainingError: always.
         """
         step, first = self.position.step + 1, self.position.samples
+        end = first + self.position.stage.samples
         if not result.refused:
             self._advance()
         if self._saved_step != self.position.step:
@@ -323,14 +327,14 @@ class Trainer:
         self._log_completed_saves(wait=True)
         raise TrainingError(
             f"step {step}: {verdict.finding} ({verdict.why}; samples {first} to "
-            f"{first + self.parts.run.batch.global_batch - 1}); the guard stops the run, see {report}"
+            f"{end - 1}); the guard stops the run, see {report}"
         )
 
     def _roll_back(self) -> None:
         """Go back to the newest good checkpoint, and skip all data up to and including the spike's step."""
         parts, old = self.parts, self.position
         self._log_completed_saves(wait=True)
-        next_sample = old.samples + parts.run.batch.global_batch
+        next_sample = old.samples + old.stage.samples
         attempt = old.attempt + 1
         path, position = parts.checkpoints.roll_back(parts.engine, parts.guard, next_sample, attempt)
         position.schedule, position.attempt, position.rollbacks = old.schedule, attempt, old.rollbacks + 1
@@ -443,10 +447,10 @@ class Trainer:
 
     def _should_stop(self) -> bool:
         """Return whether to stop: any rank's signal or time limit makes all ranks save the same step and leave."""
-        parts = self.parts
-        number, late, lost = parts.comm.max(
-            [float(parts.stop.signal or 0), float(parts.limits.boundary(self.position.step)), self._lost_folder()]
-        )
+        parts, step = self.parts, self.position.step
+        growth = parts.run.stages.at(step + 1).tokens / self.position.stage.tokens
+        late_here = parts.limits.boundary(step, growth)
+        number, late, lost = parts.comm.max([float(parts.stop.signal or 0), float(late_here), self._lost_folder()])
         if lost:
             self._leave_folder()
         elif number:
@@ -539,9 +543,9 @@ def run_preflight(parts: TrainerComponents) -> None:
         TrainingError: out of memory, with the phase.
         OSError: a checkpoint cannot be written.
     """
-    engine = parts.engine
+    engine, largest = parts.engine, parts.run.stages.longest
     with memory_errors_named("the training step"):
-        engine.train_step(parts.batches.batch(0), step=1, learning_rate=0.0)
+        engine.train_step(parts.batches.batch(0, [(largest.samples, largest.parts)]), step=1, learning_rate=0.0)
     with memory_errors_named("validation"):
         parts.evaluator.preflight(engine)
     with memory_errors_named("sampling"):

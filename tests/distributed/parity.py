@@ -200,7 +200,7 @@ def train(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Pat
     engine, run, loader = start(comm, device, case, prefix, folder)
     initial = Trace([], [], snapshot(engine))
     trained = steps(engine, run, loader, 1, step_count)
-    validation = engine.evaluate(loader.batch(step_count * run.batch.global_batch).micro_batches)
+    validation = engine.evaluate(loader.batch(run.stages.samples(step_count)).micro_batches)
     texts = np.random.default_rng(3).integers(0, VOCAB, (2, 24))
     logits = engine.next_token_logits(texts, np.array([3, 23]))
     loader.close()

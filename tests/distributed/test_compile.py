@@ -28,6 +28,7 @@ MOST_BREAKS = {
     "zero3": 4 * 2,
     "zero1 dropout": 0,
     "zero1 float8": 0,
+    "zero1 growing": 0,
 }
 # Over four steps; torch 2.11 makes one more than 2.13 under ZeRO 3.
 MOST_GRAPHS = {
@@ -37,6 +38,7 @@ MOST_GRAPHS = {
     "zero3": 5,
     "zero1 dropout": 3,
     "zero1 float8": 3,
+    "zero1 growing": 2 * 3,
 }
 CASES = {
     "zero1": Case("zero1.json"),
@@ -48,6 +50,14 @@ CASES = {
         "zero1.json", overrides=("precision.float8=true", "model.intermediate_size=96", "data.sequence_length=32")
     ),
 }
+CASES["zero1 growing"] = Case(
+    "zero1.json",
+    overrides=(
+        *("data.sequence_length=12", "data.stages=[{from_step: 3, sequence_length: 24}]"),
+        "schedule.batch=[{from_step: 2, sequences: 32}]",
+    ),
+    settings={"train_micro_batch_size_per_gpu": 16},
+)
 # A number between two of float8 may round the other way, by 2^-4 of it, where fp32 rounds otherwise.
 TOLERANCES = {"zero1 float8": 1e-3}
 # On every change; g++ takes seconds for each graph. A tensor group's compiled blocks are in test_tensor_parts.py.

@@ -97,7 +97,8 @@ def _start(folder: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def test_the_command_finds_a_layout_equal(tmp_path: Path) -> None:
-    process = _start(tmp_path, "--json", "data.document_mask=true", "train.checkpoint_activations_every=1")
+    words = ("data.document_mask=true", "train.checkpoint_activations_every=1")
+    process = _start(tmp_path, "--json", *words, "schedule.batch=[{from_step: 100, sequences: 32}]")
     out, error = process.communicate(timeout=300)
     assert process.returncode == 0, error
     found = json.loads(out)

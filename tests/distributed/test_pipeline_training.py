@@ -63,6 +63,14 @@ CASES = {
         (*LLAMA, frozen("layers.[12].*", "final_norm.*", "head.*"), "train.checkpoint_activations_every=1")
     ),
     "llama group of one block": _case((*LLAMA, "train.parameter_groups=[{match: layers.2.*, weight_decay: 0.3}]")),
+    "llama growing": _case(
+        (
+            *(*LLAMA, "data.document_mask=true"),
+            "schedule.batch=[{from_step: 3, sequences: 20}, {from_step: 5, sequences: 8}]",
+            "data.sequence_length=12",
+            "data.stages=[{from_step: 3, sequence_length: 6}, {from_step: 4, sequence_length: 24}]",
+        )
+    ),
     "llama tied": _case((*LLAMA, "model.tie_word_embeddings=true"), precision="bf16"),
 }
 FOUR_RANKS = {

@@ -21,7 +21,13 @@ STEPS = 5
 MODELS = {
     "gpt2": ("model.style=gpt2", "model.tie_word_embeddings=true", "data.document_mask=true"),
     "gpt2 untied": ("model.style=gpt2",),
-    "llama gqa": ("model.num_key_value_heads=2",),
+    # and a batch and a sequence length that grow
+    "llama gqa": (
+        "model.num_key_value_heads=2",
+        "schedule.batch=[{from_step: 3, sequences: 48}]",
+        "data.sequence_length=12",
+        "data.stages=[{from_step: 4, sequence_length: 24}]",
+    ),
     "llama frozen": (
         "train.ema_decay=0.6",
         "train.parameter_groups=[{match: embedding.*, frozen: true}, {match: layers.0.*, frozen: true}, "

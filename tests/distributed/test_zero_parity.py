@@ -68,7 +68,6 @@ GROUPS = {"layers.1.attention.query_norm.*": (0.1, 0.0), "embedding.*": (0.25, 0
 _RULES = [f"{{match: '{name}', learning_rate_scale: {it[0]}, weight_decay: {it[1]}}}" for name, it in GROUPS.items()]
 DECAY = 0.6
 AVERAGED = f"train.ema_decay={DECAY}"
-GROUPED = ("model.head_dim=2", AVERAGED, f"train.parameter_groups=[{', '.join(_RULES)}]")
 # Below the lowest parameter that trains, beside it and above it.
 FROZEN = (
     "embedding.*",
@@ -80,12 +79,21 @@ FROZEN = (
 )
 _STILL = [f"{{match: '{name}', frozen: true}}" for name in FROZEN]
 STILL = ("model.head_dim=2", AVERAGED, f"train.parameter_groups=[{', '.join(_STILL)}]", "train.recompute=norms")
+# And a batch that grows, on two ranks from one micro-batch to two and three, and shrinks; and a sequence length.
+GROWS = (
+    "schedule.batch=[{from_step: 6, sequences: 32}, {from_step: 9, sequences: 48}, {from_step: 17, sequences: 32}]",
+    "data.sequence_length=12",
+    "data.stages=[{from_step: 11, sequence_length: 24}]",
+)
+GROUPED = ("model.head_dim=2", AVERAGED, f"train.parameter_groups=[{', '.join(_RULES)}]", *GROWS)
+MICRO_BATCH = {"train_micro_batch_size_per_gpu": 8}
 OFFLOAD = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}
 CASES |= {
-    "groups zero0": Case("zero1.json", overrides=GROUPED, settings={"zero_optimization": {"stage": 0}}),
-    "groups zero1": Case("zero1.json", overrides=GROUPED),
-    "groups zero2 offloaded": Case("zero2.json", overrides=GROUPED, settings=OFFLOAD),
-    "groups zero3": Case("zero3.json", overrides=GROUPED),
+    "groups zero0": Case("zero1.json", overrides=GROUPED, settings={"zero_optimization": {"stage": 0}} | MICRO_BATCH),
+    "groups zero1": Case("zero1.json", overrides=GROUPED, settings=MICRO_BATCH),
+    "groups zero2": Case("zero2.json", overrides=GROUPED, settings=MICRO_BATCH),
+    "groups zero2 offloaded": Case("zero2.json", overrides=GROUPED, settings=OFFLOAD | MICRO_BATCH),
+    "groups zero3": Case("zero3.json", overrides=GROUPED, settings=MICRO_BATCH),
     "frozen zero0": Case("zero1.json", overrides=STILL, settings={"zero_optimization": {"stage": 0}}),
     "frozen zero2 accumulated": Case("zero2.json", overrides=STILL, settings={"train_micro_batch_size_per_gpu": 2}),
     "frozen zero3 offloaded": Case("zero3.json", overrides=STILL, settings=OFFLOAD),
@@ -146,7 +154,7 @@ def _plain_adamw(kind: str, folder: Path) -> tuple[Trace, State]:
     shape, facts, batch = shape_of(run), run.optimizer, run.batch
     model = LanguageModel(shape)
     initialize(model, shape, run.config.train.seed)
-    samples = TrainingSamples(IndexedDataset(folder / "data"), (0, 200), run.config.data.sequence_length, seed=5)
+    samples = TrainingSamples(IndexedDataset(folder / "data"), (0, 200), run.config.data.sample_length, seed=5)
     loader = BatchLoader(samples, BatchLayout(batch.global_batch, batch.micro_batch, 0, 1))
     for name, weight in model.named_parameters():
         weight.requires_grad_(kind == "groups" or not any(fnmatchcase(name, pattern) for pattern in FROZEN))
@@ -162,7 +170,8 @@ def _plain_adamw(kind: str, folder: Path) -> tuple[Trace, State]:
     losses, norms = [], []
     averages = {name: weight.detach().clone() for name, weight in weights.items()}
     for step in range(1, STEPS + 1):
-        read = loader.batch((step - 1) * batch.global_batch)
+        stage = run.stages.at(step)
+        read = loader.batch(run.stages.samples(step - 1), [(stage.samples, stage.parts)])
         total = torch.zeros(())
         for micro in read.micro_batches:
             total = total + model(torch.from_numpy(micro.tokens), torch.from_numpy(micro.labels))[0] / read.target_count
@@ -185,7 +194,7 @@ _GROUPED_CASES = [(name, 2) for name in CASES if name.startswith(("groups", "fro
 
 
 @pytest.mark.parametrize(("name", "world_size"), _GROUPED_CASES)
-def test_parameter_groups_step_as_adamw_s(
+def test_parameter_groups_and_growing_steps_are_adamw_s(
     traces: dict[int, list[dict[str, Trace]]],
     plain_adamw: dict[str, tuple[Trace, State]],
     name: str,

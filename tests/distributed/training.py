@@ -86,7 +86,7 @@ def resolved(case: Case, world_size: int, folder: Path, kind: Literal["cpu", "cu
 
 
 def shape_of(run: ResolvedRun) -> ModelConfig:
-    return build_model_config(run.config.model, VOCAB, run.config.data.sequence_length)
+    return build_model_config(run.config.model, VOCAB, run.config.data.sample_length)
 
 
 def start(
@@ -105,7 +105,7 @@ def start(
     samples = TrainingSamples(
         IndexedDataset(prefix),
         (0, 200),
-        run.config.data.sequence_length,
+        run.config.data.sample_length,
         seed=5,
         document_mask=run.config.data.document_mask,
     )
@@ -120,7 +120,8 @@ def steps(engine: Any, run: ResolvedRun, loader: BatchLoader, first: int, last: 
     """Optimizer steps first..last (counted from 1), and the state after them."""
     losses, norms = [], []
     for step in range(first, last + 1):
-        batch = loader.batch((step - 1) * run.batch.global_batch)
+        stage = run.stages.at(step)
+        batch = loader.batch(run.stages.samples(step - 1), [(stage.samples, stage.parts)])
         result = engine.train_step(batch, step, learning_rate(run.schedule, step))
         assert not result.skipped, step
         losses.append(result.loss)

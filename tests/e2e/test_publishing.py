@@ -15,6 +15,7 @@ from megalm.config.loading import load_run_config
 from megalm.data.builder.builder import build_dataset
 from megalm.data.readers.document_reader import Document
 from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.planning.training_stages import TrainingStages
 from megalm.runs.metrics_log import read_metrics
 from megalm.train.datasets import find_data, open_datasets
 from tests.e2e.conftest import SmallData
@@ -149,7 +150,7 @@ def _loss_of_first_batch(run: Path, published: Path) -> float:
     """In transformers, over the samples that the run reads in step 1."""
     config = load_run_config(str(run / "config.yaml"), []).config
     batch = json.loads((run / "deepspeed.resolved.json").read_text())["train_batch_size"]
-    data = open_datasets(config, batch, find_data(config.data, lambda line: None), lambda step: (step - 1) * batch)
+    data = open_datasets(config, TrainingStages.of(config, batch), find_data(config.data, lambda line: None))
     inputs, labels = (
         np.stack(rows) for rows in zip(*(data.train.sample(index) for index in range(batch)), strict=True)
     )

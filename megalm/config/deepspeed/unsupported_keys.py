@@ -143,7 +143,7 @@ UNSUPPORTED: dict[str, UnsupportedKey] = {
     "eigenvalue": _removed("eigenvalues"),
     "graph_harvesting": _removed("graph harvesting", no_effect=False),
     "progressive_layer_drop": _removed("progressive layer drop"),
-    "curriculum_learning": _removed("this curriculum"),
+    "curriculum_learning": _removed("this curriculum", "use data.stages in the run YAML, with a sequence_length each"),
     # Single keys.
     "max_grad_norm": UnsupportedKey(IGNORED, "use gradient_clipping", no_effect=0),
     "optimizer.legacy_fusion": _inert("megalm chooses the implementation", no_effect=False),

@@ -1,14 +1,17 @@
 """Load the batches of this data-parallel rank, for training and validation, as NumPy arrays.
 
 Legend: B samples in a global batch, b in a micro-batch, T sequence length. Micro-batch m of rank d, of n ranks,
-takes samples (m * n + d) * b + [0, b) of the global batch: every layout sees the same B samples.
+takes sequences (m * n + d) * b + [0, b) of the global batch: every layout sees the same B sequences. A sequence is a
+sample, or one of the equal parts that a sample is cut into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate, pairwise
 from types import TracebackType
 
 import numpy as np
@@ -55,7 +58,7 @@ PrepareBatch = Callable[[GlobalBatch], GlobalBatch]
 
 @dataclass(frozen=True)
 class BatchLayout:
-    """How a global batch is split into the ranks' micro-batches.
+    """How a global batch is split into the ranks' micro-batches; a batch of another size has more or less of them.
 
     Raises:
         ConfigError: micro-batch times ranks does not divide the global batch.
@@ -97,26 +100,33 @@ class BatchLoader:
     def __init__(self, samples: Samples, layout: BatchLayout, prepare: PrepareBatch | None = None) -> None:
         self._samples, self._layout, self._prepare = samples, layout, prepare
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
-        self._pending: dict[int, Future[GlobalBatch]] = {}
+        self._pending: dict[tuple[int, int, int], Future[GlobalBatch]] = {}  # first and last sample, parts
 
-    def batch(self, first_sample: int) -> GlobalBatch:
-        """Return this rank's part of the global batch of samples [first_sample, first_sample + B).
+    def batch(self, first_sample: int, sizes: Sequence[tuple[int, int]] = ()) -> GlobalBatch:
+        """Return this rank's part of the global batch that begins with sample `first_sample`.
+
+        Args:
+            sizes: of this batch and of the next ones, the number of samples and the parts that each is cut into; () for
+                the layout's B, uncut.
 
         Raises:
+            ConfigError: a size that the layout does not divide.
             DataError, OSError: reading these samples failed, possibly in the prefetch thread; a later call tries
                 again.
         """
-        size = self._layout.global_batch_size
-        wanted = [first_sample + ahead * size for ahead in range(1 + PREFETCHED_BATCHES)]
-        for old in [first for first in self._pending if first not in wanted]:  # after a jump in the order
+        sizes = sizes or [(self._layout.global_batch_size, 1)] * (1 + PREFETCHED_BATCHES)
+        ends = pairwise(accumulate((samples for samples, _ in sizes), initial=first_sample))
+        wanted = [(*span, parts) for span, (_, parts) in zip(ends, sizes, strict=True)]
+        for old in [batch for batch in self._pending if batch not in wanted]:  # after a jump in the order
             self._pending.pop(old).cancel()
-        for first in wanted:
-            if first not in self._pending:
-                self._pending[first] = self._pool.submit(self._load, first, first + size)
-        return self._pending.pop(first_sample).result()
+        for each in wanted:
+            if each not in self._pending:
+                self._pending[each] = self._pool.submit(self._load, *each)
+        return self._pending.pop(wanted[0]).result()
 
-    def _load(self, first: int, end: int) -> GlobalBatch:
-        batch = _assemble(self._samples, self._layout, first, end)
+    def _load(self, first: int, end: int, parts: int) -> GlobalBatch:
+        layout = replace(self._layout, global_batch_size=(end - first) * parts)
+        batch = _assemble(self._samples, layout, first, end, parts)
         return batch if self._prepare is None else self._prepare(batch)
 
     def close(self) -> None:
@@ -156,24 +166,37 @@ class ValidationLoader:
         return _assemble(self._samples, self._layout, first, end)
 
 
-def _assemble(samples: Samples, layout: BatchLayout, first: int, end: int) -> GlobalBatch:
-    """Return the rank's part of samples [first, end), padded to the layout's size with samples without targets."""
+def _assemble(samples: Samples, layout: BatchLayout, first: int, end: int, parts: int = 1) -> GlobalBatch:
+    """Return the rank's part of samples [first, end), padded to the layout's size with samples without targets.
+
+    Args:
+        parts: equal ones, that each sample is cut into.
+    """
+
+    def sample_and_part(offset: int) -> tuple[int, int]:
+        return first + offset // parts, offset % parts
+
     micro_batches = tuple(
-        _micro_batch(samples, [first + offset for offset in layout.offsets(micro)], end)
+        _micro_batch(samples, [sample_and_part(offset) for offset in layout.offsets(micro)], end, parts)
         for micro in range(layout.micro_batches)
     )
     targets = sum(samples.target_count(index) for index in range(first, end))
     return GlobalBatch(micro_batches, targets, (first, end))
 
 
-def _micro_batch(samples: Samples, indices: list[int], end: int) -> MicroBatch:
-    shape = len(indices), samples.sequence_length
+def _micro_batch(samples: Samples, places: list[tuple[int, int]], end: int, parts: int) -> MicroBatch:
+    """Return the sequences at `places`: each a sample and its part."""
+    length = samples.sequence_length // parts
+    shape = len(places), length
     tokens = np.zeros(shape, dtype=np.int64)
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     documents = np.zeros(shape, dtype=np.int32) if samples.document_mask else None
-    for row, index in enumerate(indices):
+    read = lru_cache(maxsize=1)(samples.sample)  # parts of a sample follow each other
+    numbers = lru_cache(maxsize=1)(samples.documents)
+    for row, (index, part) in enumerate(places):
         if index < end:
-            tokens[row], labels[row] = samples.sample(index)
+            here = slice(part * length, (part + 1) * length)
+            tokens[row], labels[row] = (values[here] for values in read(index))
             if documents is not None:
-                documents[row] = samples.documents(index)
+                documents[row] = numbers(index)[here]
     return MicroBatch(tokens, labels, documents)

@@ -53,7 +53,15 @@ _PARAMETERS_OF_ENVIRONMENT = {
     "compiled": "compiled",
 }
 # What is a parameter, a dataset or the description, or says nothing to a reader.
-_NOT_TAGS = (*_PARAMETERS_OF_ENVIRONMENT, "zero_stage", "planned_steps", "datasets", "device_kind", "threads_per_rank")
+_NOT_TAGS = (
+    *_PARAMETERS_OF_ENVIRONMENT,
+    "zero_stage",
+    "planned_steps",
+    "training_stages",
+    "datasets",
+    "device_kind",
+    "threads_per_rank",
+)
 _NOT_TAGS_OF_EVENTS = ("kind", "time", "event", "step", "startup_seconds", *_PARAMETERS_OF_ENVIRONMENT)
 # MLflow's limits: names of 250 characters, values of 6000 (parameters) and 8000 (tags).
 _LONGEST_NAME = 250

@@ -6,6 +6,7 @@ import datetime
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from megalm.planning.training_stages import TrainingStages
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, wall_limit
 from megalm.tracking.compare_runs import comparable_validations
 from megalm.tracking.report.run_data import Failure, ReportData
@@ -78,6 +79,8 @@ def _epochs(run: ReportData) -> float | None:
     """Return the epochs trained on the dataset, if there is only one."""
     match run.environment, run.results.steps:
         case {"datasets": [{"epochs": int() | float() as epochs}], "planned_steps": int() as planned}, int() as steps:
+            if (stages := TrainingStages.from_json(run.environment.get("training_stages"))) is not None and planned:
+                return epochs * stages.tokens(steps) / stages.tokens(planned)
             return epochs * steps / planned if planned else None
     return None
 

@@ -44,8 +44,12 @@ class TimeLimits:
     _longest_gap: float = field(default=0.0, init=False)
     _longest_save: float = field(default=0.0, init=False)
 
-    def boundary(self, step: int | None = None) -> bool:
-        """Call at each step boundary; return whether it is time to stop."""
+    def boundary(self, step: int | None = None, growth: float = 1.0) -> bool:
+        """Call at each step boundary; return whether it is time to stop.
+
+        Args:
+            growth: how many times longer than the last step the next one takes.
+        """
         self.heartbeat(step)
         if self.watchdog is not None and not self.watchdog.is_alive():
             self.watchdog.start()
@@ -55,7 +59,8 @@ class TimeLimits:
         self._last_boundary = now
         if self.wall_seconds is None:
             return False
-        needed = self._longest_gap + _SAVE_MARGIN * self._longest_save + min(_LEAVING_SECONDS, self.wall_seconds / 10)
+        needed = self._longest_gap * max(1.0, growth) + _SAVE_MARGIN * self._longest_save
+        needed += min(_LEAVING_SECONDS, self.wall_seconds / 10)
         return now - self.started + needed >= self.wall_seconds
 
     def saved(self, seconds: float) -> None:

@@ -45,9 +45,9 @@ def identity_of(run: ResolvedRun, shape: ModelConfig, identity: DataIdentity, co
     """Return, as JSON, the facts that need `resume.allow` to change when a run resumes after `consumed` samples."""
     data = run.config.data
     settings = {
-        "data.sequence_length": data.sequence_length,
+        "data.sequence_length": data.sample_length,
         "data.split": data.split,
-        "data.stride": None if data.stride == data.sequence_length else data.stride,
+        "data.stride": None if data.stride == data.sample_length else data.stride,
         "data.order": data.order,
         "data.document_mask": data.document_mask,
         "train.seed": run.config.train.seed,
@@ -168,21 +168,21 @@ def first_sample_of(manifest: Manifest | None, run: ResolvedRun) -> Callable[[in
 
     Skipped samples do not move a stage, since they did not move it in the run that skipped them.
     """
-    marks: list[tuple[int, int, int]] = [(1, 0, run.batch.global_batch)]  # first step, first sample, batch
+    done, sample = 0, 0
+    marks: list[tuple[int, int, int]] = []  # of steps done: first step, first sample, batch
     if manifest is not None:
-        segments = _of_order(manifest.data_position.segments)
-        step = manifest.step - sum(segment.samples_consumed // segment.global_batch for segment in segments)
-        marks, sample = [], 0
+        segments, done = _of_order(manifest.data_position.segments), manifest.step
+        step = done - sum(segment.samples_consumed // segment.global_batch for segment in segments)
         for segment in segments:
             marks.append((step + 1, sample, segment.global_batch))
             step += segment.samples_consumed // segment.global_batch
             sample += segment.samples_consumed
-        marks.append((step + 1, sample, run.batch.global_batch))
 
     def first(step: int) -> int:
-        mark = [mark for mark in marks if mark[0] <= step] or marks[:1]
-        first_step, sample, batch = mark[-1]
-        return max(0, sample + (step - first_step) * batch)
+        if step > done:
+            return sample + run.stages.samples(step - 1, after=done)
+        first_step, first_sample, batch = next((mark for mark in reversed(marks) if mark[0] <= step), (step, 0, 0))
+        return first_sample + (step - first_step) * batch
 
     return first
 
@@ -250,9 +250,9 @@ def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, 
     if found.keys() & {"dataset", "tokenizer", "order"}:
         return "anew"
     last = manifest.data_position.segments[-1]
-    if last.sequence_length == run.config.data.sequence_length:
+    if last.sequence_length == run.config.data.sample_length:
         return "on"
-    if run.config.data.stages:
+    if any(stage.blend for stage in run.config.data.stages):
         raise ConfigError(
             f"data.sequence_length was {last.sequence_length} and cannot change in a run with data.stages; keep it, or "
             "start a new order of samples with resume.allow=[order] and another train.seed"
@@ -262,9 +262,10 @@ def continuation_kind(run: ResolvedRun, manifest: Manifest, found: Mapping[str, 
 
 def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning) -> TrainingProgress:
     """Return the progress at which training resumes."""
-    data = manifest.data_position.segments
+    data, stage = manifest.data_position.segments, run.stages.at(manifest.step + 1)
     last = data[-1]
     position = TrainingProgress(
+        stage,
         step=manifest.step,
         tokens=manifest.tokens or 0,
         best_loss=manifest.best_validation_loss,
@@ -273,7 +274,7 @@ def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning)
     )
     if continuation != "on":
         position.data_history, position.continuation = data, continuation
-    elif last.global_batch != run.batch.global_batch or last.samples_skipped:
+    elif last.global_batch != stage.samples or last.samples_skipped:
         position.data_history, position.continuation = data, "on"
         position.first_sample = position.samples = last.next_sample
     else:
@@ -286,10 +287,10 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
     """Return the changes from here on, one line each."""
     last = manifest.data_position.segments[-1]
     lines = []
-    if last.global_batch != run.batch.global_batch:
-        lines.append(f"the batch was {last.global_batch} sequences, is {run.batch.global_batch}")
-    if last.sequence_length != run.config.data.sequence_length:
-        lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sequence_length}")
+    if last.global_batch != run.stages.at(manifest.step).samples:
+        lines.append(f"the batch was {last.global_batch} samples, is {position.stage.samples}")
+    if last.sequence_length != run.config.data.sample_length:
+        lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sample_length}")
     if position.continuation == "anew" and position.data_history and position.samples == 0:
         lines.append("the order of samples changed: it starts at its first sample")
     if last.samples_skipped:

@@ -187,10 +187,10 @@ def plan_resume(point: ResumePoint, data: RunData) -> ResumePlan:
     run, found, options = point.run, point.found, point.options
     # A trained position table may be longer than the samples are now; keep it.
     table = found.reader.manifest.model["max_position_embeddings"] if found is not None else 0
-    longest = max(run.config.data.sequence_length, table)
+    longest = max(run.config.data.sample_length, table)
     shape = build_model_config(run.config.model, data.tokenizer.vocab_size, longest)
     identity = DataIdentity(data.train, data.tokenizer.fingerprint, data.validation_fingerprint)
-    position = TrainingProgress(schedule=point.schedule)
+    position = TrainingProgress(run.stages.at(1), schedule=point.schedule)
     if found is None:
         return ResumePlan(run, data, shape, identity, position, None, options, (), ())
     options = replace(options, allow=(*options.allow, *run.config.resume.allow))
@@ -219,15 +219,14 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
     identity = replace(plan.identity, samples=order)
     position = progress_from(manifest, run, continuation)
     position.schedule = plan.position.schedule
-    to_come = (run.config.train.steps - position.step) * run.batch.global_batch
-    data = replace(plan.data, train=order, samples=position.samples + max(0, to_come))
+    to_come = run.stages.samples(run.config.train.steps, after=position.step)
+    data = replace(plan.data, train=order, samples=position.samples + to_come)
     if position.best_loss is not None and manifest.validation not in (None, identity.validation):
         position.best_loss, position.stale_evaluations = None, 0
         notes += ("the validation data changed: the lowest loss so far no longer counts",)
     if resume.skip_steps:
-        samples = resume.skip_steps * run.batch.global_batch
-        here = identity.at(position.samples)["order"]
-        position.skip(samples, here, run.config.data.sequence_length, run.batch.global_batch)
+        samples = run.stages.samples(position.step + resume.skip_steps, after=position.step)
+        position.skip(samples, identity.at(position.samples)["order"])
         notes += (f"skipping the data of {resume.skip_steps} steps, {samples:,} samples",)
     notes = (
         *change_notes(position, manifest, run),
@@ -241,8 +240,8 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
 def _order_so_far(run: ResolvedRun, data: RunData, manifest: Manifest) -> BlendedSamples:
     """Return the samples in the checkpoint's order, rebuilt from the run's present data settings."""
     order, lengths = data.train, lengths_of_order(manifest)
-    if len(lengths) > 1 or lengths[0][0] != run.config.data.sequence_length:
-        section = run.config.data.model_copy(update={"sequence_length": lengths[0][0]})
+    if len(lengths) > 1 or lengths[0][0] != run.config.data.sample_length:
+        section = run.config.data.with_sample_length(lengths[0][0])
         earlier = replace(run, config=run.config.model_copy(update={"data": section}))
         order = open_data(earlier, data.places, first_sample_of(manifest, run)).train
     for (_, end), (length, _) in pairwise(lengths):
@@ -255,7 +254,7 @@ def _order_from_here(
 ) -> tuple[BlendedSamples, tuple[str, ...]]:
     """Return the samples from here on, and warnings about them."""
     if continuation == "recut":
-        length = run.config.data.sequence_length
+        length = run.config.data.sample_length
         order = order.recut(lengths_of_order(manifest)[-1][1], length)
         skipped, repeated = order.recut_tokens
         return order, (
@@ -263,6 +262,6 @@ def _order_from_here(
             f"{skipped:,} tokens are skipped, {repeated:,} are read twice",
         )
     if continuation == "anew":  # stages count the run's steps, but the order starts after the steps already done
-        done, batch = manifest.step, run.batch.global_batch
-        order = open_data(run, data.places, lambda step: (step - 1 - done) * batch).train
+        done = manifest.step
+        order = open_data(run, data.places, lambda step: run.stages.samples(step - 1, after=done)).train
     return order, ()

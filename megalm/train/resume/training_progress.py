@@ -7,6 +7,7 @@ from typing import Any
 
 from megalm.checkpoint.manifest import Beginning, DataSegment, Manifest
 from megalm.planning.lr_schedule import ScheduleSegment
+from megalm.planning.training_stages import TrainingStage
 from megalm.train.evaluator import Evaluation
 
 
@@ -37,10 +38,12 @@ class TrainingProgress:
         best_loss: lowest validation loss so far, on the part used during training.
         stale_evaluations: number of validations since `best_loss`.
         rollbacks: number of rollbacks so far.
+        stage: batch and sequence length of the current data segment.
         data_history: data segments before the current one.
         first_sample, continuation: where and how the current segment began.
     """
 
+    stage: TrainingStage
     step: int = 0
     samples: int = 0
     tokens: int = 0
@@ -54,28 +57,33 @@ class TrainingProgress:
     continuation: Beginning = "anew"
     schedule: RunSchedule = RunSchedule()
 
-    def segment(self, order: str, sequence_length: int, global_batch: int) -> DataSegment:
+    def segment(self, order: str) -> DataSegment:
         """Return the current data segment so far."""
-        consumed = self.samples - self.first_sample
         return DataSegment(
             order=order,
-            sequence_length=sequence_length,
-            global_batch=global_batch,
+            sequence_length=self.stage.sequence_length * self.stage.parts,
+            global_batch=self.stage.samples,
             first_sample=self.first_sample,
-            samples_consumed=consumed,
+            samples_consumed=self.samples - self.first_sample,
             begins=self.continuation,
         )
 
-    def skip(self, samples: int, order: str, sequence_length: int, global_batch: int) -> None:
-        """Skip `samples` samples in the same order."""
-        here = self.segment(order, sequence_length, global_batch)
+    def skip(self, samples: int, order: str) -> None:
+        """Skip `samples` samples in the same order, and begin a segment after them."""
+        here = self.segment(order)
         self.data_history = (*self.data_history, here.model_copy(update={"samples_skipped": samples}))
         self.first_sample = self.samples = here.next_sample + samples
         self.continuation = "on"
 
-    def data_json(self, order: str, sequence_length: int, global_batch: int) -> dict[str, Any]:
+    def begin_stage(self, stage: TrainingStage, order: str) -> None:
+        """Continue in the same order, in a new segment if steps have another number of samples."""
+        if self.samples > self.first_sample and stage.samples != self.stage.samples:
+            self.skip(0, order)
+        self.stage = stage
+
+    def data_json(self, order: str) -> dict[str, Any]:
         """Return the `data_position` section of a manifest."""
-        segments = (*self.data_history, self.segment(order, sequence_length, global_batch))
+        segments = (*self.data_history, self.segment(order))
         return {"segments": [segment.model_dump() for segment in segments]}
 
 

@@ -55,6 +55,11 @@ def test_the_numbers_of_a_run_that_trains(tmp_path: Path) -> None:
     assert found.eta_seconds == pytest.approx(90 * 2.0), "by the clock: validation and saves count"
     assert found.event is not None
     assert found.event["event"] == "checkpoint"
+    facts = json.loads((run / "environment.json").read_text())
+    stages = [[1, 8, 64], [10, 16, 64], [51, 32, 64]]  # the steps at hand are of 8 sequences, but for the last one
+    (run / "environment.json").write_text(json.dumps({**facts, "training_stages": stages}))
+    left, lately = 40 * 16 + 50 * 32, (8 * 8 + 16) / 9
+    assert read_status(run).eta_seconds == pytest.approx(2.0 * left / lately)
 
 
 @pytest.mark.parametrize("state", ["finished", "failed", "stopped"])

@@ -754,7 +754,7 @@ def test_offload_takes_time(start: Start) -> None:
         plan = make_plan(start(device=gpu_by_name("H100"), ranks=8, zero_optimization=section), 99)
         assert plan.hours
         seconds[name] = 3600 * plan.hours / plan.resolved.config.train.steps
-        assert seconds[name] == pytest.approx(seconds["none"] + plan.offload_seconds)
+        assert seconds[name] == pytest.approx(seconds["none"] + plan.offload_seconds(plan.case.accumulation))
         assert ("offload" in section_of(plan_text(plan, 8), "Verdict")) == (name != "none")
     assert seconds["none"] < seconds["optimizer"] < seconds["parameters"]
 

@@ -356,7 +356,7 @@ def test_mfu_is_of_the_device_s_data_sheet() -> None:
     """355.9 M parameters at 49,300 tokens/s on four A100s: the speed of a step of 21.27 s."""
     speed, device = "claim: step_seconds, value: 21.27", "documented.device=A100"
     plan = plan_of("a100x4-300m")
-    share = plan.flops_per_token * plan.resolved.tokens_per_step / 21.27 / (4 * 312e12)
+    share = plan.flops_per_token * plan.resolved.stages.at(1).tokens / 21.27 / (4 * 312e12)
     assert 0.09 < share < 0.1
     verdicts = judged("a100x4-300m", claims(speed, f"claim: mfu, value: {share * 1.05}"), device)
     assert [it.verdict for it in verdicts.values()] == ["-", HOLDS]

@@ -304,7 +304,7 @@ def test_an_interval_beyond_the_end_is_reported(start: Start) -> None:
 
 
 def test_tokens_of_a_step(start: Start) -> None:
-    assert start("data.sequence_length=128", device=CPU).tokens_per_step == 16 * 128
+    assert start("data.sequence_length=128", device=CPU).stages.at(1).tokens == 16 * 128
 
 
 def test_the_steps_follow_from_tokens(start: Start) -> None:

@@ -54,6 +54,31 @@ def test_every_layout_sees_the_same_samples(make_dataset: MakeDataset, micro: in
         assert batches[0].target_count == 60
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("micro", "ranks"), LAYOUTS)
+def test_samples_are_cut_into_parts(make_dataset: MakeDataset, micro: int, ranks: int, masked: bool) -> None:
+    """The same tokens, labels and targets as uncut, also in batches of other sizes around it."""
+    samples = TrainingSamples(make_dataset([7, 3, 20, 1, 9]), (0, 5), 6, seed=3, document_mask=masked)
+    whole = [samples.sample(index) for index in range(24, 28)]
+    batches = []
+    for rank in range(ranks):
+        with BatchLoader(samples, BatchLayout(12, micro, rank, ranks)) as loader:
+            loader.batch(12, [(12, 1), (4, 3), (24, 1)])
+            batches.append(loader.batch(24, [(4, 3), (24, 1), (8, 3)]))
+            assert loader.batch(28, [(24, 1)]).sample_range == (28, 52)
+    assert rows(batches).reshape(4, 6).tolist() == [tokens.tolist() for tokens, _ in whole]
+    labels = np.concatenate([labels for _, labels in whole])
+    micros = [[batch.micro_batches[m] for batch in batches] for m in range(len(batches[0].micro_batches))]
+    assert np.concatenate([micro.labels for rank in micros for micro in rank]).ravel().tolist() == labels.tolist()
+    for batch in batches:
+        assert (batch.target_count, batch.sample_range) == ((labels != IGNORE_INDEX).sum(), (24, 28))
+        assert {micro.tokens.shape for micro in batch.micro_batches} == {(micro, 2)}
+    if masked:
+        found = [micro.documents for rank in micros for micro in rank]
+        expected = [samples.documents(index).tolist() for index in range(24, 28)]
+        assert np.concatenate([each for each in found if each is not None]).reshape(4, 6).tolist() == expected
+
+
 def test_a_batch_that_cannot_be_divided() -> None:
     with pytest.raises(ConfigError) as error:
         BatchLayout(12, 5, 0, 2)

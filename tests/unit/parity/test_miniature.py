@@ -93,6 +93,14 @@ def test_every_preset_has_a_miniature(name: str) -> None:
     assert found.run.precision == found.reference.precision
 
 
+def test_a_batch_that_grows_does_so_in_a_miniature() -> None:
+    found = case("schedule.batch=[{from_step: 500, sequences: 32}, {from_step: 1000, sequences: 64}]", ranks=2)
+    assert [stage.first_step for stage in found.run.stages.stages] == [1, 2, 3]
+    assert found.reference.stages == found.run.stages
+    assert "schedule.batch" in {change.key for change in found.changes}
+    assert not case(ranks=2).run.stages.grow
+
+
 def test_no_data_is_needed() -> None:
     found = case("data.train=nowhere/at/all", "data.tokenizer=nowhere.json", "data.sequence_length=4096")
     assert found.run.config.data.train is None

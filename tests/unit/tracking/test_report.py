@@ -60,6 +60,9 @@ def test_the_numbers_are_those_of_the_run(tmp_path: Path) -> None:
     for told, names in zip(page.items("numbers"), expected, strict=True):
         assert_names(told, *names)
     assert page.items("unusual") == []
+    grows = {"training_stages": [[1, 8, 8, 1], [31, 24, 8, 1]]}  # a quarter of the tokens in the first half
+    (run / "environment.json").write_text(json.dumps(facts | grows))
+    assert any("Epochs" in told and "0.75" in told for told in page_of(run).items("numbers"))
 
 
 # Rows, files, the kind of verdict and what it names.

@@ -11,12 +11,14 @@ import pytest
 from megalm.checkpoint.manifest import DataSegment, Manifest
 from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
+from megalm.config.schema import BlendPart, DataStage
 from megalm.errors import CheckpointError, ConfigError
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_settings import config_changes
 from megalm.train.resume.compatibility import (
+    change_notes,
     continuation_kind,
     first_sample_of,
     incompatibilities,
@@ -148,7 +150,7 @@ def test_skipped_samples_are_passed_over_and_stay_noted() -> None:
     position = progress_from(manifest(4, skipped), run(), "on")
     assert (position.samples, position.first_sample, position.data_history) == (96, 96, (skipped,))
     position.samples += 16
-    assert position.segment("order", 256, 16) == segment(256, 16, 96, 16, begins="on")
+    assert position.segment("order") == segment(256, 16, 96, 16, begins="on")
 
 
 def test_another_batch_is_another_stretch_of_the_same_order() -> None:
@@ -162,7 +164,8 @@ def test_another_length_cuts_what_is_left() -> None:
     assert continuation_kind(now, then, {}) == "recut"
     position = progress_from(then, now, "recut")
     assert (position.samples, position.continuation, len(position.data_history)) == (0, "recut", 1)
-    staged = now.config.data.model_copy(update={"stages": ("one",)})
+    stage = DataStage(from_step=9, blend=(BlendPart(prefix="one", weight=1),))
+    staged = now.config.data.model_copy(update={"stages": (stage,)})
     with pytest.raises(ConfigError) as refused:
         continuation_kind(replace(now, config=now.config.model_copy(update={"data": staged})), then, {})
     assert_names(refused.value, "data.sequence_length", 512, "data.stages", "resume.allow=[order]")
@@ -187,6 +190,39 @@ def test_stages_of_a_mixture_follow_the_batches_that_were_and_will_be() -> None:
     then = manifest(6, segment(256, 8, 0, 32, skipped=40), segment(256, 32, 72, 64, begins="on"))
     first = first_sample_of(then, run())
     assert [first(step) for step in (1, 4, 5, 6, 7, 9)] == [0, 24, 32, 64, 96, 128]
+
+
+def test_a_batch_that_grows_goes_on_at_each_side_of_a_boundary() -> None:
+    grows = run("schedule.batch=[{from_step: 4, sequences: 32}]")
+    before = progress_from(manifest(2, segment(256, 16, 0, 32)), grows, "on")
+    assert (before.samples, before.first_sample, before.stage.sequences) == (32, 0, 16)
+    at = progress_from(manifest(3, segment(256, 16, 0, 48)), grows, "on")
+    assert (at.samples, at.first_sample, at.stage.sequences, len(at.data_history)) == (48, 48, 32, 1)
+    both = (segment(256, 16, 0, 48), segment(256, 32, 48, 32, begins="on"))
+    after = progress_from(manifest(4, *both), grows, "on")
+    assert (after.samples, after.first_sample, after.data_history, after.continuation) == (80, 48, both[:1], "on")
+    for then in (manifest(2, segment(256, 16, 0, 32)), manifest(3, segment(256, 16, 0, 48)), manifest(4, *both)):
+        first = first_sample_of(then, grows)
+        assert [first(step) for step in (1, 3, 4, 5, 6)] == [0, 32, 48, 80, 112]
+        assert change_notes(progress_from(then, grows, "on"), then, grows) == []
+    other = run("schedule.batch=[{from_step: 3, sequences: 8}]")
+    (note,) = change_notes(progress_from(manifest(4, *both), other, "on"), manifest(4, *both), other)
+    assert_names(note, 32, 8)
+
+
+def test_a_sequence_length_that_grows_keeps_the_order() -> None:
+    """Samples are of the longest length, whatever a step cuts them into."""
+    words = ("data.sequence_length=64", "data.stages=[{from_step: 4, sequence_length: 256}]")
+    grows = run(*words, "schedule.batch=[{from_step: 6, sequences: 8}]")
+    then = manifest(3, segment(256, 4, 0, 12))
+    assert continuation_kind(grows, then, {}) == "on"
+    position = progress_from(then, grows, "on")
+    assert (position.samples, position.first_sample, position.stage.sequence_length) == (12, 12, 256)
+    assert position.segment("order") == segment(256, 16, 12, 0, begins="on")
+    first = first_sample_of(then, grows)
+    assert [first(step) for step in (1, 3, 4, 5, 6, 7)] == [0, 8, 12, 28, 44, 52]
+    assert change_notes(position, then, grows) == []
+    assert continuation_kind(run("data.sequence_length=64"), then, {}) == "recut"
 
 
 def test_stages_of_an_order_that_began_late() -> None:

@@ -21,6 +21,7 @@ from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.recipe_claims import Expectation, Span
 from megalm.planning.resolve import resolve
+from megalm.planning.training_stages import TrainingStage
 from megalm.runs.metrics_log import MetricsWriter, live_rows, read_metrics
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_lock import RunLock
@@ -63,7 +64,11 @@ class Engine:
 
 
 class Batches:
-    def batch(self, first_sample: int) -> int:
+    def __init__(self) -> None:
+        self.read: list[tuple[int, int]] = []  # first sample and size
+
+    def batch(self, first_sample: int, sizes: Sequence[tuple[int, int]]) -> int:
+        self.read.append((first_sample, sizes[0][0]))
         return first_sample
 
 
@@ -89,6 +94,7 @@ class Checkpoints:
     def save(self, engine: Engine, position: TrainingProgress, status: str = "good", reason: str | None = None) -> Path:
         self.saved.append(position.step)
         self.positions[position.step] = replace(position)
+        position.data_json("order")  # refuses a segment that is none
         if status == "suspect":
             assert reason
             self.suspect[position.step] = reason
@@ -102,6 +108,9 @@ class Checkpoints:
     def mark_best(self, path: Path) -> None:
         self.best.append(path.name)
 
+    def order_at(self, sample: int) -> str:
+        return "order"
+
     def move_to(self, folder: RunFolder) -> None:
         self.moved_to = folder.path
 
@@ -114,7 +123,7 @@ class Checkpoints:
         guard.forget_refusals()
         step = max(step for step in self.positions if step not in self.suspect)
         position = replace(self.positions[step])
-        position.skip(next_sample - position.samples, "order", 256, 16)
+        position.skip(next_sample - position.samples, "order")
         return Path(f"step-{step}"), position
 
 
@@ -157,16 +166,16 @@ class Story:
         stop = StopRequest(3600)
         guard = SpikeGuard(run.config.guard)
         self.engine = Engine(options.get("losses", {}), stop, options.get("stop_at"), guard.judge)
-        self.checkpoints, self.sampler = Checkpoints(), Sampler()
+        self.checkpoints, self.sampler, self.batches = Checkpoints(), Sampler(), Batches()
         self.incidents, self.metrics = Incidents(), folder / "metrics.jsonl"
-        position = options.get("position", TrainingProgress())
+        position = options.get("position", TrainingProgress(run.stages.at(1)))
         position.schedule = RunSchedule((ScheduleSegment(1, 0, run.schedule),))
         self.loop = Trainer(
             TrainerComponents(
                 run=run,
                 comm=Alone(),  # type: ignore[arg-type]
                 engine=self.engine,  # type: ignore[arg-type]
-                batches=Batches(),  # type: ignore[arg-type]
+                batches=self.batches,  # type: ignore[arg-type]
                 evaluator=Evaluator(options.get("validation", []), options.get("whole", 9.0)),  # type: ignore[arg-type]
                 checkpoints=self.checkpoints,  # type: ignore[arg-type]
                 sampler=self.sampler,  # type: ignore[arg-type]
@@ -177,7 +186,7 @@ class Story:
                 guard=guard,
                 incidents=self.incidents,  # type: ignore[arg-type]
                 limits=options.get("limits", TimeLimits()),
-                flops_per_token=1.0,
+                flops_per_token=lambda length: 1.0,
                 peak_flops=options.get("peak_flops", 1e12),
             ),
             position,
@@ -293,8 +302,42 @@ def test_a_validation_loss_that_is_no_number_is_never_the_best(tmp_path: Path) -
     assert (story.loop.position.step, story.loop.position.best_loss) == (4, 3.0)
 
 
+GROWS = "schedule.batch=[{from_step: 4, sequences: 32}, {from_step: 6, sequences: 48}]"
+
+
+def test_a_batch_that_grows_counts_its_samples_and_tokens(tmp_path: Path) -> None:
+    story = Story(tmp_path, GROWS, "checkpoint.interval_steps=1", steps=7)
+    assert story.loop.fit() == EXIT_DONE
+    assert story.batches.read == [(0, 16), (16, 16), (32, 16), (48, 32), (80, 32), (112, 48), (160, 48)]
+    rows = [row for row in read_metrics(story.metrics) if row["kind"] == "train"]
+    assert [row["samples"] for row in rows] == [16, 32, 48, 80, 112, 160, 208]
+    assert [row["tokens"] for row in rows] == [256 * row["samples"] for row in rows]
+    for row, batch in zip(rows, (16, 16, 16, 32, 32, 48, 48), strict=True):
+        assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(256 * batch)
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] / 1e12)
+    segments = story.checkpoints.positions[7].data_json("order")["segments"]
+    assert [(it["first_sample"], it["samples_consumed"], it["global_batch"], it["begins"]) for it in segments] == [
+        (0, 48, 16, "anew"),
+        (48, 64, 32, "on"),
+        (112, 96, 48, "on"),
+    ]
+    at_boundary = story.checkpoints.positions[3].data_json("order")["segments"]
+    assert [(it["samples_consumed"], it["global_batch"]) for it in at_boundary] == [(48, 16)]
+
+
+def test_a_rollback_over_a_boundary_of_the_batch_skips_the_spike(tmp_path: Path) -> None:
+    words = ("guard.policy=rollback", "guard.warmup_steps=2", "guard.window=4", "checkpoint.interval_steps=3")
+    story = Story(tmp_path, GROWS, *words, losses={80 // 16 + 1: math.nan}, steps=7)
+    assert story.loop.fit() == EXIT_DONE
+    # Step 5, samples 80 to 111, is refused; from step 3 on, step 4 has 32 samples again.
+    assert story.batches.read[:5] == [(0, 16), (16, 16), (32, 16), (48, 32), (80, 32)]
+    assert story.batches.read[5:] == [(112, 32), (144, 32), (176, 48), (224, 48)]
+    assert story.loop.position.tokens == 256 * (3 * 16 + 2 * 32 + 2 * 48)
+
+
 def test_patience_goes_on_counting_after_a_resume(tmp_path: Path) -> None:
-    position = TrainingProgress(step=3, samples=48, tokens=3 * 4096, attempt=2, best_loss=2.0, stale_evaluations=1)
+    of_step = {"step": 3, "samples": 48, "tokens": 3 * 4096, "attempt": 2}
+    position = TrainingProgress(TrainingStage(1, 16, 256), **of_step, best_loss=2.0, stale_evaluations=1)
     settings = ("evaluate.interval_steps=1", "evaluate.patience=2")
     story = Story(tmp_path, *settings, validation=[2.4, 2.3], position=position)
     assert story.loop.fit() == EXIT_DONE
@@ -418,6 +461,17 @@ def test_the_longest_step_and_save_must_fit_into_what_is_left() -> None:
     assert not limits.boundary(), "75 of 100 s, and ten to leave"
     limits.saved(61.0)
     assert limits.boundary()
+
+
+def test_a_longer_step_to_come_must_fit_into_the_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    limits = TimeLimits(wall_seconds=1000.0, started=0.0)
+    limits.boundary()
+    now = 100.0
+    assert not limits.boundary(2)
+    assert not limits.boundary(2, growth=7.0)
+    assert limits.boundary(2, growth=9.0)
 
 
 @pytest.mark.parametrize("interval", ["4", "null"])

@@ -124,7 +124,7 @@ def use(folder: Path, run: ResolvedRun) -> None:
         position = progress_from(manifest, run, continuation)  # type: ignore[arg-type]
         position.schedule = schedule
         change_notes(position, manifest, run)
-        position.data_json("a", 32, 16)
+        position.data_json("a")
 
 
 @given(place=st.sampled_from(PLACES), value=SENSELESS)

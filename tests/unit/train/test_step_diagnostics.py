@@ -43,7 +43,9 @@ def run(folder: Path, steps: list[int], **wanted: Any) -> tuple[list[dict[str, A
     """Events, lines and the meter of a run of these steps, of which the last one is its end."""
     meter, events, lines = Meter(), [], []
     place = folder / "profile"
-    found = StepDiagnostics(Diagnostics(**wanted), place, SingleProcessCommunicator(), meter, 100.0, steps[-1])
+    found = StepDiagnostics(
+        Diagnostics(**wanted), place, SingleProcessCommunicator(), meter, lambda step: 10.0 * step, steps[-1]
+    )
     for step in steps:
         with found.observed(step), phase_of_step("forward"):
             torch.ones(3, 4) @ torch.ones(4, 5)
@@ -74,6 +76,7 @@ def test_traffic_is_that_of_the_first_steps(tmp_path: Path) -> None:
 def test_a_profile_is_written_once(tmp_path: Path) -> None:
     (event,), *_ = run(tmp_path, [1, 2, 3, 2, 3], profile_steps=range(2, 3))
     assert (event["event"], event["profiled_step"], event["flops_measured"]) == ("profile", 2, 2 * 3 * 4 * 5)
+    assert event["flops_computed"] == 20, "of step 2"
     files = {path.name.partition(".")[2] for path in (tmp_path / "profile").iterdir()}
     assert files == {"json", "txt", "rank-0.trace.json.gz"}
     assert (tmp_path / event["path"]).is_file()
