@@ -25,6 +25,7 @@ from megalm.engine.traffic_counter import TrafficCounter
 from megalm.model.layer_factory import LayerFactory, annotate_shard, shard_of
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
+from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, ParameterInit, StageBuilder, initial_weight
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
@@ -81,7 +82,7 @@ def build_engine(
     if run.topology.pipeline > 1:
         init = ParameterInit(device, _TYPES[run.precision])
         chunk = loss_chunk_tokens(run.config, shape, run.device)
-        build = StageBuilder(shape, layers, clock, chunk, init, train.checkpoint_activations_every, run.recompute)
+        build = StageBuilder(shape, layers, clock, chunk, init, _recomputation(run))
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
@@ -89,12 +90,17 @@ def build_engine(
     return _zero_engine(context, shape, layers, clock, draw)
 
 
+def _recomputation(run: ResolvedRun) -> Recomputation:
+    train = run.config.train
+    return Recomputation(run.recompute, train.checkpoint_activations_every, train.mlp_chunk_tokens)
+
+
 def _zero_engine(
     context: EngineContext, shape: ModelConfig, layers: LayerFactory, clock: DropoutClock, draw: DrawWeight | None
 ) -> Engine:
     from megalm.engine.zero_engine import ZeroEngine
 
-    run, train = context.run, context.run.config.train
+    run = context.run
     chunk = loss_chunk_tokens(run.config, shape, run.device)
     with _InitialWeights(list(shape.parameters()), draw, context.groups.data) as weights:
 
@@ -104,7 +110,7 @@ def _zero_engine(
                 _partition(stage, context)
 
         init = ParameterInit(context.device, _TYPES[run.precision], fill)
-        model = LanguageModel(shape, layers, clock, chunk, train.checkpoint_activations_every, init, run.recompute)
+        model = LanguageModel(shape, layers, clock, chunk, init, _recomputation(run))
     if run.compiled:
         model.compile_blocks()
     return ZeroEngine(model, clock, context)

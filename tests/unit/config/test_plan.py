@@ -267,6 +267,7 @@ def test_recomputation_against_live_memory(style: str, precision: str, extra: st
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
+    from megalm.model.recomputation import Recomputation
     from megalm.model.transformer import LanguageModel
     from tests.live_memory import LiveMemory
 
@@ -276,7 +277,7 @@ def test_recomputation_against_live_memory(style: str, precision: str, extra: st
     sizes = case(shape, micro_batch=batch, sequence_length=length, precision=NAMES[precision], on_cpu=True)
     flops, kept, planned_to_keep = [], [], []
     for recompute in ("none", kind):
-        model = LanguageModel(shape, recompute=recompute).to(getattr(torch, precision))
+        model = LanguageModel(shape, recomputation=Recomputation(recompute)).to(getattr(torch, precision))
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         tokens = torch.randint(0, vocab, (batch, length))
