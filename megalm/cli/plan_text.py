@@ -302,9 +302,11 @@ def _tokens(plan: Plan) -> str:
 def _recomputed(plan: Plan) -> list[list[object]]:
     again = plan.recomputed_flops_per_token
     kind, every = plan.case.recompute, plan.case.checkpoint_activations_every
-    if kind == "none" and not every:
+    if not again:
         return []
     what = f"every {every}. block" if every > 1 else "every block" if every else kind
+    if plan.case.mlp_chunk_tokens is not None:
+        what += f", MLP in tiles of {plan.case.mlp_chunk_tokens:,} tokens"
     return [["recomputed FLOPs per token", f"{again:.3e} ({what}), {again / plan.flops_per_token:.1%} more"]]
 
 

@@ -137,6 +137,7 @@ class MemoryCase:
         communication_precision: gradients are communicated in it.
         checkpoint_activations_every: every n-th block keeps only its input and is recomputed; 0: none.
         recompute: what the backward pass computes again in each of the other blocks.
+        mlp_chunk_tokens: of an MLP in tiles, of which one is computed at a time, and again in the backward pass.
         on_cpu: offloaded states lie in the same memory, RMS norms have no fused kernel, and attention keeps the
             probabilities of short sequences.
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
@@ -159,6 +160,7 @@ class MemoryCase:
     loss_chunk_tokens: int = 1024
     checkpoint_activations_every: int = 0
     recompute: Recompute = "none"
+    mlp_chunk_tokens: int | None = None
     embedding_weight_decay: bool = True
     parameter_groups: tuple[ParameterGroup, ...] = ()
     document_mask: bool = False
@@ -380,18 +382,35 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute) -> tuple[i
         attention += case.micro_batch * share.heads * kept_probabilities(case.sequence_length) * size
     # The same of the MLP, and up, gelu | gate, silu, up, product.
     mlp = norm + dropout_mask + (stream + (2 if shape.style == "gpt2" else 4) * inner) * size
-    hidden = stream * size
+    hidden, tile = stream * size, 0
+    if case.mlp_chunk_tokens is not None:
+        tile, mlp = _tile_bytes(case, share, mlp - dropout_mask), hidden + dropout_mask
     match recompute:
         case "none":
-            return attention + mlp, 0
+            return attention + mlp, tile
         case "norms":
-            return attention + mlp - 2 * norm, norm + hidden
+            return attention + mlp - (1 if tile else 2) * norm, max(norm + hidden, tile)
         case "attention":
-            return hidden + mlp, attention
+            return hidden + mlp, max(attention, tile)
         case "mlp":
             return attention + hidden, mlp
         case "full":
-            return hidden, attention + mlp
+            return hidden, attention + mlp + tile
+
+
+def _tile_bytes(case: MemoryCase, share: Share, mlp: int) -> int:
+    """Bytes that the backward pass of an MLP in tiles holds for a time.
+
+    Args:
+        mlp: bytes that the whole MLP would keep.
+    """
+    tokens, style = min(case.tokens, case.mlp_chunk_tokens or case.tokens), case.shape.style
+    # Beside what a tile keeps, gradients: of gelu and up | of product, silu and up, less the product.
+    gradients = (1 if style == "gpt2" else 2) * case.shape.intermediate_size // share.tensor * case.element_bytes
+    name = f"layers.{share.first_block}.mlp."
+    weights = sum(math.prod(size) for own, size in share.parameters().items() if own.startswith(name))
+    # Gradients of the weights are summed in fp32, beside those of a tile.
+    return mlp * tokens // case.tokens + tokens * gradients + (4 + case.element_bytes) * weights
 
 
 def _norm_bytes(case: MemoryCase, rms: bool) -> int:

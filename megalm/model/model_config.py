@@ -115,7 +115,9 @@ def flops_per_token(shape: ModelConfig, sequence_length: int) -> int:
     return 6 * (_layer_matrices(shape) + head) + attention
 
 
-def recomputed_flops_per_token(shape: ModelConfig, sequence_length: int, recompute: Recompute, every: int = 0) -> int:
+def recomputed_flops_per_token(
+    shape: ModelConfig, sequence_length: int, recompute: Recompute, every: int = 0, tiles: bool = False
+) -> int:
     """The operations of matrix products that the backward pass does again, per token, counted as above.
 
     A recomputation ends with the last input that the backward pass reads: the product that ends an attention or an MLP
@@ -123,6 +125,7 @@ def recomputed_flops_per_token(shape: ModelConfig, sequence_length: int, recompu
 
     Args:
         every: every n-th block is recomputed whole; 0: none.
+        tiles: the MLP is computed in tiles, each of which is computed again whole.
     """
     sizes = {name: math.prod(dims) for name, dims in shape.parameters().items() if len(dims) == 2}
 
@@ -133,12 +136,13 @@ def recomputed_flops_per_token(shape: ModelConfig, sequence_length: int, recompu
     projections, ends = matrices("attention"), {"attention": queries * shape.hidden_size, "mlp": matrices("mlp.down")}
     core = sequence_length * queries  # of both products of attention, halved
     attention, mlp = projections + core, matrices("mlp")
+    tiled = mlp if tiles else 0
     by_kind: dict[Recompute, int] = {
-        "none": 0,
-        "norms": 0,
-        "attention": attention - ends["attention"],
-        "mlp": mlp - ends["mlp"],
-        "full": attention + mlp - ends["mlp"],
+        "none": tiled,
+        "norms": tiled,
+        "attention": attention - ends["attention"] + tiled,
+        "mlp": tiled or mlp - ends["mlp"],
+        "full": attention + (tiled or mlp - ends["mlp"]),
     }
     whole = math.ceil(shape.num_hidden_layers / every) if every else 0
     return 2 * (whole * by_kind["full"] + (shape.num_hidden_layers - whole) * by_kind[recompute])

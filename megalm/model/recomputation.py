@@ -170,10 +170,9 @@ class TokenTiles:
         for tile in self._tiles(rows):
             inputs = rows[:, tile].detach().requires_grad_()
             with torch.enable_grad():
-                output = self._compute(inputs, weights)
-            result[:, tile], *addends = torch.autograd.grad(output, (inputs, *flat), gradients[:, tile])
-            del output
-            totals = _added(totals, addends)
+                self._compute(inputs, weights).backward(gradients[:, tile])
+            result[:, tile] = inputs.grad
+            totals = _added(totals, [_taken(weight) for weight in flat])
         narrow = [total.to(weight.dtype) for total, weight in zip(totals, flat, strict=True)]
         return result.view(hidden.shape), narrow
 
@@ -199,6 +198,13 @@ class TokenTiles:
 def _as_rows(hidden: Tensor) -> Tensor:
     """[B, T, H] -> [1, B * T, H]"""
     return hidden.reshape(1, -1, hidden.shape[-1])
+
+
+def _taken(weight: Tensor) -> Tensor:
+    """The gradient of a tile's weight, which has none afterwards."""
+    gradient, weight.grad = weight.grad, None
+    assert gradient is not None
+    return gradient
 
 
 def _added(totals: list[Tensor], addends: Sequence[Tensor]) -> list[Tensor]:

@@ -362,6 +362,7 @@ def memory_case(
         loss_chunk_tokens=loss_chunk_tokens(config, shape, device),
         checkpoint_activations_every=config.train.checkpoint_activations_every,
         recompute=recompute,
+        mlp_chunk_tokens=config.train.mlp_chunk_tokens,
         embedding_weight_decay=config.train.embedding_weight_decay,
         parameter_groups=config.train.parameter_groups,
         document_mask=config.data.document_mask,
@@ -429,9 +430,9 @@ def _recompute(
     """
     if config.train.recompute != "auto":
         return config.train.recompute, []
-    length = config.data.sequence_length
+    length, tiles = config.data.sequence_length, config.train.mlp_chunk_tokens is not None
     choices = [kind for kind in needs if not no_recomputation(kind, config, device, ds.settings.zero_optimization)]
-    choices.sort(key=lambda kind: recomputed_flops_per_token(shape, length, kind))  # "none" stays before "norms"
+    choices.sort(key=lambda kind: recomputed_flops_per_token(shape, length, kind, tiles=tiles))  # "none" stays before "norms"
     chosen = next(
         (kind for kind in choices if needs[kind].leaves_room), min(choices, key=lambda kind: needs[kind].step)
     )

@@ -131,7 +131,11 @@ class Plan:
         """Of the backward pass, beside `flops_per_token`."""
         case = self.case
         return recomputed_flops_per_token(
-            self.shape, case.sequence_length, case.recompute, case.checkpoint_activations_every
+            self.shape,
+            case.sequence_length,
+            case.recompute,
+            case.checkpoint_activations_every,
+            case.mlp_chunk_tokens is not None,
         )
 
     @property

@@ -40,7 +40,9 @@ def _case(overrides: tuple[str, ...], micro_batch: int = 2, precision: str = "fp
 CASES = {
     "gpt2 masked": _case((*GPT2, "data.document_mask=true")),
     "gpt2 dropout": _case((*GPT2, *DROPOUT)),
-    "gpt2 dropout recomputed": _case((*GPT2, *DROPOUT, "train.checkpoint_activations_every=2")),
+    "gpt2 dropout recomputed": _case(
+        (*GPT2, *DROPOUT, "train.checkpoint_activations_every=2", "train.mlp_chunk_tokens=20")
+    ),
     "llama masked recomputed": _case((*LLAMA, "data.document_mask=true", "train.recompute=norms")),
     "llama fewer micro-batches than stages": _case(LLAMA, micro_batch=16),
     "llama undecayed embeddings": _case((*LLAMA, "train.embedding_weight_decay=false"), gradient_clipping=0),

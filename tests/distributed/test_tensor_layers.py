@@ -246,10 +246,8 @@ def _model(
 ) -> dict[str, float]:
     sizes = shape(style, key_value_heads)
 
-    def make(layers: LayerFactory) -> nn.Module:
-        return LanguageModel(sizes, layers, CLOCK, chunk_tokens=40, recomputation=recomputation)
-
-    dense, sharded = make(lab.dense), make(lab.sharded)
+    dense = LanguageModel(sizes, lab.dense, CLOCK, chunk_tokens=40)
+    sharded = LanguageModel(sizes, lab.sharded, CLOCK, chunk_tokens=40, recomputation=recomputation)
     for model in (dense, sharded):
         initialize(model, sizes, seed=1)
     tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=seeded("tokens"))
@@ -284,6 +282,7 @@ CHECKS: dict[str, Callable[[Lab], dict[str, float]]] = {
     "model gpt2": lambda lab: _model(lab, "gpt2", 4),
     "model llama, 2 kv": lambda lab: _model(lab, "llama", 2),
     "model llama, 1 kv, recomputed": lambda lab: _model(lab, "llama", 1, Recomputation(every=1)),
+    "model gpt2, tiles": lambda lab: _model(lab, "gpt2", 4, Recomputation("full", mlp_chunk_tokens=10)),
     "compiled attention gpt2, 1 kv": lambda lab: _compiled(lab, lambda lab: _attention(lab, "gpt2", 1)),
     "compiled float8 mlp": lambda lab: _compiled(lab, _float8_mlp),
 }

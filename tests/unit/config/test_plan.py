@@ -257,12 +257,23 @@ def test_activations_against_what_autograd_saves(style: str, precision: str, ext
     assert 1.0 <= estimated / measured < 1.06
 
 
-@pytest.mark.parametrize("kind", [kind for kind in get_args(Recompute) if kind != "none"])
+@pytest.mark.parametrize(
+    ("kind", "chunk"),
+    [
+        *((kind, None) for kind in get_args(Recompute) if kind != "none"),
+        ("none", 64),
+        ("norms", 64),
+        ("attention", 64),
+        ("full", 64),
+    ],
+)
 @pytest.mark.parametrize(
     ("style", "precision", "extra"),
     [("llama", "bfloat16", "model.num_key_value_heads=2"), ("gpt2", "float32", "model.dropout=0.1")],
 )
-def test_recomputation_against_live_memory(style: str, precision: str, extra: str, kind: Recompute) -> None:
+def test_recomputation_against_live_memory(
+    style: str, precision: str, extra: str, kind: Recompute, chunk: int | None
+) -> None:
     """What is no longer alive after the forward pass, and what the backward pass multiplies again, on a CPU."""
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
@@ -276,15 +287,16 @@ def test_recomputation_against_live_memory(style: str, precision: str, extra: st
     (share,) = shares(shape, Topology(1))
     sizes = case(shape, micro_batch=batch, sequence_length=length, precision=NAMES[precision], on_cpu=True)
     flops, kept, planned_to_keep = [], [], []
-    for recompute in ("none", kind):
-        model = LanguageModel(shape, recomputation=Recomputation(recompute)).to(getattr(torch, precision))
+    for recompute, tokens_of_a_tile in (("none", None), (kind, chunk)):
+        chosen_model = Recomputation(recompute, mlp_chunk_tokens=tokens_of_a_tile)
+        model = LanguageModel(shape, recomputation=chosen_model).to(getattr(torch, precision))
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         tokens = torch.randint(0, vocab, (batch, length))
         with LiveMemory() as memory:
             loss, _ = model(tokens, tokens)
         kept.append(memory.bytes)
-        chosen = replace(sizes, recompute=recompute)
+        chosen = replace(sizes, recompute=recompute, mlp_chunk_tokens=tokens_of_a_tile)
         planned_to_keep.append(activation_bytes(chosen, share) - block_bytes(chosen, share, recompute)[1])
         with FlopCounterMode(display=False) as counter:
             loss.backward()
@@ -293,10 +305,10 @@ def test_recomputation_against_live_memory(style: str, precision: str, extra: st
     assert 0.98 <= planned_to_save / saved <= 1.02, (planned_to_save, saved)
     # One block of queries multiplies the whole square of scores, of which the formula counts half.
     square = length * shape.num_attention_heads * shape.head_dim * 2 * shape.num_hidden_layers
-    expected = recomputed_flops_per_token(shape, length, kind)
+    expected = recomputed_flops_per_token(shape, length, kind, tiles=chunk is not None)
     if kind in ("attention", "full"):
         expected += square
-    if shape.dropout:  # its mask is drawn behind the last product
+    if shape.dropout and (chunk is None or kind == "attention"):  # its mask is drawn behind the last product
         ends = {"attention": "attention.output", "mlp": "mlp.down", "full": "mlp.down"}
         end = f"layers.0.{ends.get(kind)}.weight"
         expected += 2 * shape.num_hidden_layers * math.prod(shape.parameters().get(end, (0,)))

@@ -222,11 +222,15 @@ def test_tiles_wait_for_no_hook_but_once() -> None:
     assert torch.equal(gradient, weight.grad)
 
 
-@pytest.mark.parametrize("kind", ["attention", "mlp"])
-def test_compiled_halves_of_a_block_are_recomputed(kind: Recompute) -> None:
-    """Each half is one graph, which serves every block; the backward pass computes one of them again."""
+@pytest.mark.parametrize(
+    ("recomputation", "graphs"),
+    [(Recomputation("attention"), 2), (Recomputation("mlp"), 2), (Recomputation("full", mlp_chunk_tokens=12), 3)],
+)
+def test_compiled_halves_of_a_block_are_recomputed(recomputation: Recomputation, graphs: int) -> None:
+    """Each half is one graph, which serves every block; the backward pass computes one of them again. A tile is one
+    graph without gradients and one with them."""
     section = ModelSection(style="llama", dropout=0.2, num_key_value_heads=2, **SIZES)
-    plain, compiled = build(section), build(section, recomputation=Recomputation(kind))
+    plain, compiled = build(section), build(section, recomputation=recomputation)
     counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled.compile_blocks(fullgraph=True, backend=counter)
@@ -241,7 +245,7 @@ def test_compiled_halves_of_a_block_are_recomputed(kind: Recompute) -> None:
     assert losses[::2] == losses[1::2]
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-7)
-    assert counter.frame_count == 2
+    assert counter.frame_count == graphs
 
 
 def test_dropout_is_a_function_of_its_place() -> None:
