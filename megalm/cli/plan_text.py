@@ -320,6 +320,7 @@ _PARTS = {
     "loss": "a chunk of logits, and the gradients of head and hidden states",
     "runtime": "allowance for CUDA's context, cuBLAS and NCCL",
     "swap buffers": "the optimizer states in work",
+    "block inputs": "what train.offload_activations keeps there, in page-locked buffers of powers of two",
     "checkpoint copy": "what checkpoint.async writes from",
 }
 

@@ -305,6 +305,11 @@ class TrainSection(Section):
         description="tokens of a micro-batch whose MLP is computed at once, and again in the backward pass, which then "
         "keeps its input alone; null: all, kept as train.recompute says",
     )
+    offload_activations: bool = Field(
+        default=False,
+        description="keep the inputs of blocks that are recomputed whole in the CPU's memory: each is copied there "
+        "beside the computation, and back one block ahead",
+    )
     count_traffic: bool = Field(
         default=False, description="count bytes and calls between ranks in the first steps: event traffic"
     )

@@ -138,6 +138,7 @@ class MemoryCase:
         checkpoint_activations_every: every n-th block keeps only its input and is recomputed; 0: none.
         recompute: what the backward pass computes again in each of the other blocks.
         mlp_chunk_tokens: of an MLP in tiles, of which one is computed at a time, and again in the backward pass.
+        offload_activations: the inputs of blocks that are recomputed whole lie in the CPU's memory.
         on_cpu: offloaded states lie in the same memory, RMS norms have no fused kernel, and attention keeps the
             probabilities of short sequences.
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
@@ -161,6 +162,7 @@ class MemoryCase:
     checkpoint_activations_every: int = 0
     recompute: Recompute = "none"
     mlp_chunk_tokens: int | None = None
+    offload_activations: bool = False
     embedding_weight_decay: bool = True
     parameter_groups: tuple[ParameterGroup, ...] = ()
     document_mask: bool = False
@@ -300,6 +302,7 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
         seen.add(kind)
         groups = parameter_groups(case, share)
         device, host = _states(case, groups)
+        host |= _offloaded_inputs(case, share)
         moments = list(start_moments(case, share, groups))
         runtime = _runtime_bytes(case)
         activations = activation_bytes(case, share)
@@ -343,11 +346,10 @@ def checkpoint_bytes(shape: ModelConfig) -> int:
 
 def activation_bytes(case: MemoryCase, share: Share) -> int:
     """Bytes that a rank keeps from forward to backward, for all micro-batches in flight in its stage."""
-    tokens, every = case.tokens, case.checkpoint_activations_every
+    tokens = case.tokens
     stream = tokens * case.shape.hidden_size // share.slices
     hidden = stream * case.element_bytes
-    blocks = range(share.first_block, share.first_block + share.blocks)
-    whole = len([index for index in blocks if every and index % every == 0])
+    whole = _whole_blocks(case, share)
     # Of each kind of block, what it keeps, and what its recomputation holds again for a time.
     plain = block_bytes(case, share, case.recompute), block_bytes(case, share, "full")
     kinds = [it for it, count in zip(plain, (share.blocks - whole, whole), strict=True) if count]
@@ -357,7 +359,29 @@ def activation_bytes(case: MemoryCase, share: Share) -> int:
     mask = tokens * 4 if case.document_mask else 0  # document numbers; attention builds its masks block by block
     working = 2 * hidden + max(again for _, again in kinds)  # gradients, and what one block recomputes
     working += _float8_bytes(case, share)
+    if case.offload_activations:
+        # One of them on its way; DeepSpeed holds what a stage receives.
+        kept += (0 if share.is_first else hidden) - whole * hidden
+        working += min(2, whole) * hidden
     return (kept + end + mask) * share.in_flight(case.accumulation) + working
+
+
+def _whole_blocks(case: MemoryCase, share: Share) -> int:
+    """Blocks of a stage that are recomputed whole."""
+    if case.recompute == "full":
+        return share.blocks
+    every = case.checkpoint_activations_every
+    return sum(1 for index in range(share.blocks) if every and (share.first_block + index) % every == 0)
+
+
+def _offloaded_inputs(case: MemoryCase, share: Share) -> dict[str, int]:
+    """The block inputs in the CPU's memory."""
+    if not case.offload_activations:
+        return {}
+    each = case.tokens * case.shape.hidden_size // share.slices * case.element_bytes
+    if not case.on_cpu:
+        each = 1 << (each - 1).bit_length()  # torch allocates page-locked memory in powers of two
+    return {"block inputs": each * _whole_blocks(case, share) * share.in_flight(case.accumulation)}
 
 
 def _float8_bytes(case: MemoryCase, share: Share) -> int:

@@ -22,6 +22,7 @@ from megalm.engine.device import fastest_seconds
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
 from megalm.engine.traffic_counter import TrafficCounter
+from megalm.model.activation_offload import OffloadedInputs
 from megalm.model.layer_factory import LayerFactory, annotate_shard, shard_of
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
@@ -82,7 +83,7 @@ def build_engine(
     if run.topology.pipeline > 1:
         init = ParameterInit(device, _TYPES[run.precision])
         chunk = loss_chunk_tokens(run.config, shape, run.device)
-        build = StageBuilder(shape, layers, clock, chunk, init, _recomputation(run))
+        build = StageBuilder(shape, layers, clock, chunk, init, _recomputation(run, device))
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
@@ -90,9 +91,10 @@ def build_engine(
     return _zero_engine(context, shape, layers, clock, draw)
 
 
-def _recomputation(run: ResolvedRun) -> Recomputation:
+def _recomputation(run: ResolvedRun, device: torch.device) -> Recomputation:
     train = run.config.train
-    return Recomputation(run.recompute, train.checkpoint_activations_every, train.mlp_chunk_tokens)
+    inputs = OffloadedInputs(device) if train.offload_activations else None
+    return Recomputation(run.recompute, train.checkpoint_activations_every, train.mlp_chunk_tokens, inputs)
 
 
 def _zero_engine(
@@ -110,7 +112,7 @@ def _zero_engine(
                 _partition(stage, context)
 
         init = ParameterInit(context.device, _TYPES[run.precision], fill)
-        model = LanguageModel(shape, layers, clock, chunk, init, _recomputation(run))
+        model = LanguageModel(shape, layers, clock, chunk, init, _recomputation(run, context.device))
     if run.compiled:
         model.compile_blocks()
     return ZeroEngine(model, clock, context)

@@ -17,6 +17,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from megalm.config.schema import Recompute
+from megalm.model.activation_offload import OffloadedInputs
 from megalm.model.modules import DropoutClock
 
 
@@ -28,11 +29,13 @@ class Recomputation:
         kind: in each block.
         every: every n-th block is recomputed whole instead; 0: none.
         mlp_chunk_tokens: tokens of a micro-batch whose MLP is computed at once, and again; None: all, and not again.
+        inputs: where the inputs of blocks that are recomputed whole are kept; None: on the device.
     """
 
     kind: Recompute = "none"
     every: int = 0
     mlp_chunk_tokens: int | None = None
+    inputs: OffloadedInputs | None = None
 
     def of(self, block: int) -> Recompute:
         """What is computed again in the block of this index."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -70,6 +71,7 @@ class Block(nn.Module):
         super().__init__()
         self._clock = clock
         self._recompute = recomputation.of(layer - 1)
+        self._inputs = recomputation.inputs
         self._compiled_halves: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
         self.attention_norm = layers.replicated(norm(shape), sharded=False)
         self.attention = Attention(shape, layers, rope, clock, layer)
@@ -94,7 +96,8 @@ class Block(nn.Module):
     def run(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
         """[B, T, H] -> [B, T, H], with the recomputation that the block is built with."""
         if self.training and self._recompute == "full":
-            return recomputed(self, self._clock, hidden, mask)
+            with self._inputs.instead_of(hidden) if self._inputs else nullcontext():
+                return recomputed(self, self._clock, hidden, mask)
         result = self(hidden, mask, cache)
         assert isinstance(result, Tensor)
         return result

@@ -102,6 +102,7 @@ def make_case(files: ConfigFiles, ranks: int, device: DeviceFacts, fp32: bool = 
                     "reduce_gradients": "auto",
                     "loss_chunk_tokens": 1024,
                     "mlp_chunk_tokens": None,
+                    "offload_activations": False,
                 }
             ),
         }

@@ -287,6 +287,15 @@ def tiles_run_as_blocks_do(case: CheckContext) -> None:
         raise ConfigError(f"train.mlp_chunk_tokens={chunk} with compiled blocks: {_HALVES}; set compile=false")
 
 
+def offloaded_inputs_are_recomputed_from(case: CheckContext) -> None:
+    train = case.config.train
+    if train.offload_activations and train.recompute != "full" and not train.checkpoint_activations_every:
+        raise ConfigError(
+            f"train.offload_activations=true with train.recompute={train.recompute}: inputs of blocks that are "
+            "recomputed whole are offloaded, and here none is; set train.recompute=full"
+        )
+
+
 def offloaded_states_are_fp32(case: CheckContext) -> None:
     states = case.config.train.optimizer_state
     if states != "fp32" and any(name == "offload_optimizer" for name, _ in case.offloads):
@@ -310,6 +319,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     gradients_are_reduced_as_the_stage_can,
     recomputation_is_one,
     tiles_run_as_blocks_do,
+    offloaded_inputs_are_recomputed_from,
     offloaded_states_are_fp32,
 )
 

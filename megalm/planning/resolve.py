@@ -199,6 +199,7 @@ def resolve(
             *batch_notices,
             *reduction_notices,
             *recompute_notices,
+            *_offload_notices(config, device),
             *memory_notices(memory(batch, whole_gradients, recompute)),
             *steps_notices,
             *warmup_notices,
@@ -363,6 +364,7 @@ def memory_case(
         checkpoint_activations_every=config.train.checkpoint_activations_every,
         recompute=recompute,
         mlp_chunk_tokens=config.train.mlp_chunk_tokens,
+        offload_activations=config.train.offload_activations,
         embedding_weight_decay=config.train.embedding_weight_decay,
         parameter_groups=config.train.parameter_groups,
         document_mask=config.data.document_mask,
@@ -438,6 +440,12 @@ def _recompute(
     )
     notice = f'train.recompute ("auto"): {chosen}'
     return chosen, [notice if chosen == "none" else f"{notice}; without recomputation {needs['none']}"]
+
+
+def _offload_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
+    if device.kind == "cuda" or not config.train.offload_activations:
+        return []
+    return ["train.offload_activations=true on a CPU: block inputs are copied within its memory, and nothing is saved"]
 
 
 def known_vocab_size(data: DataSection) -> int | None:

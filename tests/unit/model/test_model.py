@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megalm.config.schema import ModelSection, Recompute
+from megalm.model.activation_offload import OffloadedInputs
 from megalm.model.layer_factory import LayerFactory
 from megalm.model.loss import IGNORE, linear_cross_entropy
 from megalm.model.model_config import build_model_config
@@ -367,3 +368,50 @@ def test_every_tensor_is_made_where_the_model_is(name: str, recompute: str) -> N
         loss, _ = model(tokens, labels)
         loss.backward()
     assert operations.devices == {"meta"}
+
+
+@pytest.mark.parametrize("recomputation", [Recomputation("full"), Recomputation(every=2, mlp_chunk_tokens=7)])
+@pytest.mark.parametrize("section", DROPPING.values(), ids=list(DROPPING))
+def test_offloaded_inputs_change_no_bit(section: ModelSection, recomputation: Recomputation) -> None:
+    """In two steps, the second of which uses the first one's buffers, and of two micro-batches in flight."""
+    inputs = OffloadedInputs(torch.device("cpu"))
+    plain, offloaded = (
+        build(section, recomputation=it) for it in (recomputation, replace(recomputation, inputs=inputs))
+    )
+    for _ in range(2):
+        for one, other in zip(two_in_flight(plain), two_in_flight(offloaded), strict=True):
+            assert torch.equal(one, other)
+    (buffers,) = inputs._free.values()
+    whole = len(plain.layers) if recomputation.kind == "full" else 1
+    assert len(buffers) == 2 * whole
+
+
+def test_an_offloaded_input_comes_back_one_block_ahead() -> None:
+    """Before a block's backward pass begins, its own input is there, and the copy of the next one has begun; an earlier
+    one is in the CPU's memory alone."""
+    inputs = OffloadedInputs(torch.device("cpu"))
+    section = ModelSection(style="llama", **(SIZES | {"num_hidden_layers": 4}))
+    model = build(section, recomputation=Recomputation("full", inputs=inputs))
+    kept: list[Any] = []
+    keep, read = inputs._keep, inputs._read
+    on_device = []
+
+    def watched_keep(hidden: torch.Tensor) -> Any:
+        kept.append(keep(hidden))
+        return kept[-1]
+
+    def watched_read(one: Any) -> torch.Tensor:
+        tensor = read(one)
+        on_device.append([other.device is not None for other in kept])
+        return tensor
+
+    inputs._keep, inputs._read = watched_keep, watched_read
+    loss, _ = model(*batch())
+    assert [one.device is not None for one in kept] == [False, False, False, True]
+    loss.backward()
+    assert on_device == [
+        [False, False, True, False],
+        [False, True, False, False],
+        [True, False, False, False],
+        [False] * 4,
+    ]
