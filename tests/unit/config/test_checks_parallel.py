@@ -237,14 +237,22 @@ TILES = "train.mlp_chunk_tokens=512"
         (("compile=true", "parallel.tensor=2"), 2, [TILES, "compile=false"]),
     ],
 )
-def test_tiles_with_what_they_do_not_go(
-    start: Start, keys: tuple[str, ...], stage: int, names: list[object]
-) -> None:
+def test_tiles_with_what_they_do_not_go(start: Start, keys: tuple[str, ...], stage: int, names: list[object]) -> None:
     assert_names(refused(start, TILES, *keys, zero_optimization={"stage": stage}), *names)
     start(TILES, "train.recompute=full", zero_optimization={"stage": 3})
     start(TILES, "train.recompute=attention", "compile=true", zero_optimization={"stage": 2})
-    chosen = start(TILES, "train.recompute=auto", zero_optimization={"stage": 3})
-    assert chosen.recompute == "none"
+    assert start(TILES, "train.recompute=auto", zero_optimization={"stage": 3}).recompute == "none"
+
+
+def test_inputs_are_offloaded_where_blocks_are_recomputed_whole(start: Start) -> None:
+    offload = "train.offload_activations=true"
+    for kind in ("none", "attention", "auto"):
+        assert_names(refused(start, offload, f"train.recompute={kind}"), offload, f"train.recompute={kind}")
+    start(offload, "train.checkpoint_activations_every=2")
+    run = start(offload, "train.recompute=full")
+    assert_names(notice_of(run, "train.offload_activations"), "CPU")
+    on_gpu = start(offload, "train.recompute=full", device=GPU)
+    assert not [notice for notice in on_gpu.notices if "offload_activations" in notice]
 
 
 def test_a_cpu_emulates_float8(start: Start) -> None:

@@ -221,6 +221,30 @@ def test_recomputing_saves_activations() -> None:
     assert every < half < none
 
 
+@pytest.mark.parametrize(
+    ("every", "stages", "in_flight", "whole"), [(0, 1, 1, 8), (3, 1, 1, 3), (0, 2, 2, 4), (1, 2, 2, 4)]
+)
+def test_offloaded_inputs_lie_in_the_cpus_memory(every: int, stages: int, in_flight: int, whole: int) -> None:
+    """The first stage's, in buffers of powers of two; one input is in use on the device, and one on its way."""
+    sizes: dict[str, Any] = {
+        "recompute": "none" if every else "full",
+        "checkpoint_activations_every": every,
+        "topology": Topology(stages, pipeline=stages),
+        "accumulation": 4,
+        "zero": ZeroSection(stage=1),
+    }
+    shape = shape_of("model.num_hidden_layers=8")
+    plain, offloaded = (
+        next(estimate_stages(case(shape, offload_activations=offload, **sizes))) for offload in (False, True)
+    )
+    numbers = case(shape).tokens * shape.hidden_size
+    buffer = 2 ** math.ceil(math.log2(2 * numbers))
+    assert offloaded.host == {"block inputs": whole * in_flight * buffer}
+    assert plain.activations - offloaded.activations == (whole * in_flight - 2) * 2 * numbers
+    on_cpu = next(estimate_stages(case(shape, offload_activations=True, on_cpu=True, **sizes)))
+    assert on_cpu.host == {"block inputs": whole * in_flight * 2 * numbers}
+
+
 @pytest.mark.parametrize("style", ["llama", "gpt2"])
 @pytest.mark.parametrize("precision", NAMES)
 @pytest.mark.parametrize(
