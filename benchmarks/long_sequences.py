@@ -1,6 +1,6 @@
 """The longest sequence of a 1.3 B model on one card, by the plan, and its memory beside a rehearsal's.
 
-    python -m benchmarks.long_sequences [--gpus RTX-5090 A100-80GB] [--json zero2.json] [--ranks 1] [KEY=VALUE ...]
+    python -m benchmarks.long_sequences [--gpus RTX-5090 A100-80GB] [--json zero2.json] [--ranks 1] [--plan-only] [KEY=VALUE ...]
 
 For each card and each way to keep activations: the longest multiple of 1,024 tokens, one sequence at a time, of which
 the plan says that it fits, the plan's memory at that length, and the peak of tensors of a rehearsed step at it.
@@ -52,14 +52,15 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", default=["RTX-5090", "A100-80GB"])
     parser.add_argument("--json", default="zero2.json")
     parser.add_argument("--ranks", type=int, default=1)
-    parser.add_argument("--plan-only", action="store_true")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--plan-only", action="store_true", help="rehearse nothing")
     parser.add_argument("keys", nargs="*")
     options = parser.parse_args()
     found = []
     with tempfile.TemporaryDirectory() as folder:
         for gpu in options.gpus:
-            for way, keys in WAYS.items():
-                search = _Search(options, gpu, keys, Path(folder))
+            for way in options.ways:
+                search = _Search(options, gpu, WAYS[way], Path(folder))
                 if length := search.longest():
                     found.append((gpu, way, length, search.plan(length)))
     cases = [RehearsalCase(plan.resolved, plan.shape, 0, min(8, options.ranks)) for *_, plan in found]
@@ -70,9 +71,6 @@ def main() -> None:
         peak = f"{step.peak_bytes / _GIB:10.2f}" if step else " " * 10
         tensors = (plan.memory.total - plan.memory.runtime) / _GIB
         print(f"{gpu:>10} {way:>22} {length:8,} {tensors:10.2f} {peak} {plan.memory.host_peak / _GIB:10.2f}")
-        if step:
-            print(" " * 10, f"{step.peak_place}; {plan.memory.parts()}" )
-            if rehearsed[index].failure: print(rehearsed[index].failure)
 
 
 class _Search:

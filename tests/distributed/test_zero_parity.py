@@ -57,7 +57,8 @@ CASES = {
         settings={"train_micro_batch_size_per_gpu": 2},
     ),
     "zero2 recomputed": Case(
-        "zero2.json", overrides=("train.checkpoint_activations_every=1", "train.mlp_chunk_tokens=20")
+        "zero2.json",
+        overrides=("train.recompute=full", "train.mlp_chunk_tokens=20", "train.offload_activations=true"),
     ),
     "gpt2 zero1": Case("zero1.json", overrides=GPT2),
     "gpt2 zero3 accumulated": Case("zero3.json", overrides=GPT2, settings={"train_micro_batch_size_per_gpu": 2}),

@@ -339,6 +339,53 @@ def test_recomputation_against_live_memory(
     assert flops[1] - flops[0] == batch * length * expected
 
 
+@pytest.mark.parametrize(
+    ("style", "precision", "kind", "chunk", "offload"),
+    [
+        ("llama", "bfloat16", "none", 128, False),
+        ("llama", "bfloat16", "full", None, False),
+        ("llama", "bfloat16", "full", 128, False),
+        ("llama", "bfloat16", "full", 128, True),
+        ("gpt2", "float32", "full", 128, True),
+    ],
+)
+def test_the_peak_of_a_long_sequence_against_live_memory(
+    style: str, precision: str, kind: Recompute, chunk: int | None, offload: bool
+) -> None:
+    """Forward and backward, on a CPU, where offloaded inputs lie in the same memory."""
+    torch = pytest.importorskip("torch")
+    from megalm.model.activation_offload import OffloadedInputs
+    from megalm.model.recomputation import Recomputation
+    from megalm.model.transformer import LanguageModel
+    from tests.live_memory import PeakMemory
+
+    words = ("num_hidden_layers=3", "hidden_size=32", "num_attention_heads=2", "intermediate_size=256")
+    shape = shape_of(*(f"model.{word}" for word in words), f"model.style={style}", vocab=256, length=1024)
+    inputs = OffloadedInputs(torch.device("cpu")) if offload else None
+    recomputation = Recomputation(kind, mlp_chunk_tokens=chunk, inputs=inputs)
+    model = LanguageModel(shape, chunk_tokens=128, recomputation=recomputation).to(getattr(torch, precision))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    tokens = torch.randint(0, 256, (1, 1024))
+    with PeakMemory() as memory:
+        model(tokens, tokens)[0].backward()
+    sizes = case(
+        shape,
+        micro_batch=1,
+        sequence_length=1024,
+        precision=NAMES[precision],
+        on_cpu=True,
+        loss_chunk_tokens=128,
+        recompute=kind,
+        mlp_chunk_tokens=chunk,
+        offload_activations=offload,
+    )
+    plan = estimate_memory(sizes)
+    gradients = sum(parameter.nbytes for parameter in model.parameters())
+    planned_peak = plan.activations + plan.loss + plan.host.get("block inputs", 0) + gradients
+    assert 0.93 <= planned_peak / memory.peak <= 1.07, (planned_peak, memory.peak)
+
+
 def test_float8_counts_rounded_copies() -> None:
     """Of the largest product: 64 tokens of 32 and 192 numbers, or 64 tokens of 192 beside the weight, a byte each."""
     shape = shape_of("model.hidden_size=32", "model.intermediate_size=192")
