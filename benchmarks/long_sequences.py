@@ -1,6 +1,7 @@
 """The longest sequence of a 1.3 B model on one card, by the plan, and its memory beside a rehearsal's.
 
-    python -m benchmarks.long_sequences [--gpus RTX-5090 A100-80GB] [--json zero2.json] [--ranks 1] [--plan-only] [KEY=VALUE ...]
+    python -m benchmarks.long_sequences [--gpus RTX-5090 A100-80GB] [--ways WAY ...] [--json zero2.json] [--ranks 1]
+        [--plan-only] [KEY=VALUE ...]
 
 For each card and each way to keep activations: the longest multiple of 1,024 tokens, one sequence at a time, of which
 the plan says that it fits, the plan's memory at that length, and the peak of tensors of a rehearsed step at it.

@@ -42,6 +42,9 @@ class Recomputation:
         return "full" if self.every and block % self.every == 0 else self.kind
 
 
+KEEP_ALL = Recomputation()
+
+
 def recomputed(function: Callable[..., Tensor], clock: DropoutClock, *inputs: Any) -> Tensor:
     """function(*inputs), of which only the inputs are kept.
 
@@ -214,7 +217,7 @@ def _added(totals: list[Tensor], addends: Sequence[Tensor]) -> list[Tensor]:
     if not totals:
         return [addend.to(torch.promote_types(addend.dtype, torch.float32)) for addend in addends]
     for total, addend in zip(totals, addends, strict=True):
-        total += addend
+        total.add_(addend)
     return totals
 
 

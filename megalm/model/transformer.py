@@ -24,7 +24,7 @@ from megalm.model.layer_factory import LayerFactory, VocabularyOutput, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock, RotaryEmbedding, norm
-from megalm.model.recomputation import Recomputation, TokenTiles, of_recomputed_norm, recomputed
+from megalm.model.recomputation import KEEP_ALL, Recomputation, TokenTiles, of_recomputed_norm, recomputed
 
 
 class MLP(nn.Module):
@@ -66,7 +66,7 @@ class Block(nn.Module):
         rope: RotaryEmbedding | None,
         clock: DropoutClock,
         layer: int,
-        recomputation: Recomputation = Recomputation(),
+        recomputation: Recomputation = KEEP_ALL,
     ) -> None:
         super().__init__()
         self._clock = clock
@@ -239,7 +239,7 @@ class StageBuilder:
         clock: DropoutClock,
         chunk_tokens: int,
         init: ParameterInit = ParameterInit(),
-        recomputation: Recomputation = Recomputation(),
+        recomputation: Recomputation = KEEP_ALL,
     ) -> None:
         self.shape = shape
         self.slices = layers.slices
@@ -307,7 +307,7 @@ class LanguageModel(nn.Module):
         clock: DropoutClock | None = None,
         chunk_tokens: int = 1024,
         init: ParameterInit = ParameterInit(),
-        recomputation: Recomputation = Recomputation(),
+        recomputation: Recomputation = KEEP_ALL,
     ) -> None:
         super().__init__()
         clock = clock or DropoutClock(seed=0)

@@ -283,7 +283,7 @@ def recomputation_is_one(case: CheckContext) -> None:
 
 def tiles_run_as_blocks_do(case: CheckContext) -> None:
     chunk = case.config.train.mlp_chunk_tokens
-    if chunk is not None and runs_compiled(case.config, case.device) and _is_divided(case.config, case.zero) and case.zero.stage != 3:
+    if chunk is not None and runs_compiled(case.config, case.device) and _is_divided(case.config, case.zero):
         raise ConfigError(f"train.mlp_chunk_tokens={chunk} with compiled blocks: {_HALVES}; set compile=false")
 
 

@@ -434,7 +434,8 @@ def _recompute(
         return config.train.recompute, []
     length, tiles = config.data.sequence_length, config.train.mlp_chunk_tokens is not None
     choices = [kind for kind in needs if not no_recomputation(kind, config, device, ds.settings.zero_optimization)]
-    choices.sort(key=lambda kind: recomputed_flops_per_token(shape, length, kind, tiles=tiles))  # "none" stays before "norms"
+    # "none" stays before "norms".
+    choices.sort(key=lambda kind: recomputed_flops_per_token(shape, length, kind, tiles=tiles))
     chosen = next(
         (kind for kind in choices if needs[kind].leaves_room), min(choices, key=lambda kind: needs[kind].step)
     )

@@ -26,7 +26,6 @@ MOST_BREAKS = {
     "zero2 recomputed": 0,
     "zero2 recomputed mlp": 0,
     "zero2 tiles": 0,
-    "zero3 tiles": 99,
     "zero3": 4 * 2,
     "zero1 dropout": 0,
     "zero1 float8": 0,
@@ -37,7 +36,6 @@ MOST_GRAPHS = {
     "zero2 recomputed": 3,
     "zero2 recomputed mlp": 5,
     "zero2 tiles": 5,
-    "zero3 tiles": 99,
     "zero3": 5,
     "zero1 dropout": 3,
     "zero1 float8": 3,
@@ -47,7 +45,6 @@ CASES = {
     "zero2 recomputed": Case("zero2.json", overrides=("train.checkpoint_activations_every=1",)),
     "zero2 recomputed mlp": Case("zero2.json", overrides=("train.recompute=mlp",)),
     "zero2 tiles": Case("zero2.json", overrides=("train.recompute=full", "train.mlp_chunk_tokens=96")),
-    "zero3 tiles": Case("zero3.json", overrides=("train.recompute=full", "train.mlp_chunk_tokens=96"), settings=NO_PERSISTENCE),
     "zero3": Case("zero3.json", settings=NO_PERSISTENCE),
     "zero1 dropout": Case("zero1.json", overrides=("model.dropout=0.1",)),
     "zero1 float8": Case(

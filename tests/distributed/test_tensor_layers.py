@@ -20,7 +20,7 @@ from megalm.model.layer_factory import LayerFactory, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
-from megalm.model.recomputation import Recomputation
+from megalm.model.recomputation import KEEP_ALL, Recomputation
 from megalm.model.transformer import MLP, Embedding, LanguageModel, LanguageModelHead, initialize
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
@@ -241,9 +241,7 @@ def _loss(lab: Lab, vocab_size: int, scale: float) -> dict[str, float]:
     }
 
 
-def _model(
-    lab: Lab, style: str, key_value_heads: int, recomputation: Recomputation = Recomputation()
-) -> dict[str, float]:
+def _model(lab: Lab, style: str, key_value_heads: int, recomputation: Recomputation = KEEP_ALL) -> dict[str, float]:
     sizes = shape(style, key_value_heads)
 
     dense = LanguageModel(sizes, lab.dense, CLOCK, chunk_tokens=40)

@@ -177,8 +177,8 @@ TILED = {name: it for name, it in RECOMPUTATIONS.items() if it.kind != "mlp"} | 
 @pytest.mark.parametrize("name", TILED)
 @pytest.mark.parametrize("section", DROPPING.values(), ids=list(DROPPING))
 def test_an_mlp_in_tiles_has_the_same_gradients(section: ModelSection, name: str) -> None:
-    """fp32, within 1e-6 of the largest of a parameter: a product of fewer rows may add in another order. The gradient of
-    a bias of keys is 0 but for rounding."""
+    """fp32, within 1e-6 of a parameter's largest: a product of fewer rows may add in another order. The gradient of a
+    bias of keys is 0 but for rounding."""
     chosen = TILED[name], replace(TILED[name], mlp_chunk_tokens=7)
     for expected, found in zip(*(two_in_flight(build(section, recomputation=it)) for it in chosen), strict=True):
         assert (found - expected).abs().max() <= 1e-6 * expected.abs().max() + 1e-8
