@@ -167,25 +167,30 @@ class TokenTiles:
             result[:, tile] = self._compute(rows[:, tile], weights)
         return result.view(hidden.shape)
 
-    def backward(self, hidden: Tensor, outer: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Gradients of `hidden` and of the modules' parameters, from that of the result."""
+    def backward(self, hidden: Tensor, outer: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Gradients of `hidden` and of the modules' parameters, None for a frozen one, from that of the result."""
         rows, gradients, weights = _as_rows(hidden), _as_rows(outer), self._weights()
         flat = [weight for own in weights for weight in own.values()]
+        trained = [weight for weight in flat if weight.requires_grad]
         result = torch.empty_like(rows)
         totals: list[Tensor] = []
         for tile in self._tiles(rows):
             inputs = rows[:, tile].detach().requires_grad_()
             with torch.enable_grad():
                 self._compute(inputs, weights).backward(gradients[:, tile])
-            result[:, tile] = inputs.grad
-            totals = _added(totals, [_taken(weight) for weight in flat])
-        narrow = [total.to(weight.dtype) for total, weight in zip(totals, flat, strict=True)]
+            result[:, tile] = _taken(inputs)
+            totals = _added(totals, [_taken(weight) for weight in trained])
+        sums = iter(totals)
+        narrow = [next(sums).to(weight.dtype) if weight.requires_grad else None for weight in flat]
         return result.view(hidden.shape), narrow
 
     def _weights(self) -> list[dict[str, Tensor]]:
         """The modules' parameters without the hooks that wait for their whole gradients."""
         return [
-            {name: parameter.detach().requires_grad_() for name, parameter in module.named_parameters()}
+            {
+                name: parameter.detach().requires_grad_(parameter.requires_grad)
+                for name, parameter in module.named_parameters()
+            }
             for module in self._modules
         ]
 
@@ -206,9 +211,9 @@ def _as_rows(hidden: Tensor) -> Tensor:
     return hidden.reshape(1, -1, hidden.shape[-1])
 
 
-def _taken(weight: Tensor) -> Tensor:
-    """The gradient of a tile's weight, which has none afterwards."""
-    gradient, weight.grad = weight.grad, None
+def _taken(leaf: Tensor) -> Tensor:
+    """The gradient of a tensor, which has none afterwards."""
+    gradient, leaf.grad = leaf.grad, None
     assert gradient is not None
     return gradient
 

@@ -212,15 +212,17 @@ def test_of_an_mlp_in_tiles_one_tile_is_alive(chunk: int, most: int) -> None:
     assert operations.most_rows(inner) == most
 
 
-def test_tiles_wait_for_no_hook_but_once() -> None:
-    """A hook on a parameter, as tensor groups have them on norms, sees its whole gradient."""
+def test_a_hook_sees_the_gradient_of_all_tiles() -> None:
+    """Once, as tensor groups need it of norms; a frozen parameter has none."""
     model = build(SECTIONS["llama"], recomputation=Recomputation(mlp_chunk_tokens=7))
     seen = []
     weight = model.layers[0].mlp_norm.weight
+    frozen = model.layers[0].mlp.up.weight.requires_grad_(False)
     weight.register_hook(lambda gradient: seen.append(gradient.clone()))
     model(*batch())[0].backward()
     (gradient,) = seen
     assert torch.equal(gradient, weight.grad)
+    assert frozen.grad is None
 
 
 @pytest.mark.parametrize(
