@@ -1,7 +1,7 @@
 """The longest sequence of a 1.3 B model on one card, by the plan, and its memory beside a rehearsal's.
 
-    python -m benchmarks.long_sequences [--gpus RTX-5090 A100-80GB] [--ways WAY ...] [--json zero2.json] [--ranks 1]
-        [--plan-only] [KEY=VALUE ...]
+    python -m benchmarks.long_sequences [--gpus RTX-5090 A100-80GB] [--ways WAY ...] [--tile 4096] [--json zero2.json]
+        [--ranks 1] [--plan-only] [KEY=VALUE ...]
 
 For each card and each way to keep activations: the longest multiple of 1,024 tokens, one sequence at a time, of which
 the plan says that it fits, the plan's memory at that length, and the peak of tensors of a rehearsed step at it.
@@ -37,7 +37,7 @@ _MODEL = {
     "compile": False,  # as the rehearsal runs
 }
 _FULL = {"train.recompute": "full"}
-_TILES = {**_FULL, "train.mlp_chunk_tokens": 4096}
+_TILES = {**_FULL, "train.mlp_chunk_tokens": None}  # --tile
 WAYS: Mapping[str, Mapping[str, Any]] = {
     "nothing": {},
     "recompute=full": _FULL,
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--json", default="zero2.json")
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--tile", type=int, default=4096, metavar="TOKENS")
     parser.add_argument("--plan-only", action="store_true", help="rehearse nothing")
     parser.add_argument("keys", nargs="*")
     options = parser.parse_args()
@@ -82,7 +83,8 @@ class _Search:
         content |= {"train_micro_batch_size_per_gpu": 1, "train_batch_size": options.ranks}
         self._json = folder / options.json
         self._json.write_text(json.dumps(content))
-        self._keys = [*(f"{key}={value}" for key, value in {**_MODEL, **keys}.items()), *options.keys]
+        chosen = {key: options.tile if value is None else value for key, value in {**_MODEL, **keys}.items()}
+        self._keys = [*(f"{key}={value}" for key, value in chosen.items()), *options.keys]
         self._ranks, self._device = options.ranks, gpu_by_name(gpu)
 
     def plan(self, length: int) -> Plan:

@@ -128,13 +128,16 @@ def test_ranks_of_one_stage_do_the_same(found: dict[str, Rehearsed]) -> None:
     assert waits[0] == waits[1]
 
 
-def test_tiles_and_offloaded_inputs_gather_nothing_twice_and_copy_ahead(found: dict[str, Rehearsed]) -> None:
+@pytest.mark.parametrize(("name", "plainly"), [("tiles, offloaded inputs", "recomputation")])
+def test_tiles_gather_nothing_twice_and_offloaded_inputs_are_copied_ahead(
+    name: str, plainly: str, found: dict[str, Rehearsed]
+) -> None:
     """The weights of a block are gathered once for all its tiles; each input but the last comes back."""
-    plain, tiled = (step_of(found[name][2]) for name in ("recomputation", "tiles, offloaded inputs"))
+    plain, tiled = (step_of(found[each][2]) for each in (plainly, name))
     assert [item for item in tiled.traffic if item.axis == "data"] == [
         item for item in plain.traffic if item.axis == "data"
     ]
-    case, plan, _ = found["tiles, offloaded inputs"]
+    case, plan, _ = found[name]
     blocks = case.share(0).blocks
     (copies,) = (item for item in tiled.events if item.place.startswith("megalm/model/activation_offload.py"))
     assert copies.kind == "prefetch"
