@@ -25,7 +25,6 @@ MOST_BREAKS = {
     "zero1": 0,
     "zero2 recomputed": 0,
     "zero2 recomputed mlp": 0,
-    "zero2 tiles": 0,
     "zero3": 4 * 2,
     "zero1 dropout": 0,
     "zero1 float8": 0,
@@ -35,7 +34,6 @@ MOST_GRAPHS = {
     "zero1": 3,
     "zero2 recomputed": 3,
     "zero2 recomputed mlp": 5,
-    "zero2 tiles": 5,
     "zero3": 5,
     "zero1 dropout": 3,
     "zero1 float8": 3,
@@ -44,7 +42,6 @@ CASES = {
     "zero1": Case("zero1.json"),
     "zero2 recomputed": Case("zero2.json", overrides=("train.checkpoint_activations_every=1",)),
     "zero2 recomputed mlp": Case("zero2.json", overrides=("train.recompute=mlp",)),
-    "zero2 tiles": Case("zero2.json", overrides=("train.recompute=full", "train.mlp_chunk_tokens=96")),
     "zero3": Case("zero3.json", settings=NO_PERSISTENCE),
     "zero1 dropout": Case("zero1.json", overrides=("model.dropout=0.1",)),
     "zero1 float8": Case(
