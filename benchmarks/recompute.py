@@ -26,6 +26,7 @@ from megalm.config.schema import ModelSection, Recompute
 from megalm.cost_model.memory import MemoryCase, activation_bytes, block_bytes, shares
 from megalm.engine.device import tune_malloc
 from megalm.model.model_config import ModelConfig, build_model_config, recomputed_flops_per_token
+from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, initialize
 from megalm.topology import Topology
 from tests.live_memory import LiveMemory
@@ -107,7 +108,7 @@ def _again(model: LanguageModel, tokens: torch.Tensor) -> int:
 
 
 def _model(shape: ModelConfig, every: int, recompute: Recompute, device: torch.device) -> LanguageModel:
-    model = LanguageModel(shape, chunk_tokens=256, recompute_every=every, recompute=recompute)
+    model = LanguageModel(shape, chunk_tokens=256, recomputation=Recomputation(recompute, every))
     initialize(model, shape, 1)
     return model.to(device, torch.bfloat16)
 

@@ -32,6 +32,7 @@ from megalm.model import transformer
 from megalm.model.layer_factory import LayerFactory
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
+from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, initialize
 from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens, resolve
 from megalm.rank_environment import rank_facts
@@ -130,7 +131,7 @@ def bare_step(setting: Setting, compiled: bool) -> Step:
             LayerFactory(clock, compiled),
             clock,
             loss_chunk_tokens(run.config, shape, run.device),
-            train.checkpoint_activations_every,
+            recomputation=Recomputation(every=train.checkpoint_activations_every),
         )
         initialize(model, shape, 1)
     model = model.to(device, torch.bfloat16 if run.precision == "bf16" else torch.float32)

@@ -28,3 +28,17 @@ class LiveMemory(TorchDispatchMode):
     @property
     def bytes(self) -> int:
         return sum(size for storage, size in self._made.values() if not storage.expired())
+
+
+class PeakMemory(LiveMemory):
+    """Remembers the most that was alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(function, types, args, kwargs)
+        self._made = {key: made for key, made in self._made.items() if not made[0].expired()}
+        self.peak = max(self.peak, self.bytes)
+        return result

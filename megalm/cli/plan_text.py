@@ -329,9 +329,11 @@ def _tokens(plan: Plan) -> str:
 def _recomputed(plan: Plan) -> list[list[object]]:
     again = plan.recomputed_flops_per_token
     kind, every = plan.case.recompute, plan.case.checkpoint_activations_every
-    if kind == "none" and not every:
+    if not again:
         return []
     what = f"every {every}. block" if every > 1 else "every block" if every else kind
+    if plan.case.mlp_chunk_tokens is not None:
+        what += f", MLP in tiles of {plan.case.mlp_chunk_tokens:,} tokens"
     return [["recomputed FLOPs per token", f"{again:.3e} ({what}), {again / plan.flops_per_token:.1%} more"]]
 
 
@@ -346,6 +348,7 @@ _PARTS = {
     "runtime": "allowance for CUDA's context, cuBLAS and NCCL",
     "swap buffers": "the optimizer states in work",
     "ema": "the moving average of the weights (train.ema_decay)",
+    "block inputs": "what train.offload_activations keeps there, in page-locked buffers of powers of two",
     "checkpoint copy": "what checkpoint.async writes from",
 }
 

@@ -331,6 +331,16 @@ class TrainSection(Section):
         default=None,
         description="tokens whose logits are held at once; null: 1024 on a CPU, up to 8192 on a GPU, by its memory",
     )
+    mlp_chunk_tokens: PositiveInt | None = Field(
+        default=None,
+        description="tokens of a micro-batch whose MLP is computed at once, and again in the backward pass, which then "
+        "keeps its input alone; null: all, kept as train.recompute says",
+    )
+    offload_activations: bool = Field(
+        default=False,
+        description="keep the inputs of blocks that are recomputed whole in the CPU's memory: each is copied there "
+        "beside the computation, and back one block ahead",
+    )
     count_traffic: bool = Field(
         default=False, description="count bytes and calls between ranks in the first steps: event traffic"
     )

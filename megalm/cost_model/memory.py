@@ -139,6 +139,8 @@ class MemoryCase:
         communication_precision: gradients are communicated in it.
         checkpoint_activations_every: every n-th block keeps only its input and is recomputed; 0: none.
         recompute: what the backward pass computes again in each of the other blocks.
+        mlp_chunk_tokens: of an MLP in tiles, of which one is computed at a time, and again in the backward pass.
+        offload_activations: the inputs of blocks that are recomputed whole lie in the CPU's memory.
         on_cpu: offloaded states lie in the same memory, RMS norms have no fused kernel, and attention keeps the
             probabilities of short sequences.
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
@@ -162,6 +164,8 @@ class MemoryCase:
     loss_chunk_tokens: int = 1024
     checkpoint_activations_every: int = 0
     recompute: Recompute = "none"
+    mlp_chunk_tokens: int | None = None
+    offload_activations: bool = False
     embedding_weight_decay: bool = True
     parameter_groups: tuple[ParameterGroup, ...] = ()
     document_mask: bool = False
@@ -311,6 +315,7 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
         by_key = parameter_groups(case, share)
         groups, frozen = list(by_key.values()), frozen_counts(case, share)
         device, host = _states(case, by_key, frozen)
+        host |= _offloaded_inputs(case, share)
         moments = list(start_moments(case, share, groups, sum(frozen)))
         runtime = _runtime_bytes(case)
         activations = activation_bytes(case, share)
@@ -369,12 +374,10 @@ def checkpoint_bytes(
 
 def activation_bytes(case: MemoryCase, share: Share) -> int:
     """Bytes that a rank keeps from forward to backward, for all micro-batches in flight in its stage."""
-    tokens, every = case.tokens, case.checkpoint_activations_every
+    tokens = case.tokens
     stream = tokens * case.shape.hidden_size // share.slices
     hidden = stream * case.element_bytes
-    # Blocks below every parameter that trains keep nothing.
-    blocks = range(max(share.first_block, lowest_block(case.shape, case.frozen)), share.first_block + share.blocks)
-    whole = len([index for index in blocks if every and index % every == 0])
+    blocks, whole = _trained_blocks(case, share), _whole_blocks(case, share)
     # Of each kind of block, what it keeps, and what its recomputation holds again for a time.
     plain = block_bytes(case, share, case.recompute), block_bytes(case, share, "full")
     kinds = [it for it, count in zip(plain, (len(blocks) - whole, whole), strict=True) if count]
@@ -384,7 +387,35 @@ def activation_bytes(case: MemoryCase, share: Share) -> int:
     mask = tokens * 4 if case.document_mask else 0  # document numbers; attention builds its masks block by block
     working = 2 * hidden + max((again for _, again in kinds), default=0)  # gradients, and what one block recomputes
     working += _float8_bytes(case, share)
+    if case.offload_activations:
+        # One of them on its way; DeepSpeed holds what a stage receives.
+        kept += (0 if share.is_first else hidden) - whole * hidden
+        working += min(2, whole) * hidden
     return (kept + end + mask) * share.in_flight(case.accumulation) + working
+
+
+def _whole_blocks(case: MemoryCase, share: Share) -> int:
+    """Blocks of a stage that are recomputed whole."""
+    blocks = _trained_blocks(case, share)
+    if case.recompute == "full":
+        return len(blocks)
+    every = case.checkpoint_activations_every
+    return len([index for index in blocks if every and index % every == 0])
+
+
+def _trained_blocks(case: MemoryCase, share: Share) -> range:
+    """Blocks of a stage with a backward pass: those below every parameter that trains keep nothing."""
+    return range(max(share.first_block, lowest_block(case.shape, case.frozen)), share.first_block + share.blocks)
+
+
+def _offloaded_inputs(case: MemoryCase, share: Share) -> dict[str, int]:
+    """The block inputs in the CPU's memory."""
+    if not case.offload_activations:
+        return {}
+    each = case.tokens * case.shape.hidden_size // share.slices * case.element_bytes
+    if not case.on_cpu:
+        each = 1 << (each - 1).bit_length()  # torch allocates page-locked memory in powers of two
+    return {"block inputs": each * _whole_blocks(case, share) * share.in_flight(case.accumulation)}
 
 
 def _float8_bytes(case: MemoryCase, share: Share) -> int:
@@ -409,18 +440,35 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute) -> tuple[i
         attention += case.micro_batch * share.heads * kept_probabilities(case.sequence_length) * size
     # The same of the MLP, and up, gelu | gate, silu, up, product.
     mlp = norm + dropout_mask + (stream + (2 if shape.style == "gpt2" else 4) * inner) * size
-    hidden = stream * size
+    hidden, tile = stream * size, 0
+    if case.mlp_chunk_tokens is not None:
+        tile, mlp = _tile_bytes(case, share, mlp - dropout_mask), hidden + dropout_mask
     match recompute:
         case "none":
-            return attention + mlp, 0
+            return attention + mlp, tile
         case "norms":
-            return attention + mlp - 2 * norm, norm + hidden
+            return attention + mlp - (1 if tile else 2) * norm, max(norm + hidden, tile)
         case "attention":
-            return hidden + mlp, attention
+            return hidden + mlp, max(attention, tile)
         case "mlp":
             return attention + hidden, mlp
         case "full":
-            return hidden, attention + mlp
+            return hidden, attention + mlp + tile
+
+
+def _tile_bytes(case: MemoryCase, share: Share, mlp: int) -> int:
+    """Bytes that the backward pass of an MLP in tiles holds for a time.
+
+    Args:
+        mlp: bytes that the whole MLP would keep.
+    """
+    tokens, style = min(case.tokens, case.mlp_chunk_tokens or case.tokens), case.shape.style
+    # Beside what a tile keeps, gradients: of gelu and up | of product, silu and up, less the product.
+    gradients = (1 if style == "gpt2" else 2) * case.shape.intermediate_size // share.tensor * case.element_bytes
+    name = f"layers.{share.first_block}.mlp."
+    weights = sum(math.prod(size) for own, size in share.parameters().items() if own.startswith(name))
+    # Gradients of the weights are summed in fp32, beside those of a tile.
+    return mlp * tokens // case.tokens + tokens * gradients + (4 + case.element_bytes) * weights
 
 
 def _norm_bytes(case: MemoryCase, rms: bool) -> int:

@@ -22,9 +22,11 @@ from megalm.engine.device import fastest_seconds
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
 from megalm.engine.traffic_counter import TrafficCounter
+from megalm.model.activation_offload import OffloadedInputs
 from megalm.model.layer_factory import LayerFactory, annotate_shard, shard_of
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
+from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, ParameterInit, StageBuilder, initial_weight
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
@@ -85,7 +87,7 @@ def build_engine(
     if run.topology.pipeline > 1:
         init = ParameterInit(device, _TYPES[run.precision])
         chunk = loss_chunk_tokens(run.config, shape, run.device)
-        build = StageBuilder(shape, layers, clock, chunk, init, train.checkpoint_activations_every, run.recompute)
+        build = StageBuilder(shape, layers, clock, chunk, init, _recomputation(run, device))
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
@@ -93,10 +95,16 @@ def build_engine(
     return _zero_engine(context, layers, clock, draw)
 
 
+def _recomputation(run: ResolvedRun, device: torch.device) -> Recomputation:
+    train = run.config.train
+    inputs = OffloadedInputs(device) if train.offload_activations else None
+    return Recomputation(run.recompute, train.checkpoint_activations_every, train.mlp_chunk_tokens, inputs)
+
+
 def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClock, draw: DrawWeight | None) -> Engine:
     from megalm.engine.zero_engine import ZeroEngine
 
-    run, shape, train = context.run, context.shape, context.run.config.train
+    run, shape = context.run, context.shape
     chunk = loss_chunk_tokens(run.config, shape, run.device)
     with _InitialWeights(list(shape.parameters()), draw, context.groups.data) as weights:
 
@@ -106,7 +114,7 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClo
                 _partition(stage, context)
 
         init = ParameterInit(context.device, _TYPES[run.precision], fill)
-        model = LanguageModel(shape, layers, clock, chunk, train.checkpoint_activations_every, init, run.recompute)
+        model = LanguageModel(shape, layers, clock, chunk, init, _recomputation(run, context.device))
     if run.compiled:
         model.compile_blocks()
     return ZeroEngine(model, clock, context)

@@ -148,7 +148,12 @@ def _depth(name: str) -> tuple[float, int]:
 
 
 def recomputed_flops_per_token(
-    shape: ModelConfig, sequence_length: int, recompute: Recompute, every: int = 0, frozen: Set[str] = frozenset()
+    shape: ModelConfig,
+    sequence_length: int,
+    recompute: Recompute,
+    every: int = 0,
+    frozen: Set[str] = frozenset(),
+    tiles: bool = False,
 ) -> int:
     """The operations of matrix products that the backward pass does again, per token, counted as above.
 
@@ -158,6 +163,7 @@ def recomputed_flops_per_token(
     Args:
         every: every n-th block is recomputed whole; 0: none.
         frozen: names of parameters that do not train: blocks below all others have no backward pass.
+        tiles: the MLP is computed in tiles, each of which is computed again whole.
     """
     sizes = {name: math.prod(dims) for name, dims in shape.parameters().items() if len(dims) == 2}
 
@@ -168,12 +174,13 @@ def recomputed_flops_per_token(
     projections, ends = matrices("attention"), {"attention": queries * shape.hidden_size, "mlp": matrices("mlp.down")}
     core = sequence_length * queries  # of both products of attention, halved
     attention, mlp = projections + core, matrices("mlp")
+    tiled = mlp if tiles else 0
     by_kind: dict[Recompute, int] = {
-        "none": 0,
-        "norms": 0,
-        "attention": attention - ends["attention"],
-        "mlp": mlp - ends["mlp"],
-        "full": attention + mlp - ends["mlp"],
+        "none": tiled,
+        "norms": tiled,
+        "attention": attention - ends["attention"] + tiled,
+        "mlp": tiled or mlp - ends["mlp"],
+        "full": attention + (tiled or mlp - ends["mlp"]),
     }
     blocks = range(lowest_block(shape, frozen), shape.num_hidden_layers)
     whole = len([index for index in blocks if every and index % every == 0])

@@ -6,16 +6,43 @@ micro-batch, so that no generator's state is kept.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from megalm.config.schema import Recompute
+from megalm.model.activation_offload import OffloadedInputs
 from megalm.model.modules import DropoutClock
+
+
+@dataclass(frozen=True)
+class Recomputation:
+    """What the backward pass of a model computes again.
+
+    Attributes:
+        kind: in each block.
+        every: every n-th block is recomputed whole instead; 0: none.
+        mlp_chunk_tokens: tokens of a micro-batch whose MLP is computed at once, and again; None: all, and not again.
+        inputs: where the inputs of blocks that are recomputed whole are kept; None: on the device.
+    """
+
+    kind: Recompute = "none"
+    every: int = 0
+    mlp_chunk_tokens: int | None = None
+    inputs: OffloadedInputs | None = None
+
+    def of(self, block: int) -> Recompute:
+        """What is computed again in the block of this index."""
+        return "full" if self.every and block % self.every == 0 else self.kind
+
+
+KEEP_ALL = Recomputation()
 
 
 def recomputed(function: Callable[..., Tensor], clock: DropoutClock, *inputs: Any) -> Tensor:
@@ -103,3 +130,118 @@ def _unpack(kept: Tensor | _View) -> Tensor:
     if isinstance(kept, _View):
         return kept.of.read().as_strided(kept.size, kept.stride, kept.offset)
     return kept
+
+
+class TokenTiles:
+    """Applies modules, one after the other, to one tile of tokens at a time; only their common input is kept.
+
+    The backward pass computes each tile again, and adds up the gradients of weights in fp32: in bf16 each further
+    tile would lose low bits. Weights are read as they lie, gathered for the whole block under ZeRO 3.
+
+    Args:
+        modules: which compute each token by itself, from the outputs of the one before.
+        tokens: of a tile, as this rank holds them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], tokens: int) -> None:
+        self._modules = tuple(modules)
+        self._tokens = tokens
+        self._compute = self._apply
+
+    def compile(self, **options: Any) -> None:
+        """Compile a tile as one graph."""
+        self._compute = torch.compile(self._apply, dynamic=False, **options)
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[B, T, H] -> [B, T, H]"""
+        parameters = [parameter for module in self._modules for parameter in module.parameters()]
+        result = _Tiles.apply(hidden, self, *parameters)  # type: ignore[no-untyped-call]  # torch: untyped
+        assert isinstance(result, Tensor)
+        return result
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """The result of all tiles, without gradients."""
+        rows, weights = _as_rows(hidden), self._weights()
+        result = torch.empty_like(rows)
+        for tile in self._tiles(rows):
+            result[:, tile] = self._compute(rows[:, tile], weights)
+        return result.view(hidden.shape)
+
+    def backward(self, hidden: Tensor, outer: Tensor) -> tuple[Tensor, list[Tensor | None]]:
+        """Gradients of `hidden` and of the modules' parameters, None for a frozen one, from that of the result."""
+        rows, gradients, weights = _as_rows(hidden), _as_rows(outer), self._weights()
+        flat = [weight for own in weights for weight in own.values()]
+        trained = [weight for weight in flat if weight.requires_grad]
+        result = torch.empty_like(rows)
+        totals: list[Tensor] = []
+        for tile in self._tiles(rows):
+            inputs = rows[:, tile].detach().requires_grad_()
+            with torch.enable_grad():
+                self._compute(inputs, weights).backward(gradients[:, tile])
+            result[:, tile] = _taken(inputs)
+            totals = _added(totals, [_taken(weight) for weight in trained])
+        sums = iter(totals)
+        narrow = [next(sums).to(weight.dtype) if weight.requires_grad else None for weight in flat]
+        return result.view(hidden.shape), narrow
+
+    def _weights(self) -> list[dict[str, Tensor]]:
+        """The modules' parameters without the hooks that wait for their whole gradients."""
+        return [
+            {
+                name: parameter.detach().requires_grad_(parameter.requires_grad)
+                for name, parameter in module.named_parameters()
+            }
+            for module in self._modules
+        ]
+
+    def _apply(self, rows: Tensor, weights: Sequence[dict[str, Tensor]]) -> Tensor:
+        for module, own in zip(self._modules, weights, strict=True):
+            rows = functional_call(module, own, (rows,))
+        return rows
+
+    def _tiles(self, rows: Tensor) -> list[slice]:
+        """Tiles of one size, the last of which may be shorter."""
+        total = rows.shape[1]
+        size = -(-total // -(-total // self._tokens))
+        return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+
+
+def _as_rows(hidden: Tensor) -> Tensor:
+    """[B, T, H] -> [1, B * T, H]"""
+    return hidden.reshape(1, -1, hidden.shape[-1])
+
+
+def _taken(leaf: Tensor) -> Tensor:
+    """The gradient of a tensor, which has none afterwards."""
+    gradient, leaf.grad = leaf.grad, None
+    assert gradient is not None
+    return gradient
+
+
+def _added(totals: list[Tensor], addends: Sequence[Tensor]) -> list[Tensor]:
+    if not totals:
+        return [addend.to(torch.promote_types(addend.dtype, torch.float32)) for addend in addends]
+    for total, addend in zip(totals, addends, strict=True):
+        total.add_(addend)
+    return totals
+
+
+class _Tiles(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, tiles: TokenTiles, *parameters: Tensor) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.tiles = tiles
+        if _in_backward():  # a whole block's recomputation, which reads what is saved and nothing else
+            return torch.empty_like(hidden)
+        return tiles.forward(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Any, ...]:
+        (hidden,) = ctx.saved_tensors
+        hidden_gradient, others = ctx.tiles.backward(hidden, outer[0])
+        return hidden_gradient, None, *others
+
+
+def _in_backward() -> bool:
+    task: int = torch._C._current_graph_task_id()
+    return task != -1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -18,13 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from megalm.config.schema import Recompute
 from megalm.model.attention import Attention, DocumentMask, KeyValueCache, document_mask
 from megalm.model.layer_factory import LayerFactory, VocabularyOutput, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock, RotaryEmbedding, norm
-from megalm.model.recomputation import of_recomputed_norm, recomputed
+from megalm.model.recomputation import KEEP_ALL, Recomputation, TokenTiles, of_recomputed_norm, recomputed
 
 
 class MLP(nn.Module):
@@ -55,7 +55,8 @@ class Block(nn.Module):
     """One pre-norm transformer block: the half with its attention, then the half with its MLP.
 
     Args:
-        recompute: what the backward pass computes again.
+        layer: counted from 1; dropout's place 0 is the embedding's.
+        recomputation: what the backward pass computes again.
     """
 
     def __init__(
@@ -65,11 +66,12 @@ class Block(nn.Module):
         rope: RotaryEmbedding | None,
         clock: DropoutClock,
         layer: int,
-        recompute: Recompute = "none",
+        recomputation: Recomputation = KEEP_ALL,
     ) -> None:
         super().__init__()
         self._clock = clock
-        self._recompute = recompute
+        self._recompute = recomputation.of(layer - 1)
+        self._inputs = recomputation.inputs
         self._compiled_halves: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
         self.attention_norm = layers.replicated(norm(shape), sharded=False)
         self.attention = Attention(shape, layers, rope, clock, layer)
@@ -77,6 +79,9 @@ class Block(nn.Module):
         self.mlp_norm = layers.replicated(norm(shape), sharded=False)
         self.mlp = MLP(shape, layers)
         self.mlp_dropout = layers.dropout(shape.dropout, layer, "mlp_output", sharded=False)
+        chunk = recomputation.mlp_chunk_tokens
+        tokens = None if chunk is None else max(1, chunk // layers.slices)
+        self._tiles = None if tokens is None else TokenTiles((self.mlp_norm, self.mlp), tokens)
 
     def forward(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
         """[B, T, H] -> [B, T, H], recomputed in part if the block is to be; `run` recomputes it whole too."""
@@ -91,15 +96,22 @@ class Block(nn.Module):
     def run(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
         """[B, T, H] -> [B, T, H], with the recomputation that the block is built with."""
         if self.training and self._recompute == "full":
-            return recomputed(self, self._clock, hidden, mask)
+            with self._inputs.instead_of(hidden) if self._inputs else nullcontext():
+                return recomputed(self, self._clock, hidden, mask)
         result = self(hidden, mask, cache)
         assert isinstance(result, Tensor)
         return result
 
     def compile_graphs(self, **options: Any) -> None:
-        """Compile the block as one graph, or each half as one where the backward pass recomputes a half."""
+        """Compile the block as one graph, or each half as one where the backward pass recomputes a half.
+
+        Of an MLP in tiles a tile is a graph.
+        """
         compiled = partial(torch.compile, dynamic=False, **options)
-        if self._recompute in ("attention", "mlp"):
+        if self._tiles is not None:
+            self._tiles.compile(**options)
+            self._compiled_halves = compiled(self._attention_half), self._mlp_half
+        elif self._recompute in ("attention", "mlp"):
             self._compiled_halves = compiled(self._attention_half), compiled(self._mlp_half)
         else:
             self.compile(dynamic=False, **options)
@@ -109,6 +121,8 @@ class Block(nn.Module):
         return hidden + self.attention_dropout(attended)
 
     def _mlp_half(self, hidden: Tensor) -> Tensor:
+        if self._tiles is not None:
+            return hidden + self.mlp_dropout(self._tiles(hidden))
         return hidden + self.mlp_dropout(self._after(self.mlp_norm, hidden, self.mlp))
 
     def _after(self, norm: nn.Module, hidden: Tensor, layers: Callable[[Tensor], Tensor]) -> Tensor:
@@ -215,8 +229,7 @@ class StageBuilder:
         clock: the moving part of dropout's seeds.
         chunk_tokens: tokens whose logits are held at once by the loss.
         init: of the parameters, which are left empty by default.
-        recompute_every: every n-th block is recomputed whole in the backward pass; 0: none.
-        recompute: what the backward pass computes again in each of the other blocks.
+        recomputation: what the backward pass computes again.
     """
 
     def __init__(
@@ -226,8 +239,7 @@ class StageBuilder:
         clock: DropoutClock,
         chunk_tokens: int,
         init: ParameterInit = ParameterInit(),
-        recompute_every: int = 0,
-        recompute: Recompute = "none",
+        recomputation: Recomputation = KEEP_ALL,
     ) -> None:
         self.shape = shape
         self.slices = layers.slices
@@ -235,7 +247,7 @@ class StageBuilder:
         self._clock = clock
         self._chunk_tokens = chunk_tokens
         self._init = init
-        self._recompute_every, self._recompute = recompute_every, recompute
+        self._recomputation = recomputation
         self._rope = (
             RotaryEmbedding(shape.head_dim, shape.max_position_embeddings, shape.rope_theta).to(init.device)
             if shape.style == "llama"
@@ -251,11 +263,8 @@ class StageBuilder:
         return self._built("embedding", lambda: Embedding(self.shape, self._layers, own_table))
 
     def block(self, index: int) -> Block:
-        every = self._recompute_every
-        again: Recompute = "full" if every and index % every == 0 else self._recompute
-        return self._built(
-            f"layers.{index}", lambda: Block(self.shape, self._layers, self._rope, self._clock, index + 1, again)
-        )
+        parts = self.shape, self._layers, self._rope, self._clock
+        return self._built(f"layers.{index}", lambda: Block(*parts, index + 1, self._recomputation))
 
     def final_norm(self) -> nn.Module:
         return self._built("final_norm", lambda: self._layers.replicated(norm(self.shape), sharded=False))
@@ -287,9 +296,8 @@ class LanguageModel(nn.Module):
         layers: the factory of linear, vocabulary and dropout layers.
         clock: the moving part of dropout's seeds.
         chunk_tokens: tokens whose logits are held at once by the loss.
-        recompute_every: every n-th block is recomputed whole in the backward pass; 0: none.
         init: of the parameters, which are left empty by default.
-        recompute: what the backward pass computes again in each of the other blocks.
+        recomputation: what the backward pass computes again.
 
     Attributes:
         gradient_down_to: the block whose input gets a gradient, even if no parameter below it trains.
@@ -301,14 +309,13 @@ class LanguageModel(nn.Module):
         layers: LayerFactory | None = None,
         clock: DropoutClock | None = None,
         chunk_tokens: int = 1024,
-        recompute_every: int = 0,
         init: ParameterInit = ParameterInit(),
-        recompute: Recompute = "none",
+        recomputation: Recomputation = KEEP_ALL,
     ) -> None:
         super().__init__()
         clock = clock or DropoutClock(seed=0)
         layers = layers or LayerFactory(clock)
-        build = StageBuilder(shape, layers, clock, chunk_tokens, init, recompute_every, recompute)
+        build = StageBuilder(shape, layers, clock, chunk_tokens, init, recomputation)
         self.slices = build.slices
         self.gradient_down_to: int | None = None
         self.embedding = build.embedding()

@@ -97,7 +97,14 @@ def make_case(files: ConfigFiles, ranks: int, device: DeviceFacts, fp32: bool = 
         update={
             "parallel": config.parallel.model_copy(update=undivided),
             "train": config.train.model_copy(
-                update={"checkpoint_activations_every": 0, "reduce_gradients": "auto", "loss_chunk_tokens": 1024}
+                update={
+                    "checkpoint_activations_every": 0,
+                    "recompute": "none",
+                    "reduce_gradients": "auto",
+                    "loss_chunk_tokens": 1024,
+                    "mlp_chunk_tokens": None,
+                    "offload_activations": False,
+                }
             ),
         }
     )
@@ -175,6 +182,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
                 "checkpoint_activations_every": min(train.checkpoint_activations_every, layers),
                 "reduce_gradients": reduction,
                 "loss_chunk_tokens": 40,  # more than one chunk
+                "mlp_chunk_tokens": None if train.mlp_chunk_tokens is None else 20,
             }
         ),
         "parallel": parallel.model_copy(

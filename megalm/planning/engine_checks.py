@@ -253,15 +253,25 @@ def runs_compiled(config: RunConfig, device: DeviceFacts) -> bool:
 
 
 def no_recomputation(kind: Recompute, config: RunConfig, device: DeviceFacts, zero: ZeroSection) -> str:
-    """Return why blocks cannot be recomputed so; empty: they can."""
+    """Return with what blocks cannot be recomputed so, why, and what to do; empty: they can."""
+    chunk = config.train.mlp_chunk_tokens
+    if kind == "mlp" and chunk is not None:
+        return f"train.mlp_chunk_tokens={chunk}: tiles already compute the MLP again; remove one of them"
     if not runs_compiled(config, device):
         return ""
+    instead = "set compile=false, or use train.recompute=full"
     if kind == "norms":
-        return "their graphs already recompute norms where that is cheaper"
-    is_divided = zero.stage == 3 or config.parallel.tensor > 1 or config.parallel.pipeline > 1
-    if kind in ("attention", "mlp") and is_divided:
-        return "each half of a block is a graph of its own, not proven with ZeRO 3, tensor groups and pipelines"
+        return f"compiled blocks: their graphs already recompute norms where that is cheaper; {instead}"
+    if kind in ("attention", "mlp") and _is_divided(config, zero):
+        return f"compiled blocks: {_HALVES}; {instead}"
     return ""
+
+
+_HALVES = "each half of a block is a graph of its own, not proven with ZeRO 3, tensor groups and pipelines"
+
+
+def _is_divided(config: RunConfig, zero: ZeroSection) -> bool:
+    return zero.stage == 3 or config.parallel.tensor > 1 or config.parallel.pipeline > 1
 
 
 def recomputation_is_one(case: CheckContext) -> None:
@@ -276,9 +286,21 @@ def recomputation_is_one(case: CheckContext) -> None:
         )
     why = "" if train.recompute == "auto" else no_recomputation(train.recompute, case.config, case.device, case.zero)
     if why:
+        raise ConfigError(f"train.recompute={train.recompute} with {why}")
+
+
+def tiles_run_as_blocks_do(case: CheckContext) -> None:
+    chunk = case.config.train.mlp_chunk_tokens
+    if chunk is not None and runs_compiled(case.config, case.device) and _is_divided(case.config, case.zero):
+        raise ConfigError(f"train.mlp_chunk_tokens={chunk} with compiled blocks: {_HALVES}; set compile=false")
+
+
+def offloaded_inputs_are_recomputed_from(case: CheckContext) -> None:
+    train = case.config.train
+    if train.offload_activations and train.recompute != "full" and not train.checkpoint_activations_every:
         raise ConfigError(
-            f"train.recompute={train.recompute} with compiled blocks: {why}; set compile=false, or use "
-            "train.recompute=full"
+            f"train.offload_activations=true with train.recompute={train.recompute}: inputs of blocks that are "
+            "recomputed whole are offloaded, and here none is; set train.recompute=full"
         )
 
 
@@ -329,6 +351,8 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     nvme_keeps_optimizer_states_only,
     gradients_are_reduced_as_the_stage_can,
     recomputation_is_one,
+    tiles_run_as_blocks_do,
+    offloaded_inputs_are_recomputed_from,
     offloaded_states_are_fp32,
     muon_keeps_its_states,
     ema_is_in_memory,

@@ -21,6 +21,8 @@ _SMALLER_STATES: dict[OptimizerStateKind, tuple[OptimizerStateKind, ...]] = {
     "8bit": (),
 }
 
+_TILE = 4096  # tokens: a matrix product of so many fills a GPU
+
 FitLevel = Literal["fits", "tight", "does not fit"]
 
 
@@ -106,6 +108,11 @@ def remedies(case: MemoryCase, device: DeviceFacts) -> list[str]:
     return []
 
 
+def _is_one_card(case: MemoryCase) -> bool:
+    """Whether tiles run compiled too."""
+    return case.topology.tensor == case.topology.pipeline == 1 and case.zero.stage < 3
+
+
 def _fits(case: MemoryCase, device: DeviceFacts) -> bool:
     return MemoryFit.of(estimate_memory(case), device).level == "fits"
 
@@ -127,6 +134,11 @@ def _changes(case: MemoryCase, device: DeviceFacts) -> Iterator[tuple[str, Memor
         yield "train.recompute=full", replace(case, recompute="full")
     elif case.recompute == "none" and case.checkpoint_activations_every != 1:
         yield "train.checkpoint_activations_every=1", replace(case, checkpoint_activations_every=1)
+    if case.mlp_chunk_tokens is None and case.recompute != "mlp" and case.tokens > _TILE and _is_one_card(case):
+        yield f"train.mlp_chunk_tokens={_TILE}", replace(case, mlp_chunk_tokens=_TILE)
+    is_whole = case.recompute == "full" or case.checkpoint_activations_every
+    if is_whole and not case.offload_activations and not case.on_cpu:
+        yield "train.offload_activations=true", replace(case, offload_activations=True)
     can_offload = case.topology.pipeline == 1 and case.zero.stage and case.optimizer_state == "fp32" and not case.muon
     if can_offload and not case.offloads_optimizer:
         section = OffloadOptimizerSection(device="cpu")

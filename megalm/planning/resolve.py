@@ -190,6 +190,7 @@ def resolve(
             *batch_notices,
             *reduction_notices,
             *recompute_notices,
+            *_offload_notices(config, device),
             *memory_notices(memory(batch, whole_gradients, recompute)),
             *steps_notices,
             *warmup_notices,
@@ -354,6 +355,8 @@ def memory_case(
         loss_chunk_tokens=loss_chunk_tokens(config, shape, device),
         checkpoint_activations_every=config.train.checkpoint_activations_every,
         recompute=recompute,
+        mlp_chunk_tokens=config.train.mlp_chunk_tokens,
+        offload_activations=config.train.offload_activations,
         embedding_weight_decay=config.train.embedding_weight_decay,
         parameter_groups=config.train.parameter_groups,
         document_mask=config.data.document_mask,
@@ -423,14 +426,21 @@ def _recompute(
     """
     if config.train.recompute != "auto":
         return config.train.recompute, []
-    length = config.data.sample_length
+    length, tiles = config.data.sample_length, config.train.mlp_chunk_tokens is not None
     choices = [kind for kind in needs if not no_recomputation(kind, config, device, ds.settings.zero_optimization)]
-    choices.sort(key=lambda kind: recomputed_flops_per_token(shape, length, kind))  # "none" stays before "norms"
+    # "none" stays before "norms".
+    choices.sort(key=lambda kind: recomputed_flops_per_token(shape, length, kind, tiles=tiles))
     chosen = next(
         (kind for kind in choices if needs[kind].leaves_room), min(choices, key=lambda kind: needs[kind].step)
     )
     notice = f'train.recompute ("auto"): {chosen}'
     return chosen, [notice if chosen == "none" else f"{notice}; without recomputation {needs['none']}"]
+
+
+def _offload_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
+    if device.kind == "cuda" or not config.train.offload_activations:
+        return []
+    return ["train.offload_activations=true on a CPU: block inputs are copied within its memory, and nothing is saved"]
 
 
 def known_vocab_size(data: DataSection) -> int | None:

@@ -154,7 +154,12 @@ class Plan:
     def _recomputed(self, length: int) -> int:
         case = self.case
         return recomputed_flops_per_token(
-            self.shape, length, case.recompute, case.checkpoint_activations_every, case.frozen
+            self.shape,
+            length,
+            case.recompute,
+            case.checkpoint_activations_every,
+            case.frozen,
+            case.mlp_chunk_tokens is not None,
         )
 
     @property

@@ -27,6 +27,7 @@ GPT2 = (*BASE, "model.style=gpt2", "model.qk_norm=false", "model.tie_word_embedd
 LLAMA = (*BASE, "model.num_key_value_heads=2", "model.tie_word_embeddings=false")
 DROPOUT = ("model.dropout=0.1", "model.attention_dropout=0.1")
 FLOAT8 = ("precision.float8=true", "model.intermediate_size=96", "data.sequence_length=32")
+LONG = ("train.mlp_chunk_tokens=20", "train.offload_activations=true")
 FOUR_LAYERS = ("model.num_hidden_layers=4",)
 
 
@@ -44,7 +45,7 @@ def _case(overrides: tuple[str, ...], micro_batch: int = 2, precision: str = "fp
 CASES = {
     "gpt2 masked": _case((*GPT2, "data.document_mask=true")),
     "gpt2 dropout": _case((*GPT2, *DROPOUT)),
-    "gpt2 dropout recomputed": _case((*GPT2, *DROPOUT, "train.checkpoint_activations_every=2")),
+    "gpt2 dropout recomputed": _case((*GPT2, *DROPOUT, "train.checkpoint_activations_every=2", *LONG)),
     "llama masked recomputed": _case((*LLAMA, "data.document_mask=true", "train.recompute=norms")),
     "llama fewer micro-batches than stages": _case(LLAMA, micro_batch=16),
     "llama undecayed embeddings": _case((*LLAMA, "train.embedding_weight_decay=false"), gradient_clipping=0),

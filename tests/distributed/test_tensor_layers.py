@@ -20,6 +20,7 @@ from megalm.model.layer_factory import LayerFactory, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
+from megalm.model.recomputation import KEEP_ALL, Recomputation
 from megalm.model.transformer import MLP, Embedding, LanguageModel, LanguageModelHead, initialize
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
@@ -240,13 +241,11 @@ def _loss(lab: Lab, vocab_size: int, scale: float) -> dict[str, float]:
     }
 
 
-def _model(lab: Lab, style: str, key_value_heads: int, recompute: int = 0) -> dict[str, float]:
+def _model(lab: Lab, style: str, key_value_heads: int, recomputation: Recomputation = KEEP_ALL) -> dict[str, float]:
     sizes = shape(style, key_value_heads)
 
-    def make(layers: LayerFactory) -> nn.Module:
-        return LanguageModel(sizes, layers, CLOCK, chunk_tokens=40, recompute_every=recompute)
-
-    dense, sharded = make(lab.dense), make(lab.sharded)
+    dense = LanguageModel(sizes, lab.dense, CLOCK, chunk_tokens=40)
+    sharded = LanguageModel(sizes, lab.sharded, CLOCK, chunk_tokens=40, recomputation=recomputation)
     for model in (dense, sharded):
         initialize(model, sizes, seed=1)
     tokens = torch.randint(0, VOCAB, (BATCH, LENGTH), generator=seeded("tokens"))
@@ -280,7 +279,8 @@ CHECKS: dict[str, Callable[[Lab], dict[str, float]]] = {
     "loss, large logits": lambda lab: _loss(lab, VOCAB, 1e4),
     "model gpt2": lambda lab: _model(lab, "gpt2", 4),
     "model llama, 2 kv": lambda lab: _model(lab, "llama", 2),
-    "model llama, 1 kv, recomputed": lambda lab: _model(lab, "llama", 1, recompute=1),
+    "model llama, 1 kv, recomputed": lambda lab: _model(lab, "llama", 1, Recomputation(every=1)),
+    "model gpt2, tiles": lambda lab: _model(lab, "gpt2", 4, Recomputation("full", mlp_chunk_tokens=10)),
     "compiled attention gpt2, 1 kv": lambda lab: _compiled(lab, lambda lab: _attention(lab, "gpt2", 1)),
     "compiled float8 mlp": lambda lab: _compiled(lab, _float8_mlp),
 }

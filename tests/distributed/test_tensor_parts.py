@@ -32,6 +32,7 @@ TENSOR, SEQUENCE = ("parallel.tensor=2",), ("parallel.tensor=2", "parallel.seque
 OVERLAP = "parallel.overlap_tensor_communication=true"
 DROPOUT = ("model.dropout=0.2", "model.attention_dropout=0.2")
 NORMS, ATTENTION, MLP = (f"train.recompute={kind}" for kind in ("norms", "attention", "mlp"))
+TILES = "train.mlp_chunk_tokens=100"
 GPT2 = ("model.style=gpt2", "data.document_mask=true")
 ONE_RANK = {
     "plain": Case("zero1.json"),
@@ -42,7 +43,7 @@ CASES = {
     "plain": Case("zero1.json", overrides=TENSOR),
     "sequence": Case("zero1.json", overrides=SEQUENCE),
     "recomputed": Case("zero2.json", overrides=(*SEQUENCE, NORMS, OVERLAP)),
-    "recomputed zero3": Case("zero3.json", overrides=(*TENSOR, NORMS, OVERLAP)),
+    "recomputed zero3": Case("zero3.json", overrides=(*TENSOR, NORMS, TILES, OVERLAP)),
     "compiled": Case("zero1.json", overrides=(*TENSOR, "compile=true")),
     "compiled sequence": Case("zero2.json", overrides=(*SEQUENCE, "compile=true", OVERLAP)),
     "bf16": Case("zero1.json", "bf16", (*TENSOR, OVERLAP)),

@@ -48,7 +48,7 @@ CASES = {
     "zero3": Case("zero3.json"),
     "zero3 persistent": Case(
         "zero3.json",
-        overrides=("train.recompute=attention",),
+        overrides=("train.recompute=attention", "train.mlp_chunk_tokens=20"),
         settings={"zero_optimization": {"stage3_param_persistence_threshold": 100_000}},
     ),
     "fp32.json": Case("fp32.json"),
@@ -58,7 +58,10 @@ CASES = {
         overrides=("train.reduce_gradients=micro_batch",),
         settings={"train_micro_batch_size_per_gpu": 2},
     ),
-    "zero2 recomputed": Case("zero2.json", overrides=("train.checkpoint_activations_every=1",)),
+    "zero2 recomputed": Case(
+        "zero2.json",
+        overrides=("train.recompute=full", "train.mlp_chunk_tokens=20", "train.offload_activations=true"),
+    ),
     "gpt2 zero1": Case("zero1.json", overrides=GPT2),
     "gpt2 zero3 accumulated": Case("zero3.json", overrides=GPT2, settings={"train_micro_batch_size_per_gpu": 2}),
     "gpt2 zero2": Case("zero2.json", overrides=GPT2),

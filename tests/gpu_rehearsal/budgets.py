@@ -64,6 +64,12 @@ _SEQUENCE = {**_TENSOR, "parallel.sequence": True}
 _OVERLAP = {"parallel.overlap_tensor_communication": True}  # with so few tokens not by itself
 _STAGES = {"parallel.pipeline": 2}
 _MIDDLE = {"parallel.pipeline": 4, "model.num_hidden_layers": 4}
+_LONG = {
+    "train.recompute": "full",
+    "train.mlp_chunk_tokens": 64,
+    "train.offload_activations": True,
+    "compile": False,
+}
 _GPT2 = {"model.style": "gpt2", "model.dropout": 0.1, "model.attention_dropout": 0.1}
 
 LAYOUTS: dict[str, Layout] = {
@@ -81,6 +87,7 @@ LAYOUTS: dict[str, Layout] = {
     "dropout": Layout("zero2.json", 8, 2, keys=_GPT2),
     "dropout, document mask": Layout("zero2.json", 8, 2, keys={**_GPT2, "data.document_mask": True}),
     "recomputation": Layout("zero3.json", 8, 3, keys={"train.checkpoint_activations_every": 1}),
+    "tiles, offloaded inputs": Layout("zero3.json", 8, 3, keys=_LONG),
     "document mask": Layout("zero2.json", 8, 2, keys={"data.document_mask": True}),
     "grouped queries, untied": Layout(
         "zero2.json", 8, 2, keys={"model.num_key_value_heads": 2, "model.tie_word_embeddings": False}
@@ -100,7 +107,7 @@ LAYOUTS: dict[str, Layout] = {
     "last stage, untied, document mask": Layout(
         "pipeline.json", 8, 1, rank=4, keys={**_STAGES, "model.tie_word_embeddings": False, "data.document_mask": True}
     ),
-    "stage of a tensor group": Layout("pipeline.json", 8, 1, rank=5, keys={**_STAGES, **_SEQUENCE}),
+    "stage of a tensor group": Layout("pipeline.json", 8, 1, rank=5, keys={**_STAGES, **_SEQUENCE, **_LONG}),
 }
 
 # The waits of a step that are allowed, each with its reason: kind, and the place's file and function.

@@ -135,3 +135,20 @@ def test_ranks_of_one_stage_do_the_same(found: dict[str, Rehearsed]) -> None:
         for name in ("zero3", "two nodes")
     ]
     assert waits[0] == waits[1]
+
+
+@pytest.mark.parametrize(("name", "plainly"), [("tiles, offloaded inputs", "recomputation")])
+def test_tiles_gather_nothing_twice_and_offloaded_inputs_are_copied_ahead(
+    name: str, plainly: str, found: dict[str, Rehearsed]
+) -> None:
+    """The weights of a block are gathered once for all its tiles; each input but the last comes back."""
+    plain, tiled = (step_of(found[each][2]) for each in (plainly, name))
+    assert [item for item in tiled.traffic if item.axis == "data"] == [
+        item for item in plain.traffic if item.axis == "data"
+    ]
+    case, plan, _ = found[name]
+    blocks = case.share(0).blocks
+    (copies,) = (item for item in tiled.events if item.place.startswith("megalm/model/activation_offload.py"))
+    assert copies.kind == "prefetch"
+    assert copies.count == ACCUMULATION * (2 * blocks - 1)
+    assert 0 <= tiled.host_peak_bytes - plan.memory.host["block inputs"] <= plain.host_peak_bytes

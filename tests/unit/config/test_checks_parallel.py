@@ -222,6 +222,35 @@ def test_one_choice_of_recomputation(start: Start, keys: tuple[str, ...], names:
     assert start(keys[0]).recompute == keys[0].partition("=")[2]
 
 
+TILES = "train.mlp_chunk_tokens=512"
+
+
+@pytest.mark.parametrize(
+    ("keys", "stage", "names"),
+    [
+        (("train.recompute=mlp",), 2, ["train.recompute=mlp", TILES]),
+        (("compile=true",), 3, [TILES, "ZeRO 3", "compile=false"]),
+        (("compile=true", "parallel.tensor=2"), 2, [TILES, "compile=false"]),
+    ],
+)
+def test_tiles_with_what_they_do_not_go(start: Start, keys: tuple[str, ...], stage: int, names: list[object]) -> None:
+    assert_names(refused(start, TILES, *keys, zero_optimization={"stage": stage}), *names)
+    start(TILES, "train.recompute=full", zero_optimization={"stage": 3})
+    start(TILES, "train.recompute=attention", "compile=true", zero_optimization={"stage": 2})
+    assert start(TILES, "train.recompute=auto", zero_optimization={"stage": 3}).recompute == "none"
+
+
+def test_inputs_are_offloaded_where_blocks_are_recomputed_whole(start: Start) -> None:
+    offload = "train.offload_activations=true"
+    for kind in ("none", "attention", "auto"):
+        assert_names(refused(start, offload, f"train.recompute={kind}"), offload, f"train.recompute={kind}")
+    start(offload, "train.checkpoint_activations_every=2")
+    run = start(offload, "train.recompute=full")
+    assert_names(notice_of(run, "train.offload_activations"), "CPU")
+    on_gpu = start(offload, "train.recompute=full", device=GPU)
+    assert not [notice for notice in on_gpu.notices if "offload_activations" in notice]
+
+
 def test_a_cpu_emulates_float8(start: Start) -> None:
     assert_names(notice_of(start(FLOAT8), "float8"), FLOAT8)
 

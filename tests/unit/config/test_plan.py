@@ -304,6 +304,30 @@ def test_recomputing_saves_activations() -> None:
     assert every < half < none
 
 
+@pytest.mark.parametrize(
+    ("every", "stages", "in_flight", "whole"), [(0, 1, 1, 8), (3, 1, 1, 3), (0, 2, 2, 4), (1, 2, 2, 4)]
+)
+def test_offloaded_inputs_lie_in_the_cpus_memory(every: int, stages: int, in_flight: int, whole: int) -> None:
+    """The first stage's, in buffers of powers of two; one input is in use on the device, and one on its way."""
+    sizes: dict[str, Any] = {
+        "recompute": "none" if every else "full",
+        "checkpoint_activations_every": every,
+        "topology": Topology(stages, pipeline=stages),
+        "accumulation": 4,
+        "zero": ZeroSection(stage=1),
+    }
+    shape = shape_of("model.num_hidden_layers=8")
+    plain, offloaded = (
+        next(estimate_stages(case(shape, offload_activations=offload, **sizes))) for offload in (False, True)
+    )
+    numbers = case(shape).tokens * shape.hidden_size
+    buffer = 2 ** math.ceil(math.log2(2 * numbers))
+    assert offloaded.host == {"block inputs": whole * in_flight * buffer}
+    assert plain.activations - offloaded.activations == (whole * in_flight - 2) * 2 * numbers
+    on_cpu = next(estimate_stages(case(shape, offload_activations=True, on_cpu=True, **sizes)))
+    assert on_cpu.host == {"block inputs": whole * in_flight * 2 * numbers}
+
+
 @pytest.mark.parametrize("style", ["llama", "gpt2"])
 @pytest.mark.parametrize("precision", NAMES)
 @pytest.mark.parametrize(
@@ -340,16 +364,28 @@ def test_activations_against_what_autograd_saves(style: str, precision: str, ext
     assert 1.0 <= estimated / measured < 1.06
 
 
-@pytest.mark.parametrize("kind", [kind for kind in get_args(Recompute) if kind != "none"])
+@pytest.mark.parametrize(
+    ("kind", "chunk"),
+    [
+        *((kind, None) for kind in get_args(Recompute) if kind != "none"),
+        ("none", 64),
+        ("norms", 64),
+        ("attention", 64),
+        ("full", 64),
+    ],
+)
 @pytest.mark.parametrize(
     ("style", "precision", "extra"),
     [("llama", "bfloat16", "model.num_key_value_heads=2"), ("gpt2", "float32", "model.dropout=0.1")],
 )
-def test_recomputation_against_live_memory(style: str, precision: str, extra: str, kind: Recompute) -> None:
+def test_recomputation_against_live_memory(
+    style: str, precision: str, extra: str, kind: Recompute, chunk: int | None
+) -> None:
     """What is no longer alive after the forward pass, and what the backward pass multiplies again, on a CPU."""
     torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
 
+    from megalm.model.recomputation import Recomputation
     from megalm.model.transformer import LanguageModel
     from tests.live_memory import LiveMemory
 
@@ -358,15 +394,16 @@ def test_recomputation_against_live_memory(style: str, precision: str, extra: st
     (share,) = shares(shape, Topology(1))
     sizes = case(shape, micro_batch=batch, sequence_length=length, precision=NAMES[precision], on_cpu=True)
     flops, kept, planned_to_keep = [], [], []
-    for recompute in ("none", kind):
-        model = LanguageModel(shape, recompute=recompute).to(getattr(torch, precision))
+    for recompute, tokens_of_a_tile in (("none", None), (kind, chunk)):
+        chosen_model = Recomputation(recompute, mlp_chunk_tokens=tokens_of_a_tile)
+        model = LanguageModel(shape, recomputation=chosen_model).to(getattr(torch, precision))
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         tokens = torch.randint(0, vocab, (batch, length))
         with LiveMemory() as memory:
             loss, _ = model(tokens, tokens)
         kept.append(memory.bytes)
-        chosen = replace(sizes, recompute=recompute)
+        chosen = replace(sizes, recompute=recompute, mlp_chunk_tokens=tokens_of_a_tile)
         planned_to_keep.append(activation_bytes(chosen, share) - block_bytes(chosen, share, recompute)[1])
         with FlopCounterMode(display=False) as counter:
             loss.backward()
@@ -375,14 +412,61 @@ def test_recomputation_against_live_memory(style: str, precision: str, extra: st
     assert 0.98 <= planned_to_save / saved <= 1.02, (planned_to_save, saved)
     # One block of queries multiplies the whole square of scores, of which the formula counts half.
     square = length * shape.num_attention_heads * shape.head_dim * 2 * shape.num_hidden_layers
-    expected = recomputed_flops_per_token(shape, length, kind)
+    expected = recomputed_flops_per_token(shape, length, kind, tiles=chunk is not None)
     if kind in ("attention", "full"):
         expected += square
-    if shape.dropout:  # its mask is drawn behind the last product
+    if shape.dropout and (chunk is None or kind == "attention"):  # its mask is drawn behind the last product
         ends = {"attention": "attention.output", "mlp": "mlp.down", "full": "mlp.down"}
         end = f"layers.0.{ends.get(kind)}.weight"
         expected += 2 * shape.num_hidden_layers * math.prod(shape.parameters().get(end, (0,)))
     assert flops[1] - flops[0] == batch * length * expected
+
+
+@pytest.mark.parametrize(
+    ("style", "precision", "kind", "chunk", "offload"),
+    [
+        ("llama", "bfloat16", "none", 128, False),
+        ("llama", "bfloat16", "full", None, False),
+        ("llama", "bfloat16", "full", 128, False),
+        ("llama", "bfloat16", "full", 128, True),
+        ("gpt2", "float32", "full", 128, True),
+    ],
+)
+def test_the_peak_of_a_long_sequence_against_live_memory(
+    style: str, precision: str, kind: Recompute, chunk: int | None, offload: bool
+) -> None:
+    """Forward and backward, on a CPU, where offloaded inputs lie in the same memory."""
+    torch = pytest.importorskip("torch")
+    from megalm.model.activation_offload import OffloadedInputs
+    from megalm.model.recomputation import Recomputation
+    from megalm.model.transformer import LanguageModel
+    from tests.live_memory import PeakMemory
+
+    words = ("num_hidden_layers=3", "hidden_size=32", "num_attention_heads=2", "intermediate_size=256")
+    shape = shape_of(*(f"model.{word}" for word in words), f"model.style={style}", vocab=256, length=1024)
+    inputs = OffloadedInputs(torch.device("cpu")) if offload else None
+    recomputation = Recomputation(kind, mlp_chunk_tokens=chunk, inputs=inputs)
+    model = LanguageModel(shape, chunk_tokens=128, recomputation=recomputation).to(getattr(torch, precision))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    tokens = torch.randint(0, 256, (1, 1024))
+    with PeakMemory() as memory:
+        model(tokens, tokens)[0].backward()
+    sizes = case(
+        shape,
+        micro_batch=1,
+        sequence_length=1024,
+        precision=NAMES[precision],
+        on_cpu=True,
+        loss_chunk_tokens=128,
+        recompute=kind,
+        mlp_chunk_tokens=chunk,
+        offload_activations=offload,
+    )
+    plan = estimate_memory(sizes)
+    gradients = sum(parameter.nbytes for parameter in model.parameters())
+    planned_peak = plan.activations + plan.loss + plan.host.get("block inputs", 0) + gradients
+    assert 0.93 <= planned_peak / memory.peak <= 1.07, (planned_peak, memory.peak)
 
 
 def test_float8_counts_rounded_copies() -> None:
