@@ -238,9 +238,11 @@ def planned_run(
     Raises:
         MegalmError: the start would be refused; for missing data if `data_needed`.
     """
-    from megalm.train.resume.resume_plan import planned_start  # imports torch
+    from megalm.train.resume.find_checkpoint import check_copies  # these import torch
+    from megalm.train.resume.resume_plan import planned_start
 
     options, files = arguments.read(ranks, device, data_needed)
+    check_copies(files.loaded.config, options)
     resumed = partial(planned_start, resume=options) if options.wanted is not None else None
     return planned(files, ranks, device, ranks_per_node, resumed, data_needed)
 

@@ -25,8 +25,10 @@ from megalm.planning.diagnostics import profiled_steps
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.rank_environment import JOB_FIELDS
+from megalm.utils.addresses import public_address
 from megalm.utils.did_you_mean import likeness
 from megalm.utils.process_setup import require_extra
+from megalm.utils.remote_files import check_address, is_remote
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -478,6 +480,22 @@ def kept_checkpoints_are_made(case: CheckContext) -> None:
         )
 
 
+def copies_go_elsewhere(case: CheckContext) -> None:
+    checkpoint, run = case.config.checkpoint, case.config.run
+    address, keep = checkpoint.copy_to, checkpoint.copy_keep_last
+    if address is None:
+        if keep is not None:
+            raise ConfigError(
+                f"checkpoint.copy_keep_last={keep} has no effect without checkpoint.copy_to; set it, or remove it"
+            )
+        return
+    check_address(address, f"checkpoint.copy_to={public_address(address)}", ("s3", "gs"))
+    if not is_remote(address) and Path(address).resolve() == Path(run.root).resolve():
+        raise ConfigError(
+            f"checkpoint.copy_to={address} is run.root, where the run itself is; name a folder on another disk"
+        )
+
+
 def one_batch(case: CheckContext) -> None:
     total, sequences = case.settings.train_batch_size, case.config.batch.global_sequences
     if "batch.global_sequences" in case.loaded.explicit_keys and None not in (total, sequences) and total != sequences:
@@ -603,6 +621,7 @@ RULES: tuple[Rule, ...] = (
     one_rate_at_each_end,
     no_rate_above_peak,
     kept_checkpoints_are_made,
+    copies_go_elsewhere,
     *PARALLEL_RULES,
     one_batch,
     batch_divides,

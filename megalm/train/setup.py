@@ -6,6 +6,7 @@ first, so that a failure can be recorded there.
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import torch
 
+from megalm.checkpoint.copies.copy_process import AFTER_TRAINING_SECONDS, CopyHandle, CopyRequest, start_copies
+from megalm.checkpoint.retention import Retention
 from megalm.communicator import Communicator
 from megalm.config.schema import TRACKERS, RunConfig, TrainSection
 from megalm.engine.build import build_engine
@@ -50,7 +53,7 @@ from megalm.train.evaluator import Evaluator
 from megalm.train.lifecycle.heartbeat import Heartbeat
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
 from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start, wall_seconds
-from megalm.train.resume.find_checkpoint import clean_up_interrupted_saves
+from megalm.train.resume.find_checkpoint import check_copies, clean_up_interrupted_saves, fetch_copy
 from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_resume
 from megalm.train.resume.resume_request import record_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
@@ -73,6 +76,8 @@ from megalm.utils.process_setup import require_system
 
 # MLflow creates the tables of a new store, which takes a while; a short run waits up to this long for its mirror.
 _MIRROR_PATIENCE_SECONDS = 45.0
+# How long a job that stops early waits for copies: Slurm and clouds end it soon.
+_LEAVING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -202,9 +207,12 @@ def load_settings(arguments: Arguments, ranks: RankFacts, device: DeviceFacts) -
         ConfigError: all that is wrong, one line each.
         DataError: the tokenizer cannot be read.
     """
+    arguments.restore_lost_folder(RunConsole(ranks.rank == 0).info)
     options, files = arguments.read(ranks.world_size, device)
     vocab_size = known_vocab_size(files.loaded.config.data)
     run = resolve(files.loaded, files.deepspeed, ranks.world_size, device, vocab_size, ranks.local_world_size)
+    if ranks.rank == 0:
+        check_copies(run.config, options)
     return RunSettings(run, options, files.saved)
 
 
@@ -245,6 +253,12 @@ def open_run(settings: RunSettings, comm: Communicator, supervisor: RankSupervis
         console.info(f"  note: {notice}")
     for path in clean_up_interrupted_saves(folder, comm, run.config.checkpoint.best):
         console.info(f"  note: cleaned up after an earlier job that was killed while saving or deleting: {path}")
+    if run.config.checkpoint.copy_to is not None:
+        supervisor.stage("looking for copies of the checkpoints")
+        if fetch_copy(run.config, settings.options, folder, comm, console.info):
+            attempt = comm.once(folder.next_attempt)  # after those of the copy
+            hooks = replace(hooks, claim=FailureClaim(folder.failure(attempt)))
+            supervisor.enter(hooks)
     return OpenRun(folder, lock, attempt, console, hooks)
 
 
@@ -368,7 +382,18 @@ def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCh
     reader, attempt = plan.reader, None
     if reader is not None:
         attempt = comm.once(lambda: record_attempt(folder, reader, plan.resume, opened.attempt))
-    return RunCheckpointer(folder, plan.run, plan.shape, plan.identity, plan.data.tokenizer, comm, attempt)
+    copies = _start_copies(folder, plan.run) if comm.is_main else None
+    return RunCheckpointer(folder, plan.run, plan.shape, plan.identity, plan.data.tokenizer, comm, attempt, copies)
+
+
+def _start_copies(folder: RunFolder, run: ResolvedRun) -> CopyHandle | None:
+    """Start the process that copies the run's checkpoints, if it is to have one."""
+    settings = run.config.checkpoint
+    if settings.copy_to is None:
+        return None
+    kept = Retention(settings.copy_keep_last, settings.keep_every_steps, settings.best)
+    files = tuple(path.name for path in folder.small_files)
+    return start_copies(CopyRequest(folder.path.resolve(), settings.copy_to, kept, files))
 
 
 def _training_hooks(opened: OpenRun, run: ResolvedRun, metrics: MetricsWriter | None, comm: Communicator) -> RunHooks:
@@ -499,6 +524,28 @@ def _close(built: BuiltRun, opened: OpenRun, comm: Communicator, code: int) -> N
         page = write_report_page(folder, console) if code == EXIT_DONE else None
     if built.mirror is not None and not built.mirror.finish(_MIRROR_PATIENCE_SECONDS):
         console.info(f"a tracker lacks a part of the run (mlflow.log says why); run megalm track sync {folder.path}")
+    if built.trainer.parts.run.config.checkpoint.copy_to is not None:
+        _finish_copies(built.trainer.parts, folder, code)
+        comm.barrier()  # a launcher may end the others' ranks some time after the first has left
     opened.lock.release()
     if code == EXIT_DONE:
         console.info(final_summary(folder, built.trainer.parts.run, built.command, page))
+
+
+def _finish_copies(parts: TrainerComponents, folder: RunFolder, code: int) -> None:
+    """On rank 0, wait for the last copies, and tell which are missing; a job that stops early waits less."""
+    handle, settings, say = parts.checkpoints.copies, parts.run.config.checkpoint, parts.reporter.info
+    if handle is None:
+        return
+    limit = settings.copy_wait_seconds if code == EXIT_DONE else min(settings.copy_wait_seconds, _LEAVING_SECONDS)
+    missing = handle.finish(limit, say)
+    status = handle.reader.read(now=True)
+    if missing:
+        why = f" ({status.problem})" if status.problem else ""
+        command = shlex.join(["megalm", "checkpoint", "copy", str(folder.path), str(settings.copy_to)])
+        say(
+            f"WARNING: {', '.join(missing)} not copied after {format_duration(limit)}{why}; copying continues for "
+            f"{format_duration(AFTER_TRAINING_SECONDS)} if this machine does, later run {command}"
+        )
+    else:
+        say(f"all checkpoints to keep are copied to {status.address}")
