@@ -14,6 +14,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from megalm.checkpoint.copies.copy_store import COPY_SCHEMES
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.deepspeed.unsupported_keys import DEEPSPEED_NAMES
 from megalm.config.loading import RUN_LENGTH, LoadedConfig, value_of
@@ -489,7 +490,7 @@ def copies_go_elsewhere(case: CheckContext) -> None:
                 f"checkpoint.copy_keep_last={keep} has no effect without checkpoint.copy_to; set it, or remove it"
             )
         return
-    check_address(address, f"checkpoint.copy_to={public_address(address)}", ("s3", "gs"))
+    check_address(address, f"checkpoint.copy_to={public_address(address)}", COPY_SCHEMES)
     if not is_remote(address) and Path(address).resolve() == Path(run.root).resolve():
         raise ConfigError(
             f"checkpoint.copy_to={address} is run.root, where the run itself is; name a folder on another disk"

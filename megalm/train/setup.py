@@ -53,7 +53,7 @@ from megalm.train.evaluator import Evaluator
 from megalm.train.lifecycle.heartbeat import Heartbeat
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
 from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start, wall_seconds
-from megalm.train.resume.find_checkpoint import check_copies, clean_up_interrupted_saves, fetch_copy
+from megalm.train.resume.find_checkpoint import check_copies, clean_up_interrupted_saves, fetch_newer_copy
 from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_resume
 from megalm.train.resume.resume_request import record_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
@@ -255,7 +255,7 @@ def open_run(settings: RunSettings, comm: Communicator, supervisor: RankSupervis
         console.info(f"  note: cleaned up after an earlier job that was killed while saving or deleting: {path}")
     if run.config.checkpoint.copy_to is not None:
         supervisor.stage("looking for copies of the checkpoints")
-        if fetch_copy(run.config, settings.options, folder, comm, console.info):
+        if fetch_newer_copy(run.config, settings.options, folder, comm, console.info):
             attempt = comm.once(folder.next_attempt)  # after those of the copy
             hooks = replace(hooks, claim=FailureClaim(folder.failure(attempt)))
             supervisor.enter(hooks)

@@ -27,6 +27,7 @@ from megalm.utils.atomic_files import clear_away, make_directory, write_atomical
 from megalm.utils.formatting import format_bytes
 from megalm.utils.remote_files import RemoteFile, RemoteVersion, is_remote, open_filesystem, put_file
 
+COPY_SCHEMES = ("s3", "gs")  # each file of hf:// would be a commit
 CHECKPOINTS = "checkpoints"
 _BLOCK_BYTES = 1 << 25
 _PART_BYTES = 1 << 24  # of an upload in parts, of which S3 allows 10,000

@@ -113,7 +113,7 @@ def fetch_newest(run_dir: Path, address: str, origin: ResumedFrom | None, info: 
         if entry.status != "good" or write_order(entry) <= newest:
             continue
         try:
-            return _download(run_dir, store, entry, info)
+            return fetch_copy(run_dir, store, entry, info)
         except (CheckpointError, DataError) as error:
             problems.append(str(error))
     if problems and not local:
@@ -123,7 +123,12 @@ def fetch_newest(run_dir: Path, address: str, origin: ResumedFrom | None, info: 
     return None
 
 
-def _download(run_dir: Path, store: CopyStore, entry: Entry, info: Info) -> Path:
+def fetch_copy(run_dir: Path, store: CopyStore, entry: Entry, info: Info) -> Path:
+    """Download a copy into the run folder, with the small files that it lacks; return the checkpoint's path.
+
+    Raises:
+        CheckpointError, DataError: it cannot be read or is damaged.
+    """
     assert entry.manifest is not None
     size = entry.manifest.bytes
     info(f"fetching {entry.path.name} from {store.address} ({format_bytes(size)})")

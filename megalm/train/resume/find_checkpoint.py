@@ -55,7 +55,7 @@ def check_copies(config: RunConfig, options: ResumeOptions) -> None:
         check_copy_place(address, Path(run.root), run.name, options.wanted is not None)
 
 
-def fetch_copy(
+def fetch_newer_copy(
     config: RunConfig, options: ResumeOptions, folder: RunFolder, comm: Communicator, info: Callable[[str], None]
 ) -> bool:
     """Before `find_checkpoint` looks: with `--resume auto` download a copy that is newer than all that the folder has;
