@@ -333,6 +333,16 @@ def split_is_two_weights(case: CheckContext) -> None:
         raise ConfigError(f"data.split={split!r} is not TRAIN,VALIDATION; write two weights such as 95,5")
 
 
+def datasets_are_local(case: CheckContext) -> None:
+    data = case.config.data
+    for key, path in (*_named_datasets(data), ("data.tokenizer", data.tokenizer or "")):
+        if is_remote(path):
+            raise ConfigError(
+                f"{key}={public_address(path)}: a run reads its data from a local disk; copy it there first, or build "
+                "the dataset from text at an address (data_tools/build_dataset.py --input)"
+            )
+
+
 def dataset_files_exist(case: CheckContext) -> None:
     data = case.config.data
     for key, prefix in _named_datasets(data):
@@ -635,6 +645,7 @@ RULES: tuple[Rule, ...] = (
     guard_limit_has_both_numbers,
     rollback_has_a_checkpoint,
     excluded_nodes_are_checked,
+    datasets_are_local,
     dataset_files_exist,
     tokenizer_exists,
 )

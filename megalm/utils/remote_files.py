@@ -31,6 +31,7 @@ _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.*)", re.DOTALL)
 _BLOCK_BYTES = 1 << 22
 # How long a read is tried again without getting a byte, and the longest pause between two tries.
 PATIENCE_SECONDS = 600.0
+START_PATIENCE_SECONDS = 20.0  # at a start, while nothing is lost
 _LONGEST_PAUSE_SECONDS = 30.0
 # By class name: the classes are of packages that need not be there.
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound", "DefaultCredentialsError")
@@ -182,6 +183,37 @@ class RemoteVersion:
         return cls(int(info["size"] or 0), str(tag).strip('"'))
 
 
+def remote_version(address: str, warn: Callable[[str], None] = lambda _: None) -> RemoteVersion:
+    """Ask for a file's version. Raises: DataError: it does not exist, or the server does not answer."""
+    filesystem, place = open_filesystem(address)
+    return RemoteVersion.of(tried_again(lambda: filesystem.info(place), address, warn=warn))
+
+
+def has_glob(address: str) -> bool:
+    return any(character in address for character in "*?[")
+
+
+def list_remote(address: str, warn: Callable[[str], None] = lambda _: None) -> dict[str, RemoteVersion]:
+    """Return the files of an address, sorted: one file, those that a glob matches, or all below a folder.
+
+    Raises:
+        DataError: a bucket or file does not exist, access is refused, or the server does not answer.
+    """
+    filesystem, place = open_filesystem(address)
+    scheme = address.partition("://")[0]
+
+    def find() -> dict[str, Mapping[str, Any]]:
+        if has_glob(address):
+            return filesystem.glob(place, detail=True)
+        info = filesystem.info(place)
+        return {place: info} if info["type"] == "file" else filesystem.find(place, detail=True)
+
+    found = tried_again(find, address, START_PATIENCE_SECONDS, warn)
+    return {
+        f"{scheme}://{name}": RemoteVersion.of(info) for name, info in sorted(found.items()) if info["type"] == "file"
+    }
+
+
 class RemoteFile(io.RawIOBase):
     """A file at an address, read in blocks. A block whose connection drops is read again, so a reader goes on where it
     was; use `open_remote_file`.
@@ -199,8 +231,7 @@ class RemoteFile(io.RawIOBase):
         self._position = 0
 
     def _ask(self) -> RemoteVersion:
-        info = tried_again(lambda: self._filesystem.info(self._place), self.name, warn=self._warn)
-        return RemoteVersion.of(info)
+        return remote_version(self.name, self._warn)
 
     def readable(self) -> bool:
         return True

@@ -99,23 +99,20 @@ def test_a_lost_run_goes_on_from_its_copies(
 ) -> None:
     """Its folder is deleted; the place of the copies is all that the next start is told."""
     place = ("run.name=mine", "checkpoint.copy_to=s3://models/backup")
-    own = (
-        "checkpoint.interval_steps=3",
-        "checkpoint.copy_keep_last=1",
-        "checkpoint.keep_last=1",
-        f"train.steps={HALF}",
-    )
+    kept = ("checkpoint.copy_keep_last=1", "checkpoint.keep_last=1")
+    own = ("checkpoint.interval_steps=3", f"train.steps={HALF}", *kept)
     with s3_server.s3_server() as port:
         s3_server.use(monkeypatch, port)
         s3_server.make_bucket("models")
-        first = finish(tmp_path, pretrain(*small_data.words, *WORDS, *own, *place, ranks=2))
+        words = small_data.changed(*WORDS, *own, *place)
+        first = finish(tmp_path, pretrain(*words, ranks=2))
         assert first.code == 0, first.explain()
         assert first.left == []
         events = [row for row in rows(tmp_path) if row["kind"] == "event"]
         assert "copied" in {row["event"] for row in events} | set(re.findall(r"\bcopied\b", first.stdout))
         before = train_rows(tmp_path)
         shutil.rmtree(run_folder(tmp_path))
-        new = finish(tmp_path, pretrain(*small_data.words, *WORDS, *own, *place, ranks=1))
+        new = finish(tmp_path, pretrain(*words))
         assert new.code == 2, "a new run would replace the copies"
         assert_names(new.stderr, "s3://models/backup/mine", "run.name")
         second = finish(tmp_path, pretrain(*place, "--resume", "auto", f"train.steps={STEPS}", ranks=2))
