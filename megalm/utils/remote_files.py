@@ -6,6 +6,7 @@ address. Listings are not cached: another process may write to the same place.
 
 from __future__ import annotations
 
+import contextlib
 import io
 import re
 import time
@@ -29,6 +30,7 @@ T = TypeVar("T")
 SCHEMES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "hf": ("huggingface_hub", "hf")}
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.*)", re.DOTALL)
 _BLOCK_BYTES = 1 << 22
+_SMALLEST_BLOCK_BYTES = 1 << 15
 # How long a read is tried again without getting a byte, and the longest pause between two tries.
 PATIENCE_SECONDS = 600.0
 START_PATIENCE_SECONDS = 20.0  # at a start, while nothing is lost
@@ -55,7 +57,7 @@ def check_address(address: str, named: str, schemes: tuple[str, ...] = tuple(SCH
     match = _SCHEME.fullmatch(address)
     if match is None:
         return
-    scheme, place = match[1], match[2]
+    scheme, place, named = match[1], match[2], hide_credentials(named, address)
     if scheme not in schemes:
         known = ", ".join(f"{name}://" for name in schemes)
         raise ConfigError(f"{named}: {scheme}:// is not supported here; use {known} or a path")
@@ -123,9 +125,9 @@ def short_reason(error: BaseException) -> str:
     return words if len(words) <= 200 else f"{words[:197]}..."
 
 
-def pause_seconds(failures: int, longest: float = _LONGEST_PAUSE_SECONDS) -> float:
+def pause_seconds(failures: int, longest: float | None = None) -> float:
     """Return how long to wait before the next try."""
-    return min(0.5 * 2.0 ** min(failures, 20), longest)
+    return min(0.5 * 2.0 ** min(failures, 20), _LONGEST_PAUSE_SECONDS if longest is None else longest)
 
 
 def tried_again(
@@ -215,8 +217,9 @@ def list_remote(address: str, warn: Callable[[str], None] = lambda _: None) -> d
 
 
 class RemoteFile(io.RawIOBase):
-    """A file at an address, read in blocks. A block whose connection drops is read again, so a reader goes on where it
-    was; use `open_remote_file`.
+    """A file at an address, read in blocks; use `open_remote_file`.
+
+    A block whose connection drops is asked for again, a smaller one each time, so a reader goes on where it was.
 
     Raises:
         DataError: it cannot be read, or changed while it was read.
@@ -229,6 +232,7 @@ class RemoteFile(io.RawIOBase):
         self._warn = warn
         self.version = self._ask()
         self._position = 0
+        self._most = _BLOCK_BYTES
 
     def _ask(self) -> RemoteVersion:
         return remote_version(self.name, self._warn)
@@ -249,22 +253,41 @@ class RemoteFile(io.RawIOBase):
 
     def readinto(self, buffer: WriteableBuffer, /) -> int:
         view = memoryview(buffer).cast("B")
-        start, end = self._position, min(self._position + len(view), self.version.bytes)
-        if end <= start:
+        left = min(len(view), self.version.bytes - self._position)
+        if left <= 0:
             return 0
+        content = tried_again(lambda: self._read_block(left), self.name, warn=self._warn)
+        view[: len(content)] = content
+        self._position += len(content)
+        if self._position == self.version.bytes and self._ask() != self.version:
+            raise self._changed()
+        return len(content)
 
-        def read() -> bytes:
+    def readall(self) -> bytes:
+        blocks = []
+        while block := self.read(_BLOCK_BYTES):
+            blocks.append(block)
+        return b"".join(blocks)
+
+    def _read_block(self, most: int) -> bytes:
+        start, end = self._position, self._position + min(most, self._most)
+        try:
             content: bytes = self._filesystem.cat_file(self._place, start=start, end=end)
             if len(content) != end - start:
                 raise OSError(f"{len(content)} bytes came instead of {end - start}")
-            return content
+        except Exception:
+            self._most = max(_SMALLEST_BLOCK_BYTES, self._most // 2)
+            found = None
+            with contextlib.suppress(Exception):  # it is asked again soon
+                found = RemoteVersion.of(self._filesystem.info(self._place))
+            if found not in (None, self.version):
+                raise self._changed() from None
+            raise
+        self._most = min(_BLOCK_BYTES, 2 * self._most)
+        return content
 
-        content = tried_again(read, self.name, warn=self._warn)
-        view[: len(content)] = content
-        self._position = end
-        if end == self.version.bytes and self._ask() != self.version:
-            raise DataError(f"{self.name}: changed while it was read; start again when it is complete")
-        return len(content)
+    def _changed(self) -> DataError:
+        return DataError(f"{self.name}: changed while it was read; start again when it is complete")
 
 
 def open_remote_file(address: str, warn: Callable[[str], None] = lambda _: None) -> io.BufferedReader:
