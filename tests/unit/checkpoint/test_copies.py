@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import fsspec
 import pytest
+from typer.testing import CliRunner
 
 from megalm.checkpoint.checkpointer import CheckpointWriter
 from megalm.checkpoint.copies import copy_process, copy_store, fetch
@@ -19,6 +22,7 @@ from megalm.checkpoint.copies.fetch import check_copy_place, fetch_newest, resto
 from megalm.checkpoint.discovery import ResumedFrom, list_checkpoints
 from megalm.checkpoint.manifest import MANIFEST, set_status
 from megalm.checkpoint.retention import Retention
+from megalm.cli.checkpoint import app
 from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError, ConfigError
 from tests import s3_server
@@ -370,3 +374,53 @@ def test_only_one_copies_at_a_time(place: str, run: Path) -> None:
     request = CopyRequest(run, place, ALL)
     with copy_process.take_lock(run / copy_process.LOCK_FILE), pytest.raises(CheckpointError):
         copy_now(request, 1.0, lambda _: None)
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    def do_PUT(self) -> None:
+        self.send_response(403)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_GET = do_HEAD = do_PUT
+
+    def log_message(self, *_: object) -> None:
+        return
+
+
+def test_a_server_that_refuses_is_one_line(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        s3_server.use(monkeypatch, server.server_port)
+        save(run / "checkpoints", 10)
+        for resume in (True, False):
+            with pytest.raises(ConfigError) as error:
+                check_copy_place("s3://models/backup", run.parent, "mine", resume)
+            assert_names(error.value, "checkpoint.copy_to", "s3://models/backup")
+            assert "\n" not in str(error.value)
+        with pytest.raises(CheckpointError) as failure:
+            copy_now(CopyRequest(run, "s3://models/backup", ALL), 60.0, lambda _: None)
+        assert_names(failure.value, "s3://models/backup/mine")
+        server.shutdown()
+
+
+def test_the_commands_copy_list_and_fetch(place: str, run: Path, tmp_path: Path) -> None:
+    def megalm(*words: object) -> str:
+        result = CliRunner().invoke(app, [*map(str, words)], catch_exceptions=False)
+        return result.output
+
+    for step in (10, 20):
+        save(run / "checkpoints", step)
+    (run / "config.yaml").write_text("a: 1\n")
+    copied = megalm("copy", run, place)
+    assert_names(copied, "step-00000010", "step-00000020")
+    assert megalm("list", run).count("copied") == 2
+    if place.startswith("s3"):
+        assert_names(megalm("list", f"{place}/mine"), "step-00000010", "step-00000020")
+    fetched = tmp_path / "elsewhere" / "mine"
+    megalm("fetch", f"{place}/mine", "10", "--root", tmp_path / "elsewhere")
+    assert_holds(fetched / "checkpoints" / "step-00000010", 10)
+    assert (fetched / "config.yaml").read_text() == "a: 1\n"
+    for wrong in (("fetch", f"{place}/mine", "10", "--root", tmp_path / "elsewhere"), ("fetch", f"{place}/mine", "30")):
+        with pytest.raises(CheckpointError):
+            megalm(*wrong)
