@@ -180,7 +180,7 @@ class RemoteVersion:
 
     @classmethod
     def of(cls, info: Mapping[str, Any]) -> RemoteVersion:
-        names = ("ETag", "etag", "md5Hash", "sha256", "blob_id", "oid", "mtime", "LastModified", "last_modified")
+        names = ("ETag", "md5Hash", "sha256", "etag", "blob_id", "oid", "mtime", "LastModified", "last_modified")
         tag = next((info[name] for name in names if info.get(name)), "")
         return cls(int(info["size"] or 0), str(tag).strip('"'))
 

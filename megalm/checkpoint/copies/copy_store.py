@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import os
 import shutil
 import tempfile
@@ -137,7 +138,7 @@ class CopyStore:
         return sent
 
     def _upload_file(self, path: Path, stored: StoredFile, there: RemoteVersion | None, on_bytes: OnBytes) -> int:
-        part_bytes = max(_PART_BYTES, -(-stored.bytes // _MOST_PARTS))
+        part_bytes = _PART_BYTES * max(1, math.ceil(stored.bytes / (_PART_BYTES * _MOST_PARTS)))
         digest = _digest(path, part_bytes)
         if digest.sha256 != stored.sha256:
             raise CheckpointError(f"{path} is damaged, so it is not copied; megalm checkpoint verify {path.parent}")
