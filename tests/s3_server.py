@@ -59,11 +59,22 @@ def settings(port: int) -> dict[str, str]:
     }
 
 
+_client_of: list[int] = []  # the port that the client was made for: making one takes half a second
+
+
 def use(monkeypatch: pytest.MonkeyPatch, port: int) -> None:
-    """Let this test's processes ask the server at a port; a client is made for each port."""
+    """Let this test's processes ask the server at a port."""
     for name, value in settings(port).items():
         monkeypatch.setenv(name, value)
+    if _client_of != [port]:
+        forget_client()
+        _client_of.append(port)
+
+
+def forget_client() -> None:
+    """After a change of the environment: the next use makes a new client."""
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+    _client_of.clear()
 
 
 def make_bucket(name: str = BUCKET) -> None:

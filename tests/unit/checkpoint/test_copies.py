@@ -47,13 +47,18 @@ def s3(port: int, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureReques
     return f"s3://{bucket}/backup"
 
 
+@pytest.fixture
+def mounted(tmp_path: Path) -> str:
+    (tmp_path / "mounted").mkdir()
+    return str(tmp_path / "mounted")
+
+
 @pytest.fixture(params=["s3", "folder"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+def place(request: pytest.FixtureRequest) -> str:
     """An empty place for copies."""
     if request.param == "s3":
         return request.getfixturevalue("s3")
-    (tmp_path / "mounted").mkdir()
-    return str(tmp_path / "mounted")
+    return request.getfixturevalue("mounted")
 
 
 @pytest.fixture
@@ -268,10 +273,10 @@ def test_local_retention_leaves_what_is_being_copied(run: Path) -> None:
     assert [entry.step for entry in list_checkpoints(checkpoints)] == [30]
 
 
-def test_one_that_is_deleted_meanwhile_is_passed_over(place: str, run: Path) -> None:
+def test_one_that_is_deleted_meanwhile_is_passed_over(mounted: str, run: Path) -> None:
     for step in (10, 20):
         save(run / "checkpoints", step)
-    copier = Copier(CopyRequest(run, place, ALL))
+    copier = Copier(CopyRequest(run, mounted, ALL))
     upload = copier._store.upload
 
     def deleted_first(path: Path, *more: object) -> int:
@@ -282,7 +287,7 @@ def test_one_that_is_deleted_meanwhile_is_passed_over(place: str, run: Path) -> 
     copier._store.upload = deleted_first  # type: ignore[method-assign]
     while copier.copy_next():
         pass
-    assert steps(CopyStore(place, "mine")) == [10]
+    assert steps(CopyStore(mounted, "mine")) == [10]
     assert copier.status.problem == ""
 
 
@@ -366,12 +371,12 @@ def test_a_place_that_cannot_be_is_refused_before_training(
     check_copy_place(s3, run.parent, "other", resume=False)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    s3_server.forget_client()
     assert "credentials" in refusal(s3, resume=True)
 
 
-def test_only_one_copies_at_a_time(place: str, run: Path) -> None:
-    request = CopyRequest(run, place, ALL)
+def test_only_one_copies_at_a_time(mounted: str, run: Path) -> None:
+    request = CopyRequest(run, mounted, ALL)
     with copy_process.take_lock(run / copy_process.LOCK_FILE), pytest.raises(CheckpointError):
         copy_now(request, 1.0, lambda _: None)
 

@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -66,7 +65,7 @@ def _server(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote_files, "_LONGEST_PAUSE_SECONDS", 0.1)
 
 
-OPTIONS = BuildOptions(unit_bytes=100_000)
+OPTIONS = BuildOptions(unit_bytes=150_000)
 
 
 def _build(paths: list[str], prefix: Path, workers: int = 1) -> dict[str, bytes]:
@@ -205,7 +204,7 @@ def test_without_credentials_or_a_server_it_is_one_line(monkeypatch: pytest.Monk
     monkeypatch.setattr(remote_files, "START_PATIENCE_SECONDS", 0.1)
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    s3_server.forget_client()
     with pytest.raises(DataError, match="credentials"):
         find_inputs([TEXT], ReadReport())
     s3_server.use(monkeypatch, 9)
