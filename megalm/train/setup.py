@@ -147,6 +147,11 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     count_restarts(ranks)
     device, report = open_device(ranks)
     settings = None if report.problem else load_settings(arguments, ranks, report.facts)
+    if settings is not None and ranks.rank == 0:
+        try:
+            check_copies(settings.run.config, settings.options)
+        except ConfigError as error:  # every rank is told, where they agree on the device
+            report = replace(report, problem=str(error))
     limit = (
         TrainSection().start_timeout_seconds if settings is None else settings.run.config.train.start_timeout_seconds
     )
@@ -211,8 +216,6 @@ def load_settings(arguments: Arguments, ranks: RankFacts, device: DeviceFacts) -
     options, files = arguments.read(ranks.world_size, device)
     vocab_size = known_vocab_size(files.loaded.config.data)
     run = resolve(files.loaded, files.deepspeed, ranks.world_size, device, vocab_size, ranks.local_world_size)
-    if ranks.rank == 0:
-        check_copies(run.config, options)
     return RunSettings(run, options, files.saved)
 
 

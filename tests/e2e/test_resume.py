@@ -112,7 +112,7 @@ def test_a_lost_run_goes_on_from_its_copies(
         assert "copied" in {row["event"] for row in events} | set(re.findall(r"\bcopied\b", first.stdout))
         before = train_rows(tmp_path)
         shutil.rmtree(run_folder(tmp_path))
-        new = finish(tmp_path, pretrain(*words))
+        new = finish(tmp_path, pretrain(*words, ranks=2))
         assert new.code == 2, "a new run would replace the copies"
         assert_names(new.stderr, "s3://models/backup/mine", "run.name")
         second = finish(tmp_path, pretrain(*place, "--resume", "auto", f"train.steps={STEPS}", ranks=2))
