@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megalm.runs.evaluations import RecordedEvaluation, read_evaluations
 from megalm.runs.metrics_history import History, Numbers, read_history
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, ReadBatches, Row, read_batches
 from megalm.runs.run_folder import ENVIRONMENT_FILE, parameter_count, read_mapping
@@ -44,6 +45,8 @@ class Results:
         attempts: number of attempts begun, including those of rollbacks.
         scatter: name -> median absolute deviation of a per-step number; for the training loss, over the last tenth of
             the steps.
+        evaluations: name -> main number of the newest checkpoint that `megalm evaluate` has evaluated on it; the name
+            has the set, the measure and the number of tokens or questions, so equal names compare.
     """
 
     parameters: int | None
@@ -63,6 +66,7 @@ class Results:
     wall_seconds: float | None
     attempts: int
     scatter: dict[str, float]
+    evaluations: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_parameter(self) -> float | None:
@@ -83,6 +87,7 @@ class RunRecord:
     history: History
     parameters: int | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+    evaluations: Sequence[RecordedEvaluation] = ()
 
     @property
     def validations(self) -> list[Row]:
@@ -133,7 +138,8 @@ def read_run(run_dir: Path, read: ReadBatches = read_batches) -> RunRecord:
     for name in _OWN_TO_A_RUN:
         found.pop(name, None)
     environment = read_mapping(run_dir / ENVIRONMENT_FILE)
-    return RunRecord(run_dir.resolve().name, found, history, parameter_count(run_dir), environment)
+    evaluations = read_evaluations(run_dir)
+    return RunRecord(run_dir.resolve().name, found, history, parameter_count(run_dir), environment, evaluations)
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]:
@@ -177,6 +183,7 @@ def results(run: RunRecord) -> Results:
         wall_seconds=history.wall_seconds,
         attempts=sum(row.get("event") in ATTEMPT_EVENTS for row in history.events),
         scatter={name: value for name, value in scatter.items() if value is not None},
+        evaluations={one.name: one.value for one in run.evaluations},  # by step: the newest counts
     )
 
 
