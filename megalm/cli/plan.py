@@ -238,8 +238,8 @@ def planned_run(
     Raises:
         MegalmError: the start would be refused; for missing data if `data_needed`.
     """
-    from megalm.train.resume.find_checkpoint import check_copies  # these import torch
-    from megalm.train.resume.resume_plan import planned_start
+    from megalm.train.resume.resume_plan import planned_start  # imports torch
+    from megalm.train.run_copies import check_copies
 
     options, files = arguments.read(ranks, device, data_needed)
     check_copies(files.loaded.config, options)

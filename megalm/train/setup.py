@@ -6,7 +6,6 @@ first, so that a failure can be recorded there.
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,8 +14,6 @@ from pathlib import Path
 
 import torch
 
-from megalm.checkpoint.copies.copy_process import AFTER_TRAINING_SECONDS, CopyHandle, CopyRequest, start_copies
-from megalm.checkpoint.retention import Retention
 from megalm.communicator import Communicator
 from megalm.config.schema import TRACKERS, RunConfig, TrainSection
 from megalm.engine.build import build_engine
@@ -53,10 +50,11 @@ from megalm.train.evaluator import Evaluator
 from megalm.train.lifecycle.heartbeat import Heartbeat
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
 from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start, wall_seconds
-from megalm.train.resume.find_checkpoint import check_copies, clean_up_interrupted_saves, fetch_newer_copy
+from megalm.train.resume.find_checkpoint import clean_up_interrupted_saves
 from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_resume
 from megalm.train.resume.resume_request import record_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
+from megalm.train.run_copies import check_copies, fetch_newer_copy, finish_run_copies, start_run_copies
 from megalm.train.run_summary import (
     data_warnings,
     environment_facts,
@@ -76,8 +74,6 @@ from megalm.utils.process_setup import require_system
 
 # MLflow creates the tables of a new store, which takes a while; a short run waits up to this long for its mirror.
 _MIRROR_PATIENCE_SECONDS = 45.0
-# How long a job that stops early waits for copies: Slurm and clouds end it soon.
-_LEAVING_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
@@ -385,18 +381,8 @@ def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCh
     reader, attempt = plan.reader, None
     if reader is not None:
         attempt = comm.once(lambda: record_attempt(folder, reader, plan.resume, opened.attempt))
-    copies = _start_copies(folder, plan.run) if comm.is_main else None
+    copies = start_run_copies(folder, plan.run.config) if comm.is_main else None
     return RunCheckpointer(folder, plan.run, plan.shape, plan.identity, plan.data.tokenizer, comm, attempt, copies)
-
-
-def _start_copies(folder: RunFolder, run: ResolvedRun) -> CopyHandle | None:
-    """Start the process that copies the run's checkpoints, if it is to have one."""
-    settings = run.config.checkpoint
-    if settings.copy_to is None:
-        return None
-    kept = Retention(settings.copy_keep_last, settings.keep_every_steps, settings.best)
-    files = tuple(path.name for path in folder.small_files)
-    return start_copies(CopyRequest(folder.path.resolve(), settings.copy_to, kept, files))
 
 
 def _training_hooks(opened: OpenRun, run: ResolvedRun, metrics: MetricsWriter | None, comm: Communicator) -> RunHooks:
@@ -528,27 +514,8 @@ def _close(built: BuiltRun, opened: OpenRun, comm: Communicator, code: int) -> N
     if built.mirror is not None and not built.mirror.finish(_MIRROR_PATIENCE_SECONDS):
         console.info(f"a tracker lacks a part of the run (mlflow.log says why); run megalm track sync {folder.path}")
     if built.trainer.parts.run.config.checkpoint.copy_to is not None:
-        _finish_copies(built.trainer.parts, folder, code)
+        finish_run_copies(built.trainer.parts.checkpoints.copies, built.trainer.parts.run.config, code, console.info)
         comm.barrier()  # a launcher may end the others' ranks some time after the first has left
     opened.lock.release()
     if code == EXIT_DONE:
         console.info(final_summary(folder, built.trainer.parts.run, built.command, page))
-
-
-def _finish_copies(parts: TrainerComponents, folder: RunFolder, code: int) -> None:
-    """On rank 0, wait for the last copies, and tell which are missing; a job that stops early waits less."""
-    handle, settings, say = parts.checkpoints.copies, parts.run.config.checkpoint, parts.reporter.info
-    if handle is None:
-        return
-    limit = settings.copy_wait_seconds if code == EXIT_DONE else min(settings.copy_wait_seconds, _LEAVING_SECONDS)
-    missing = handle.finish(limit, say)
-    status = handle.reader.read(now=True)
-    if missing:
-        why = f" ({status.problem})" if status.problem else ""
-        command = shlex.join(["megalm", "checkpoint", "copy", str(folder.path), str(settings.copy_to)])
-        say(
-            f"WARNING: {', '.join(missing)} not copied after {format_duration(limit)}{why}; copying continues for "
-            f"{format_duration(AFTER_TRAINING_SECONDS)} if this machine does, later run {command}"
-        )
-    else:
-        say(f"all checkpoints to keep are copied to {status.address}")

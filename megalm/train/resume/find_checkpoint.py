@@ -8,17 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.copies.copy_store import CopyStore
-from megalm.checkpoint.copies.fetch import check_copy_place, fetch_newest, refuse_copies_of_another_run
 from megalm.checkpoint.discovery import Entry, ResumedFrom, resume_candidates
 from megalm.checkpoint.manifest import Manifest, hashed_blocks, without_advice
 from megalm.checkpoint.retention import tidy
 from megalm.communicator import Communicator
-from megalm.config.schema import RunConfig
 from megalm.errors import CheckpointError
 from megalm.runs.run_folder import RunFolder
-from megalm.runs.run_settings import ResumeOptions
-from megalm.train.resume.resume_request import read_last_attempt
 from megalm.utils.progress import ProgressBar
 
 
@@ -46,40 +41,6 @@ def clean_up_interrupted_saves(folder: RunFolder, comm: Communicator, keep_best:
         return tidy(folder.checkpoints, keep_best)
 
     return comm.once(work)
-
-
-def check_copies(config: RunConfig, options: ResumeOptions) -> None:
-    """Check the place of checkpoint.copy_to for a start, where the run has one; errors as `check_copy_place`."""
-    address, run = config.checkpoint.copy_to, config.run
-    if address is not None:
-        check_copy_place(address, Path(run.root), run.name, options.wanted is not None)
-
-
-def fetch_newer_copy(
-    config: RunConfig, options: ResumeOptions, folder: RunFolder, comm: Communicator, info: Callable[[str], None]
-) -> bool:
-    """Before `find_checkpoint` looks: with `--resume auto` download a copy that is newer than all that the folder has;
-    return whether there was one. Collective: rank 0 downloads.
-
-    Raises:
-        CheckpointError: the folder has no checkpoint, and the copies cannot be read.
-        ConfigError: the run is a new one, and there are copies of another one of its name.
-    """
-    address, is_best = config.checkpoint.copy_to, config.checkpoint.best
-    assert address is not None
-
-    def fetch() -> bool:
-        if config.run.name is None:
-            refuse_copies_of_another_run(CopyStore(address, folder.name))
-        if options.wanted != "auto" or config.run.name is None:
-            return False
-        before, _ = read_last_attempt(folder, "auto")
-        found = fetch_newest(folder.path, address, before.origin if before else None, info)
-        if found is not None:
-            tidy(folder.checkpoints, is_best)
-        return found is not None
-
-    return comm.once(fetch)
 
 
 def find_checkpoint(
