@@ -15,7 +15,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,16 +70,25 @@ class CopyStore:
     def entries(self) -> list[Entry]:
         """Return the complete copies in write order; one whose manifest is damaged has a `problem`."""
         found: dict[str, tuple[RemoteVersion, Entry]] = {}
-        for place, info in self._list(CHECKPOINTS).items():
-            folder, _, file = place.rpartition("/")
-            name = folder.rpartition("/")[2]
-            if file != MANIFEST or not is_step_name(name):
+        for name, files in self._folders().items():
+            version, known = files.get(MANIFEST), self._entries.get(name)
+            if version is None:
                 continue
-            version, known = RemoteVersion.of(info), self._entries.get(name)
             entry = known[1] if known and known[0] == version and version.tag else self._read_entry(name)
+            if entry.manifest is not None and (file := _missing(entry.manifest, files)):
+                entry = Entry(entry.path, None, f"{self.address}: {file} of {name} is missing or cut short")
             found[name] = version, entry
         self._entries = found
         return sorted((entry for _, entry in found.values()), key=write_order)
+
+    def _folders(self) -> dict[str, dict[str, RemoteVersion]]:
+        """Return the files of each copy and of each half of one, by name."""
+        found: dict[str, dict[str, RemoteVersion]] = {}
+        for place, info in self._list(CHECKPOINTS).items():
+            folder, _, file = place.rpartition("/")
+            if is_step_name(name := folder.rpartition("/")[2]):
+                found.setdefault(name, {})[file] = RemoteVersion.of(info)
+        return found
 
     def run_files(self) -> list[str]:
         """Return the names of the run's small files that are there."""
@@ -126,14 +135,15 @@ class CopyStore:
         """
         manifest, name = read_manifest(checkpoint), checkpoint.name
         content = (checkpoint / MANIFEST).read_bytes()
-        there = self._list(f"{CHECKPOINTS}/{name}")
-        by_name = {place.rpartition("/")[2]: RemoteVersion.of(info) for place, info in there.items()}
+        by_name = self._folders().get(name, {})
         before, sent = self._entries.get(name), 0
         is_same = MANIFEST in by_name and before is not None and same_files(before[1].manifest, manifest)
         if MANIFEST in by_name and not is_same:  # an earlier attempt's, which does not count from here on
             self._files.rm_file(self._place(CHECKPOINTS, name, MANIFEST))
         for file, stored in () if is_same else manifest.files.items():
             sent += self._upload_file(checkpoint / file, stored, by_name.get(file), on_bytes)
+        if file := _missing(manifest, self._folders().get(name, {})):  # another process tidied up there
+            raise LostCopy(f"{file} of {name} is no longer there")
         self._put_bytes(self._place(CHECKPOINTS, name, MANIFEST), content)
         return sent
 
@@ -201,11 +211,7 @@ class CopyStore:
 
     def delete_partial(self, keep: Sequence[str]) -> list[str]:
         """Delete copies without a manifest, which a killed job left, but those in `keep`; return their names."""
-        found: dict[str, set[str]] = {}
-        for place in self._list(CHECKPOINTS):
-            folder, _, file = place.rpartition("/")
-            found.setdefault(folder.rpartition("/")[2], set()).add(file)
-        left = [name for name, files in found.items() if is_step_name(name) and MANIFEST not in files]
+        left = (name for name, files in self._folders().items() if MANIFEST not in files)
         gone = sorted(name for name in left if name not in keep)
         for name in gone:
             self.delete(name)
@@ -289,6 +295,12 @@ def check_writable(address: str) -> None:
     place = f"{root.rstrip('/')}/{_PROBE}"
     files.pipe_file(place, b"megalm\n")
     files.rm_file(place)
+
+
+def _missing(manifest: Manifest, there: Mapping[str, RemoteVersion]) -> str:
+    """Return the first file that is not there in its full size; "" if all are."""
+    wrong = (file for file, stored in manifest.files.items() if file not in there or there[file].bytes != stored.bytes)
+    return next(wrong, "")
 
 
 def same_files(first: Manifest | None, second: Manifest | None) -> bool:
