@@ -40,12 +40,16 @@ setup(
         "tqdm>=4.66",
         "Jinja2>=3.1",
         "filelock>=3.30",
+        "fsspec>=2024.6",
     ],
     extras_require={
         "gpu-rehearsal": ["triton>=3.5"],  # tests/gpu_rehearsal/test_kernels.py
         "gpu-metrics": ["nvidia-ml-py>=12.535"],  # temperatures, and MLflow's system metrics of NVIDIA GPUs
         "gguf": ["gguf>=0.17"],  # megalm export --to gguf
         "tensorboard": ["tensorboard>=2.16"],
+        "s3": ["s3fs>=2024.6"],  # s3:// addresses of inputs and copies
+        "gs": ["gcsfs>=2024.6"],
+        "hf": ["huggingface_hub>=0.27"],  # hf:// addresses of inputs
         "wandb": ["wandb>=0.19"],
     },
     entry_points={"console_scripts": ["megalm = megalm.cli.main:main"]},

@@ -17,7 +17,9 @@ from megalm.errors import DataError
 
 Inputs = Annotated[
     list[str],
-    typer.Option("--input", help="file, folder, 'glob' or - of .jsonl .json .txt .md .parquet (.gz .zst .bz2 .xz)"),
+    typer.Option(
+        "--input", help="file, folder, 'glob', s3://... or - of .jsonl .json .txt .md .parquet (.gz .zst .bz2 .xz)"
+    ),
 ]
 StdinKind = Annotated[
     str | None,

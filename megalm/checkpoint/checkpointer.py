@@ -9,7 +9,7 @@ import contextlib
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,7 @@ class CheckpointWriter:
         checkpoints: the run's checkpoints folder.
         asynchronous: write in the background, from copies in host memory.
         origin: the checkpoint that this process resumed from; kept until the first save completes.
+        in_use: asked on rank 0 for checkpoints not to delete now, unless a save lacks their space.
     """
 
     def __init__(
@@ -108,7 +109,9 @@ class CheckpointWriter:
         ranks: Communicator,
         asynchronous: bool,
         origin: Path | None = None,
+        in_use: Callable[[], Collection[Path]] = tuple,
     ) -> None:
+        self._in_use = in_use
         self._checkpoints = checkpoints
         self._retention = retention
         self._origin = origin
@@ -200,13 +203,14 @@ class CheckpointWriter:
             self._best = None
             self.mark_best(write.path)
 
-    def _prune(self) -> None:
+    def _prune(self, keep: Collection[Path] = ()) -> None:
         """On rank 0. A failed deletion becomes a notice: the checkpoint just written is complete regardless."""
         try:
-            self._pruned += tuple(path.name for path in prune(self._checkpoints, self._retention, self._origin))
+            kept = [*keep, *([] if self._origin is None else [self._origin])]
+            self._pruned += tuple(path.name for path in prune(self._checkpoints, self._retention, kept))
         except OSError as error:
             self._notice = f"cannot delete an old checkpoint: {error}"
 
     def _prune_when_complete(self) -> None:
         self._origin = None
-        self._prune()
+        self._prune(self._in_use())

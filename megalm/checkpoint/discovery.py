@@ -98,7 +98,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 def list_checkpoints(checkpoints: Path) -> list[Entry]:
     """Return all complete checkpoints: those without a readable manifest first, then the others in write order."""
     entries = [Entry.read(path) for path in complete_checkpoints(checkpoints)]
-    return sorted(entries, key=_written)
+    return sorted(entries, key=write_order)
 
 
 def read_pointer(checkpoints: Path, pointer: str) -> str | None:
@@ -191,7 +191,7 @@ def _named(checkpoints: Path, wanted: str) -> Entry:
     )
 
 
-def _written(entry: Entry) -> tuple[int, int]:
+def write_order(entry: Entry) -> tuple[int, int]:
     """Sort key of write order: after a rollback, an abandoned attempt's checkpoints can have later steps."""
     return entry.attempt, entry.step
 
@@ -207,7 +207,7 @@ def _with_origin(entries: list[Entry], origin: ResumedFrom) -> list[Entry]:
 
     def written(entry: Entry) -> tuple[int, int]:
         # Before everything the attempt wrote: an origin from another run can have a later step.
-        return (origin.attempt, -1) if origin.is_at(entry.path) else _written(entry)
+        return (origin.attempt, -1) if origin.is_at(entry.path) else write_order(entry)
 
     found = sorted(entries, key=written)
     if not found or written(found[-1])[0] < origin.attempt:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,11 +74,11 @@ def superfluous(entries: Sequence[Entry], retention: Retention, best: str | None
     ]
 
 
-def prune(checkpoints: Path, retention: Retention, origin: Path | None = None, dry_run: bool = False) -> list[Path]:
+def prune(checkpoints: Path, retention: Retention, keep: Collection[Path] = (), dry_run: bool = False) -> list[Path]:
     """Delete the checkpoints that `retention` does not keep; return their former paths.
 
     Args:
-        origin: a checkpoint to keep whatever its age, because no save after it is complete yet.
+        keep: checkpoints to keep whatever their age.
         dry_run: delete nothing.
 
     Raises:
@@ -87,7 +87,8 @@ def prune(checkpoints: Path, retention: Retention, origin: Path | None = None, d
     found = list_checkpoints(checkpoints)
     best = read_pointer(checkpoints, BEST) or (_best(found) if retention.keep_best else None)
     entries = superfluous(found, retention, best)
-    gone = [entry.path for entry in entries if origin is None or entry.path.resolve() != origin.resolve()]
+    kept = {path.resolve() for path in keep}
+    gone = [entry.path for entry in entries if entry.path.resolve() not in kept]
     for path in () if dry_run else gone:
         _discard(path)
     return gone
@@ -141,6 +142,19 @@ def _best(entries: Sequence[Entry]) -> str | None:
             if loss is not None and loss == entry.manifest.best_validation_loss:
                 return entry.path.name
     return None
+
+
+def put_in_place(partial: Path, final: Path) -> None:
+    """Rename; delete an earlier attempt's checkpoint of the same step only once its replacement is in place."""
+    replaced = final.with_name(final.name + REPLACED_SUFFIX)
+    if os.path.lexists(final):
+        if os.path.lexists(replaced):  # left by a kill
+            clear_away(replaced)
+        final.rename(replaced)
+    partial.rename(final)
+    sync_directory(final.parent)
+    if os.path.lexists(replaced):
+        clear_away(replaced)
 
 
 def _discard(path: Path) -> None:

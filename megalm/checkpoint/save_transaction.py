@@ -21,13 +21,14 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, TypeVar
 
-from megalm.checkpoint.discovery import LATEST, PARTIAL_SUFFIX, REPLACED_SUFFIX, folder_name
+from megalm.checkpoint.discovery import LATEST, PARTIAL_SUFFIX, folder_name
 from megalm.checkpoint.manifest import Manifest, write_manifest
+from megalm.checkpoint.retention import put_in_place
 from megalm.checkpoint.safetensors_file import ShardSummary, write_shard
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.communicator import Communicator
 from megalm.errors import MegalmError, TrainingError
-from megalm.utils.atomic_files import clear_away, make_directory, sync_directory, write_atomically, write_durably
+from megalm.utils.atomic_files import clear_away, make_directory, write_atomically, write_durably
 from megalm.utils.formatting import format_bytes
 
 # Disk space
@@ -188,7 +189,7 @@ class CheckpointWrite:
             files[source.name] = _copy(source, self._partial / source.name)
         content = {**self._facts, "files": files, "tensors": _tensor_index(shards)}
         write_manifest(self._partial, Manifest.from_json(content))
-        _put_in_place(self._partial, self.path)
+        put_in_place(self._partial, self.path)
         self._in_place = True
         write_durably(self.path.parent / LATEST, f"{self.path.name}\n".encode())
         self._when_complete()
@@ -221,19 +222,6 @@ def _copy(source: Path, target: Path) -> dict[str, Any]:
     content = source.read_bytes()
     write_atomically(target, lambda file: file.write(content))
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _put_in_place(partial: Path, final: Path) -> None:
-    """Rename; delete an earlier attempt's checkpoint of the same step only once its replacement is in place."""
-    replaced = final.with_name(final.name + REPLACED_SUFFIX)
-    if os.path.lexists(final):
-        if os.path.lexists(replaced):  # left by a kill
-            clear_away(replaced)
-        final.rename(replaced)
-    partial.rename(final)
-    sync_directory(final.parent)
-    if os.path.lexists(replaced):
-        clear_away(replaced)
 
 
 def _tensor_index(shards: list[ShardSummary]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`megalm checkpoint`: list, inspect, verify, mark, compare, delete, convert and average checkpoints.
+"""`megalm checkpoint`: list, inspect, verify, mark, compare, delete, copy, fetch, convert and average checkpoints.
 
 All commands except `diff`, `convert` and `average` read only JSON and bytes, and need no torch.
 """
@@ -16,6 +16,10 @@ from typing import Annotated, Any
 
 import typer
 
+from megalm.checkpoint.copies.copy_process import CopyRequest, copy_now
+from megalm.checkpoint.copies.copy_status import CopyStatus
+from megalm.checkpoint.copies.copy_store import COPY_SCHEMES, CopyStore
+from megalm.checkpoint.copies.fetch import fetch_copy
 from megalm.checkpoint.discovery import (
     BEST,
     LATEST,
@@ -38,13 +42,16 @@ from megalm.checkpoint.manifest import (
 from megalm.checkpoint.retention import Retention, prune
 from megalm.cli.find_run import checkpoint_at, find_run, verify, warn
 from megalm.cli.options import Place, Precision, Run, StoredPrecision
-from megalm.errors import CheckpointError, TrainingError
+from megalm.errors import CheckpointError, ConfigError, TrainingError
 from megalm.planning.lr_schedule import ScheduleSegment
-from megalm.runs.run_folder import CONFIG_FILE, read_deepspeed_settings, read_mapping
+from megalm.runs.run_folder import CONFIG_FILE, RunFolder, read_deepspeed_settings, read_mapping
 from megalm.utils.formatting import format_bytes, table
-from megalm.utils.progress import ProgressBar
+from megalm.utils.progress import ProgressBar, sizes
+from megalm.utils.remote_files import check_address, is_remote, tried_again
 from megalm.utils.terminal import echo
 
+_COLUMNS = ("name", "step", "tokens", "created", "size", "validation loss", "over", "status", "")
+_PATIENCE_SECONDS = 60.0  # for a server that does not answer
 _LONGEST_VALUE = 76  # characters; a line with its name has up to 100
 
 app = typer.Typer(no_args_is_help=True)
@@ -52,7 +59,13 @@ app = typer.Typer(no_args_is_help=True)
 
 @app.command("list")
 def list_command(run: Run) -> None:
-    """List a run's checkpoints by step, with the validation loss and its number of tokens."""
+    """List a run's checkpoints by step, with the validation loss, its number of tokens, and whether they are copied.
+
+    Also of a run's copies: megalm checkpoint list s3://BUCKET/FOLDER/RUN
+    """
+    if is_remote(run):
+        _list_copies(run)
+        return
     run_dir = find_run(run)
     checkpoints = run_dir / "checkpoints"
     folders = step_folders(checkpoints)
@@ -61,11 +74,26 @@ def list_command(run: Run) -> None:
         return
     entries = {entry.path: entry for entry in list_checkpoints(checkpoints)}
     marks = {LATEST: read_pointer(checkpoints, LATEST), BEST: read_pointer(checkpoints, BEST) or _lowest_loss(entries)}
-    rows = [_row(folder, entries.get(folder), marks) for folder in folders]
-    echo(table(["name", "step", "tokens", "created", "size", "validation loss", "over", "status", ""], rows))
+    copies = CopyStatus.read(run_dir)
+    rows = [_row(folder, entries.get(folder), marks, folder.name in copies.copied) for folder in folders]
+    echo(table(_COLUMNS, rows))
+    if copies.address:
+        elsewhere = sorted(copies.copied.keys() - {folder.name for folder in folders})
+        echo(
+            f"copies in {copies.address}: {len(copies.copied)}{', also of ' if elsewhere else ''}{', '.join(elsewhere)}"
+        )
     damaged = [problem for entry in entries.values() if (problem := entry.damage())]
     if damaged:
         raise CheckpointError(f"{len(damaged)} checkpoints are damaged: {damaged[0]}")
+
+
+def _list_copies(address: str) -> None:
+    entries = _store(address).entries()
+    echo(
+        table(_COLUMNS, [_row(entry.path, entry, {}, True) for entry in entries])
+        if entries
+        else f"{address}: no copies"
+    )
 
 
 @app.command("show")
@@ -169,6 +197,68 @@ def prune_command(
         echo(f"{checkpoints}: nothing to delete")
 
 
+@app.command("copy")
+def copy_command(
+    run: Run,
+    address: str = typer.Argument(
+        help="s3://BUCKET/FOLDER, gs://BUCKET/FOLDER or a folder; the copies are in RUN/ there."
+    ),
+    keep_last: int = typer.Option(
+        None, min=1, help="Keep this many good copies, and the best; default: all of the run's checkpoints."
+    ),
+) -> None:
+    """Copy a run's good checkpoints to another place, as checkpoint.copy_to does; those that are there are left out."""
+    run_dir = find_run(run).resolve()
+    check_address(address, "ADDRESS", COPY_SCHEMES)
+    if not is_remote(address) and not Path(address).is_dir():
+        raise ConfigError(f"{address} does not exist; create or mount the folder")
+    files = tuple(path.name for path in RunFolder(run_dir).small_files)
+    request = CopyRequest(run_dir, address, Retention(keep_last, keep_best=True), files)
+    with ProgressBar("copying", None, shown=sizes) as bar:
+
+        def show(status: CopyStatus) -> None:
+            if status.copying:
+                bar.begin(f"copying {status.copying}", status.bytes_total)
+                bar.update(status.bytes_done)
+
+        status = copy_now(request, _PATIENCE_SECONDS, show)
+    for notice in status.notices:
+        warn(notice)
+    names = sorted(status.copied)
+    echo(f"{status.address}: {len(names)} copies{': ' if names else ''}{', '.join(names)}")
+    if status.notices:
+        raise CheckpointError(f"{len(status.notices)} checkpoints of {run_dir} are damaged and not copied")
+
+
+@app.command("fetch")
+def fetch_command(
+    address: str = typer.Argument(help="A run's copies: s3://BUCKET/FOLDER/RUN."),
+    step: str = typer.Argument("latest", help="A step, or latest: the good copy that was written last."),
+    root: Path = typer.Option(Path("runs"), help="The folder to make the run folder in."),
+) -> None:
+    """Copy a checkpoint back, with the run's settings and metrics, into RUN/ under --root."""
+    store, name = _store(address), address.rstrip("/").rpartition("/")[2]
+    entries = [entry for entry in store.entries() if entry.manifest is not None]
+    wanted = [entry for entry in entries if (entry.status == "good" if step == "latest" else str(entry.step) == step)]
+    if not wanted:
+        known = ", ".join(str(entry.step) for entry in entries) or "none"
+        raise CheckpointError(f"{address} has no good copy of {step}; steps: {known}")
+    if (root / name / "checkpoints" / wanted[-1].path.name).exists():
+        raise CheckpointError(
+            f"{root / name} has {wanted[-1].path.name} already; move it away, or choose another --root"
+        )
+    echo(str(fetch_copy(root / name, store, wanted[-1], lambda line: echo(line, err=True))))
+
+
+def _store(address: str) -> CopyStore:
+    """The copies of a run at its own address."""
+    check_address(address, "ADDRESS", COPY_SCHEMES)
+    parent, _, name = address.rstrip("/").rpartition("/")
+    store = CopyStore(parent, name)
+    tried_again(store.entries, address, _PATIENCE_SECONDS)
+    return store
+
+
 @app.command("convert")
 def convert_command(
     place: Place,
@@ -250,8 +340,10 @@ def _with_config(path: Path, manifest: Manifest) -> dict[str, Any]:
     return {**manifest.content, **files}
 
 
-def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None]) -> list[object]:
-    note = " ".join(word for word, name in marks.items() if name == folder.name)
+def _row(folder: Path, entry: Entry | None, marks: Mapping[str, str | None], is_copied: bool) -> list[object]:
+    note = " ".join(
+        [*(word for word, name in marks.items() if name == folder.name), *(["copied"] if is_copied else [])]
+    )
     if entry is None:
         return [folder.name, *[None] * 6, "incomplete", note]
     manifest = entry.manifest

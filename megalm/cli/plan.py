@@ -239,8 +239,10 @@ def planned_run(
         MegalmError: the start would be refused; for missing data if `data_needed`.
     """
     from megalm.train.resume.resume_plan import planned_start  # imports torch
+    from megalm.train.run_copies import check_copies
 
     options, files = arguments.read(ranks, device, data_needed)
+    check_copies(files.loaded.config, options)
     resumed = partial(planned_start, resume=options) if options.wanted is not None else None
     return planned(files, ranks, device, ranks_per_node, resumed, data_needed)
 

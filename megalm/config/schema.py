@@ -435,6 +435,16 @@ class CheckpointSection(Section):
     asynchronous: bool = Field(
         default=False, alias="async", description="copy the state at the step, and write it while training continues"
     )
+    copy_to: UserPath | None = Field(
+        default=None,
+        description="copy checkpoints to NAME/ there, behind training: s3://BUCKET/FOLDER, gs:// or a mounted folder",
+    )
+    copy_keep_last: PositiveInt | None = Field(
+        default=None, description="number of good copies to keep, besides the best and keep_every_steps; null: all"
+    )
+    copy_wait_seconds: NonNegativeFloat = Field(
+        default=600.0, description="how long the end of the run waits for the last copies"
+    )
 
 
 class GuardSection(Section):

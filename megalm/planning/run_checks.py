@@ -15,6 +15,7 @@ from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
 
+from megalm.checkpoint.copies.copy_store import COPY_SCHEMES
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.deepspeed.unsupported_keys import DEEPSPEED_NAMES
 from megalm.config.loading import RUN_LENGTH, LoadedConfig, value_of
@@ -27,8 +28,10 @@ from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, Check
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.planning.training_stages import TrainingStages
 from megalm.rank_environment import JOB_FIELDS
+from megalm.utils.addresses import public_address
 from megalm.utils.did_you_mean import likeness
 from megalm.utils.process_setup import require_extra
+from megalm.utils.remote_files import check_address, is_remote
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -394,6 +397,16 @@ def split_is_two_weights(case: CheckContext) -> None:
         raise ConfigError(f"data.split={split!r} is not TRAIN,VALIDATION; write two weights such as 95,5")
 
 
+def datasets_are_local(case: CheckContext) -> None:
+    data = case.config.data
+    for key, path in (*_named_datasets(data), ("data.tokenizer", data.tokenizer or "")):
+        if is_remote(path):
+            raise ConfigError(
+                f"{key}={public_address(path)}: a run reads its data from a local disk; copy it there first, or build "
+                "the dataset from text at an address (data_tools/build_dataset.py --input)"
+            )
+
+
 def dataset_files_exist(case: CheckContext) -> None:
     data = case.config.data
     for key, prefix in _named_datasets(data):
@@ -549,6 +562,22 @@ def batch_stages_follow_each_other(case: CheckContext) -> None:
             raise ConfigError(f"schedule.batch: from_step={step} is not after step {max(1, before)}; sort the stages")
 
 
+def copies_go_elsewhere(case: CheckContext) -> None:
+    checkpoint, run = case.config.checkpoint, case.config.run
+    address, keep = checkpoint.copy_to, checkpoint.copy_keep_last
+    if address is None:
+        if keep is not None:
+            raise ConfigError(
+                f"checkpoint.copy_keep_last={keep} has no effect without checkpoint.copy_to; set it, or remove it"
+            )
+        return
+    check_address(address, f"checkpoint.copy_to={public_address(address)}", COPY_SCHEMES)
+    if not is_remote(address) and Path(address).resolve() == Path(run.root).resolve():
+        raise ConfigError(
+            f"checkpoint.copy_to={address} is run.root, where the run itself is; name a folder on another disk"
+        )
+
+
 def one_batch(case: CheckContext) -> None:
     batch, given = RunBatch.of(case.loaded, case.ds), "batch.global_sequences" in case.loaded.explicit_keys
     total, sequences, stated = case.settings.train_batch_size, batch.sequences, case.config.batch.global_sequences
@@ -684,6 +713,7 @@ RULES: tuple[Rule, ...] = (
     one_rate_at_each_end,
     no_rate_above_peak,
     kept_checkpoints_are_made,
+    copies_go_elsewhere,
     *PARALLEL_RULES,
     batch_stages_follow_each_other,
     one_batch,
@@ -698,6 +728,7 @@ RULES: tuple[Rule, ...] = (
     guard_limit_has_both_numbers,
     rollback_has_a_checkpoint,
     excluded_nodes_are_checked,
+    datasets_are_local,
     dataset_files_exist,
     tokenizer_exists,
 )

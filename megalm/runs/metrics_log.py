@@ -7,14 +7,16 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   backward_seconds and update_seconds, and in a pipeline those of each other instruction (SendActivation_seconds)
 - `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and if known
   bits_per_byte, and loss_stderr, the standard error of the loss by the choice of the samples)
-- `event`: event = start | resume | checkpoint | spike | skip | rollback | signal | wall_time | early_stop | warning |
-  expected | traffic | profile | straggler | repair | end, and its own fields:
+- `event`: event = start | resume | checkpoint | copied | spike | skip | rollback | signal | wall_time | early_stop |
+  warning | expected | traffic | profile | straggler | repair | end, and its own fields:
   - `spike`: at_step, quantity, decided, loss, grad_norm, limit, median, first_sample
   - `start`, `resume` and `rollback` begin an attempt. `start` and `resume` have startup_seconds, since the start of the
     process; `resume` and `rollback` the `step` that the run continues from; `rollback` samples_skipped
   - `wall_time`: limit, that of train.max_wall_time; null where Slurm's time limit stopped the run
   - `checkpoint`, when one is complete: path, saved_step, bytes, seconds (until complete), stall_seconds (training
     waited), pruned (names of removed checkpoints)
+  - `copied`, when a checkpoint's copy is verified (checkpoint.copy_to): path, bytes, seconds (all are
+    in copies.json)
   - `expected`: quantity, loss, low and high in the document that the run follows, met (whether loss is within them)
   - `traffic`: first_step, last_step, ranks, and traffic, a list of axis, collective, calls and bytes, added up over
     these steps and all ranks

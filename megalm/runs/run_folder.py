@@ -129,6 +129,11 @@ class RunFolder:
         return self.config_yaml, self.deepspeed_json, self.resolved_deepspeed_json
 
     @property
+    def small_files(self) -> tuple[Path, ...]:
+        """The files that copies of the run's checkpoints come with; without resume.json, which names local paths."""
+        return *self.config_files, self.environment_json, self.metrics, self.log
+
+    @property
     def records(self) -> tuple[Path, ...]:
         """The files and folders that the run itself writes and commands read."""
         files = (*self.config_files, self.environment_json, self.metrics, self.log, self.request, self.bad_nodes)

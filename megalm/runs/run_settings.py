@@ -5,12 +5,13 @@ A resumed run keeps its saved settings unless they are given again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
+from megalm.checkpoint.copies.fetch import restore_run_files
 from megalm.config.deepspeed.json_reader import (
     DeepSpeedConfig,
     DeviceFacts,
@@ -25,8 +26,9 @@ from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_checks import check_run
 from megalm.rank_environment import job_and_restarts
-from megalm.runs.run_folder import RunFolder, command_line, newest_run, read_mapping
+from megalm.runs.run_folder import CONFIG_FILE, RunFolder, command_line, newest_run, read_mapping
 from megalm.utils.formatting import flatten_mapping
+from megalm.utils.remote_files import check_address
 
 _DEFAULT_DEEPSPEED_CONFIG = "ds_configs/zero2.json"
 _ANY_DEVICE = DeviceFacts(kind="cuda", bf16=True, memory_bytes=2**40, float8=True)
@@ -76,6 +78,22 @@ class Arguments:
         if options.wanted is None and files.saved is not None:  # a restart of the job that began the run
             options = replace(options, wanted="auto")
         return options, files
+
+    def restore_lost_folder(self, info: Callable[[str], None]) -> None:
+        """Before `read`: copy the small files of a named run back whose folder is gone, from checkpoint.copy_to.
+
+        Raises:
+            ConfigError: the place of the copies does not answer or refuses; what is wrong with the settings themselves
+                is left to `read`.
+        """
+        if self.resume is None:
+            return
+        loaded = ConfigLayers(self.config, self.overrides).new_run()
+        run, address = loaded.config.run, loaded.config.checkpoint.copy_to
+        if loaded.problems or run.name is None or address is None or (Path(run.root) / run.name / CONFIG_FILE).exists():
+            return
+        check_address(address, "checkpoint.copy_to")
+        restore_run_files(Path(run.root) / run.name, address, info)
 
     def resume_options(self) -> ResumeOptions:
         """Return the resume options of the flags.

@@ -8,6 +8,7 @@ from typing import Any
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.checkpointer import CheckpointWriter, Saved
+from megalm.checkpoint.copies.copy_process import CopyHandle
 from megalm.checkpoint.discovery import resume_candidates
 from megalm.checkpoint.manifest import Beginning, Manifest, Status, read_manifest, write_manifest
 from megalm.checkpoint.retention import Retention
@@ -38,6 +39,7 @@ class RunCheckpointer:
 
     Args:
         start: the checkpoint that this process resumes from, and how; None: it starts at step 0.
+        copies: on rank 0, of the process that copies the checkpoints, where the run has one.
     """
 
     def __init__(
@@ -49,7 +51,9 @@ class RunCheckpointer:
         tokenizer: Tokenizer,
         comm: Communicator,
         start: LastAttempt | None,
+        copies: CopyHandle | None = None,
     ) -> None:
+        self.copies = copies
         self._folder = folder
         self._run = run
         self._shape = shape
@@ -65,6 +69,7 @@ class RunCheckpointer:
             comm,
             asynchronous=settings.asynchronous,
             origin=None if start is None else start.path,
+            in_use=tuple if copies is None else copies.in_work,
         )
 
     def save(

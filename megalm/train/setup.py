@@ -55,6 +55,7 @@ from megalm.train.resume.find_checkpoint import clean_up_interrupted_saves
 from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_resume
 from megalm.train.resume.resume_request import record_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
+from megalm.train.run_copies import check_copies, fetch_newer_copy, finish_run_copies, start_run_copies
 from megalm.train.run_summary import (
     data_warnings,
     environment_facts,
@@ -143,6 +144,11 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     count_restarts(ranks)
     device, report = open_device(ranks)
     settings = None if report.problem else load_settings(arguments, ranks, report.facts)
+    if settings is not None and ranks.rank == 0:
+        try:
+            check_copies(settings.run.config, settings.options)
+        except ConfigError as error:  # every rank is told, where they agree on the device
+            report = replace(report, problem=str(error))
     limit = (
         TrainSection().start_timeout_seconds if settings is None else settings.run.config.train.start_timeout_seconds
     )
@@ -203,6 +209,7 @@ def load_settings(arguments: Arguments, ranks: RankFacts, device: DeviceFacts) -
         ConfigError: all that is wrong, one line each.
         DataError: the tokenizer cannot be read.
     """
+    arguments.restore_lost_folder(RunConsole(ranks.rank == 0).info)
     options, files = arguments.read(ranks.world_size, device)
     vocab_size = known_vocab_size(files.loaded.config.data)
     run = resolve(files.loaded, files.deepspeed, ranks.world_size, device, vocab_size, ranks.local_world_size)
@@ -246,6 +253,12 @@ def open_run(settings: RunSettings, comm: Communicator, supervisor: RankSupervis
         console.info(f"  note: {notice}")
     for path in clean_up_interrupted_saves(folder, comm, run.config.checkpoint.best):
         console.info(f"  note: cleaned up after an earlier job that was killed while saving or deleting: {path}")
+    if run.config.checkpoint.copy_to is not None:
+        supervisor.stage("looking for copies of the checkpoints")
+        if fetch_newer_copy(run.config, settings.options, folder, comm, console.info):
+            attempt = comm.once(folder.next_attempt)  # after those of the copy
+            hooks = replace(hooks, claim=FailureClaim(folder.failure(attempt)))
+            supervisor.enter(hooks)
     return OpenRun(folder, lock, attempt, console, hooks)
 
 
@@ -370,7 +383,8 @@ def _checkpoints(plan: ResumePlan, opened: OpenRun, comm: Communicator) -> RunCh
     reader, attempt = plan.reader, None
     if reader is not None:
         attempt = comm.once(lambda: record_attempt(folder, reader, plan.resume, opened.attempt))
-    return RunCheckpointer(folder, plan.run, plan.shape, plan.identity, plan.data.tokenizer, comm, attempt)
+    copies = start_run_copies(folder, plan.run.config) if comm.is_main else None
+    return RunCheckpointer(folder, plan.run, plan.shape, plan.identity, plan.data.tokenizer, comm, attempt, copies)
 
 
 def _training_hooks(opened: OpenRun, run: ResolvedRun, metrics: MetricsWriter | None, comm: Communicator) -> RunHooks:
@@ -507,6 +521,9 @@ def _close(built: BuiltRun, opened: OpenRun, comm: Communicator, code: int) -> N
         page = write_report_page(folder, console) if code == EXIT_DONE else None
     if built.mirror is not None and not built.mirror.finish(_MIRROR_PATIENCE_SECONDS):
         console.info(f"a tracker lacks a part of the run (mlflow.log says why); run megalm track sync {folder.path}")
+    if built.trainer.parts.run.config.checkpoint.copy_to is not None:
+        finish_run_copies(built.trainer.parts.checkpoints.copies, built.trainer.parts.run.config, code, console.info)
+        comm.barrier()  # a launcher may end the others' ranks some time after the first has left
     opened.lock.release()
     if code == EXIT_DONE:
         console.info(final_summary(folder, built.trainer.parts.run, built.command, page))

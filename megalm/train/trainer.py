@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megalm.checkpoint.checkpointer import Saved
+from megalm.checkpoint.discovery import step_of
 from megalm.checkpoint.manifest import Status
 from megalm.communicator import Communicator
 from megalm.data.sampling.batch_loader import PREFETCHED_BATCHES, BatchLoader
@@ -38,7 +39,7 @@ from megalm.train.spikes.spike_guard import SpikeGuard, Verdict
 from megalm.train.spikes.spike_report import SpikeReport, SpikeReportWriter
 from megalm.train.step_diagnostics import StepDiagnostics, phase_of_step
 from megalm.train.text_samples import SampleWriter
-from megalm.utils.formatting import format_clock
+from megalm.utils.formatting import format_clock, format_duration
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,17 @@ class MetricsRecorder:
         self.parts.reporter.info(f"step {saved.step}: checkpoint {saved.path} ({times})")
         if saved.notice:
             self.parts.reporter.info(f"WARNING: {saved.notice}")
+
+    def copies(self, position: TrainingProgress) -> None:
+        """Record what the process that copies checkpoints has done since the last call."""
+        handle = self.parts.checkpoints.copies
+        if handle is None:
+            return
+        for name, copied in handle.new_copies().items():
+            self.event(position, "copied", path=name, bytes=copied.bytes, seconds=copied.seconds)
+            self.parts.reporter.info(f"step {step_of(Path(name))}: copied in {format_duration(copied.seconds)}")
+        for text in handle.new_warnings():
+            self.warn(position, text)
 
     def warn(self, position: TrainingProgress, text: str) -> None:
         self.event(position, "warning", text=text)
@@ -444,6 +456,7 @@ class Trainer:
         for saved in parts.checkpoints.completed(wait):
             parts.limits.saved(saved.write_seconds)
             self.record.checkpoint(self.position, saved)
+        self.record.copies(self.position)
 
     def _should_stop(self) -> bool:
         """Return whether to stop: any rank's signal or time limit makes all ranks save the same step and leave."""

@@ -73,11 +73,12 @@ def keep_standard_streams() -> None:
         )
 
 
-def require_extra(package: str, wanted_by: str = "") -> None:
-    """Check that a package is there which setup.py has as an extra of the same name.
+def require_extra(package: str, wanted_by: str = "", extra: str = "") -> None:
+    """Check that a package of an extra of setup.py is there.
 
     Args:
         wanted_by: the setting that needs it, for the message.
+        extra: the extra's name, if it is not the package's.
 
     Raises:
         ConfigError: it is missing; the message has the command that installs it.
@@ -86,7 +87,9 @@ def require_extra(package: str, wanted_by: str = "") -> None:
         importlib.metadata.distribution(package)
     except importlib.metadata.PackageNotFoundError:
         wanted = f"{wanted_by} needs {package}, which" if wanted_by else package
-        raise ConfigError(f"{wanted} is not installed; run pip install -e '.[{package}]' in megalm's folder") from None
+        raise ConfigError(
+            f"{wanted} is not installed; run pip install -e '.[{extra or package}]' in megalm's folder"
+        ) from None
 
 
 def require_system() -> None:

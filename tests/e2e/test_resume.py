@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests import s3_server
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import finish, pretrain, rows, run_folder, train_rows
+from tests.e2e.jobs import finish, megalm, pretrain, rows, run_folder, train_rows
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
 
@@ -88,3 +92,37 @@ def test_nothing_is_left_to_do(small_data: SmallData, runs: Runs) -> None:
     assert f"step {STEPS} " in finished.stdout
     assert train_rows(runs.resumed) == before
     assert rows(runs.resumed)[-1]["status"] == "finished"
+
+
+def test_a_lost_run_goes_on_from_its_copies(
+    runs: Runs, small_data: SmallData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its folder is deleted; the place of the copies is all that the next start is told."""
+    place = ("run.name=mine", "checkpoint.copy_to=s3://models/backup")
+    kept = ("checkpoint.copy_keep_last=1", "checkpoint.keep_last=1")
+    own = ("checkpoint.interval_steps=3", f"train.steps={HALF}", *kept)
+    with s3_server.s3_server() as port:
+        s3_server.use(monkeypatch, port)
+        s3_server.make_bucket("models")
+        words = small_data.changed(*WORDS, *own, *place)
+        first = finish(tmp_path, pretrain(*words, ranks=2))
+        assert first.code == 0, first.explain()
+        assert first.left == []
+        events = [row for row in rows(tmp_path) if row["kind"] == "event"]
+        assert "copied" in {row["event"] for row in events} | set(re.findall(r"\bcopied\b", first.stdout))
+        before = train_rows(tmp_path)
+        shutil.rmtree(run_folder(tmp_path))
+        new = finish(tmp_path, pretrain(*words, ranks=2))
+        assert new.code == 2, "a new run would replace the copies"
+        assert_names(new.stderr, "s3://models/backup/mine", "run.name")
+        second = finish(tmp_path, pretrain(*place, "--resume", "auto", f"train.steps={STEPS}", ranks=2))
+        assert second.code == 0, second.explain()
+        listed = finish(tmp_path, megalm("checkpoint", "list", "s3://models/backup/mine"))
+        assert f"step-{STEPS:08d}" in listed.stdout, listed.explain()
+        assert f"step-{HALF:08d}" not in listed.stdout
+        fetched = finish(tmp_path, megalm("checkpoint", "fetch", "s3://models/backup/mine", "--root", "elsewhere"))
+        assert (tmp_path / "elsewhere" / "mine" / "checkpoints" / f"step-{STEPS:08d}").is_dir(), fetched.explain()
+    assert runs.second_half(tmp_path) == runs.second_half(runs.straight)
+    assert train_rows(tmp_path)[:HALF] == before, "the metrics came back, too"
+    assert [row["attempt"] for row in train_rows(tmp_path)] == [1] * HALF + [2] * (STEPS - HALF)
+    assert s3_server.files_holding(run_folder(tmp_path), "a-secret-access-key") == []

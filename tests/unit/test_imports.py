@@ -147,6 +147,7 @@ RULES = (
         "tensorboard is an extra, imported in its sink only",
         only_in("tensorboard", "megalm.tracking.sinks.tensorboard_sink"),
     ),
+    Rule("fsspec is imported in utils/remote_files.py only", only_in("fsspec", "megalm.utils.remote_files")),
     Rule("wandb is an extra, imported in its sink only", only_in("wandb", "megalm.tracking.sinks.wandb_sink")),
     Rule("utils/file_lock.py owns the locks: filelock there only", only_in("filelock", "megalm.utils.file_lock")),
     Rule("utils/file_lock.py owns the locks: fcntl there only", only_in("fcntl", "megalm.utils.file_lock")),

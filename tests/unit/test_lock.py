@@ -48,7 +48,7 @@ def test_the_lock_inputs_are_those_of_setup() -> None:
     assert {name: item.specifier for name, item in required.items()}.items() <= {
         name: item.specifier for name, item in inputs.items()
     }.items()
-    assert inputs.keys() - required.keys() == {"setuptools", "wheel", "ninja"}
+    assert inputs.keys() - required.keys() == {"setuptools", "wheel", "ninja", "python-dateutil"}
 
 
 def test_the_locks_name_what_their_inputs_name() -> None:

@@ -202,7 +202,7 @@ def make_plan(files: Sequence[InputFile], options: BuildOptions, tokenizer: Mapp
         )
     facts = {
         "version": PLAN_VERSION,
-        "files": [asdict(file) for file in files],
+        "files": [file.facts() for file in files],
         "options": options.to_json() | {"unit_bytes": unit_bytes},
         "tokenizer": tokenizer["fingerprint"],
         "eod_id": tokenizer["eod_id"],

@@ -14,7 +14,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +315,8 @@ def _same_inputs(report: DatasetMetadata, files: Sequence[InputFile]) -> bool:
             continue
         if entry["bytes"] != file.size:
             return False
-        if entry["mtime_ns"] != file.mtime_ns and entry["sha256"] != sha256_of(file.path):
+        is_other = entry["mtime_ns"] != file.mtime_ns or entry.get("tag", "") != file.tag
+        if is_other and entry["sha256"] != sha256_of(file.path):
             return False
     return bool(known)
 
@@ -332,7 +333,7 @@ def _listing(files: Sequence[InputFile]) -> str:
 
 
 def _recorded_input(file: InputFile, sha256: str) -> dict[str, Any]:
-    entry = asdict(file)
+    entry = file.facts()
     entry["bytes"] = entry.pop("size")
     return entry | {"sha256": sha256}
 

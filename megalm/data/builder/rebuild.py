@@ -17,6 +17,7 @@ from megalm.data.indexed.metadata import read_sidecar
 from megalm.data.readers.input_files import STDIN, InputFile, ReadReport, find_inputs
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
+from megalm.utils.remote_files import is_remote
 
 Rebuild = Literal["never", "auto", "always"]
 
@@ -94,7 +95,7 @@ def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
     if built and wanted.append_eod is not None and ended != wanted.append_eod:
         found.append(f"has documents that {'end' if ended else 'do not end'} with the end-of-document token")
     if wanted.inputs:
-        used = {str(Path(path).resolve()) for path in _recorded_paths(sidecar)}
+        used = {_whole_name(path) for path in _recorded_paths(sidecar)}
         kind = sidecar["options"].get("read", {}).get("kind", "")
         named = {path for entry in wanted.inputs for path in _named_by(entry, kind, used)}
         if other := sorted(named ^ used):
@@ -123,13 +124,17 @@ def _other_tokens(built: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, str
 def _named_by(entry: str, kind: str, used: set[str]) -> set[str]:
     """Return the files that an entry of `data.input` names; if they are gone, those `used` under this name."""
     try:
-        return {str(Path(file.path).resolve()) for file in find_inputs([entry], ReadReport(), input_kind=kind)}
+        return {_whole_name(file.path) for file in find_inputs([entry], ReadReport(), input_kind=kind)}
     except DataError:
-        name = str(Path(entry).resolve())
+        name = _whole_name(entry)
         gone = {path for path in used if fnmatch(path, name) or path.startswith(f"{name}/")}
         if not gone or any(Path(path).exists() for path in gone):
             raise
         return gone
+
+
+def _whole_name(path: str) -> str:
+    return path if is_remote(path) else str(Path(path).resolve())
 
 
 def build_prefix(prefix: str | Path) -> str:
@@ -162,7 +167,10 @@ def _how(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
 
 
 def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
-    """Return the inputs and evaluation files whose size or time differs from the record; skips missing files."""
+    """Return the inputs and evaluation files whose size or time differs from the record.
+
+    Skips missing files, and those at addresses: a run asks no server.
+    """
     changed = []
     for entry in [*sidecar["inputs"], *sidecar.get("overlap", {}).get("files", ())]:
         if isinstance(entry, dict) and entry["path"] != STDIN:

@@ -158,7 +158,8 @@ def row_groups(file: InputFile) -> int:
     if file.packing:
         return 0
     try:
-        return int(pyarrow.parquet.ParquetFile(file.path).metadata.num_row_groups)
+        with file.open_raw() as raw:
+            return int(pyarrow.parquet.ParquetFile(raw).metadata.num_row_groups)
     except (pyarrow.ArrowException, OSError):
         return 0
 
@@ -230,7 +231,8 @@ def lines_before(span: Span) -> int:
     if span.file.kind == TABLE:
         import pyarrow.parquet
 
-        metadata = pyarrow.parquet.ParquetFile(span.file.path).metadata
+        with span.file.open_raw() as raw:
+            metadata = pyarrow.parquet.ParquetFile(raw).metadata
         return sum(metadata.row_group(group).num_rows for group in range(span.start))
     with span.file.open_raw() as file:
         lines, left = 0, span.start

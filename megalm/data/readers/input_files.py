@@ -1,4 +1,4 @@
-"""Find and open a build's inputs: files, folders, globs and standard input, of known kinds, packed or not."""
+"""Find and open a build's inputs: files, folders and globs here or at addresses, and standard input; packed or not."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ import glob
 import gzip
 import hashlib
 import io
+import logging
 import lzma
 import os
 import re
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO, cast
@@ -24,6 +25,17 @@ from backports import zstd
 
 from megalm.data.readers.losses import Losses
 from megalm.errors import DataError
+from megalm.utils.remote_files import (
+    RemoteVersion,
+    check_address,
+    has_glob,
+    is_remote,
+    list_remote,
+    open_remote_file,
+    remote_version,
+)
+
+logger = logging.getLogger(__name__)
 
 STDIN = "-"
 KINDS = (".jsonl", ".json", ".txt", ".md", ".parquet")
@@ -67,13 +79,22 @@ class ReadReport:
 
 @dataclass(frozen=True)
 class InputFile:
-    """A file as found at the start. Standard input has path "-", no size and no time."""
+    """A file as found at the start, or at an address. Standard input has path "-", no size and no time."""
 
     path: str
     kind: str  # of KINDS
     packing: str = ""  # of PACKINGS, or "" if not packed
     size: int = 0  # bytes
     mtime_ns: int = 0
+    tag: str = ""  # of a file at an address, in place of a time; see `RemoteVersion`
+
+    @classmethod
+    def at_address(cls, address: str, version: RemoteVersion, kind: str = "") -> InputFile:
+        """As `found_at`, of a file at an address."""
+        file = cls(address, kind or kind_of(Path(address)), packing_of(Path(address)), version.bytes, tag=version.tag)
+        if file.kind == ".json" and not kind and json_kind(address, file.packing) == ".jsonl":
+            return replace(file, kind=".jsonl")
+        return file
 
     @classmethod
     def found_at(cls, path: Path, kind: str = "") -> InputFile:
@@ -103,6 +124,8 @@ class InputFile:
         """Whether size or time differ from what they were. Raises OSError if the file is gone."""
         if self.is_stdin:
             return False
+        if is_remote(self.path):
+            return remote_version(self.path, _warn) != RemoteVersion(self.size, self.tag)
         status = Path(self.path).stat()
         return (status.st_size, status.st_mtime_ns) != (self.size, self.mtime_ns)
 
@@ -116,7 +139,20 @@ class InputFile:
             raise DataError(f"{self.path}: changed while it was being read; start again when it is complete")
 
     def open_raw(self) -> BinaryIO:
-        return sys.stdin.buffer if self.is_stdin else Path(self.path).open("rb")
+        return sys.stdin.buffer if self.is_stdin else open_input(self.path)
+
+    def facts(self) -> dict[str, Any]:
+        """Return its fields for a plan or a record; `tag` of a file at an address only."""
+        return {name: value for name, value in asdict(self).items() if name != "tag" or value}
+
+
+def open_input(path: str | Path) -> BinaryIO:
+    """Open a file here or at an address; what an address cannot give raises DataError, never one of BROKEN."""
+    return open_remote_file(str(path), _warn) if is_remote(str(path)) else Path(path).open("rb")
+
+
+def _warn(line: str) -> None:
+    logger.warning("%s", line)
 
 
 def unpacked(raw: BinaryIO | PackedBytes, packing: str) -> IO[bytes]:
@@ -206,10 +242,10 @@ def _begins_as_pointer(path: Path) -> bool:
     return False
 
 
-def json_kind(path: Path, packing: str = "") -> str:
+def json_kind(path: str | Path, packing: str = "") -> str:
     """Return how a file begins: ".jsonl" for an object or a string per line, ".json" for an array, "" for neither."""
     content = b""
-    with contextlib.suppress(*BROKEN), path.open("rb") as raw:  # reported where it is read
+    with contextlib.suppress(*BROKEN), open_input(path) as raw:  # reported where it is read
         stream = unpacked(raw, packing)
         while b"\n" not in content and len(content) < LONGEST_FIRST_LINE and (piece := stream.read(SNIFFED_BYTES)):
             content = (content + piece).removeprefix(codecs.BOM_UTF8).lstrip()
@@ -272,6 +308,8 @@ def find_inputs(
             if stdin_kind not in KINDS or stdin_kind == ".parquet":
                 raise DataError(f"standard input cannot be read as {stdin_kind!r}; choose .jsonl, .json, .txt or .md")
             found.append(InputFile(STDIN, stdin_kind))
+        elif is_remote(str(given)):
+            found += _find_remote(str(given), report, input_kind)
         else:
             found += (InputFile.found_at(file, input_kind) for file in _find_files(str(given), report, input_kind))
     if sum(file.is_stdin for file in found) > 1:
@@ -292,24 +330,46 @@ def _find_files(given: str, report: ReadReport, input_kind: str) -> list[Path]:
         found = [match for match in matches if match.is_file()]
         if "**" not in given:  # which matches all folders on the way
             left_out = [f"{match}: a folder; name it as an input" for match in matches if match.is_dir()]
+    _check_found(given, found, left_out, report, input_kind)
+    return found
+
+
+def _check_found(
+    given: str, found: Sequence[str | Path], left_out: list[str], report: ReadReport, input_kind: str
+) -> None:
+    """Count what is left out, and refuse an input without files, or with one of unknown kind."""
     report.ignored_files += len(left_out)
     report.ignored += left_out[: KEPT_MESSAGES - len(report.ignored)]
     if not found:
         others = f" (left out: {'; '.join(left_out[:3])})" if left_out else ""
         raise DataError(f"{given}: no input file found{others}; give files, folders or globs of {_known_kinds()}")
     for file in found:
-        if not input_kind and kind_of(file) not in KINDS:
+        if not input_kind and kind_of(Path(file)) not in KINDS:
             raise DataError(
                 f"{file}: unknown file type; the known types are {_known_kinds()}; say what it holds if it is one of "
                 "them by another name (--input-kind .jsonl)"
             )
-    return found
+
+
+def _find_remote(given: str, report: ReadReport, input_kind: str) -> list[InputFile]:
+    """Return the files at an address: one file, a glob, or all of known kinds below a folder."""
+    check_address(given, given)
+    versions = list_remote(given, _warn)
+    found, left_out = [], []
+    for address in versions:
+        inner = address.removeprefix(given.rstrip("/"))
+        if address == given or has_glob(given) or input_kind or kind_of(Path(address)) in KINDS:
+            found += [] if "/." in inner else [address]
+        else:
+            left_out.append(f"{address}: unknown file type")
+    _check_found(given, found, left_out, report, input_kind)
+    return [InputFile.at_address(address, versions[address], input_kind) for address in found]
 
 
 def sha256_of(path: str | Path, stop: Callable[[], bool] = lambda: False) -> str:
     """Return the SHA-256 of a file; "" if `stop` returns True before the end."""
     digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
+    with open_input(path) as file:
         while (block := file.read(HASH_BYTES)) and not stop():
             digest.update(block)
     return "" if block else digest.hexdigest()

@@ -11,18 +11,14 @@ import contextlib
 import io
 import logging
 import os
-import select
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
-
-import psutil
 
 from megalm.errors import EXIT_FAILED, ConfigError, MegalmError
 from megalm.runs.metrics_log import METRICS_FILE
@@ -34,6 +30,7 @@ from megalm.utils.addresses import hide_credentials
 from megalm.utils.child_process import child_command, child_environment
 from megalm.utils.file_lock import HeldLock, take_lock
 from megalm.utils.formatting import printable
+from megalm.utils.parent_watch import ParentWatch, stdin_is_closed
 from megalm.utils.process_setup import require_extra
 from megalm.utils.stop_signals import STOP_SIGNALS
 
@@ -152,7 +149,7 @@ def follow(run_dir: Path, parent: ParentWatch, since: float = 0.0, sampler: Node
 
 def sample_node(parent: ParentWatch, sampler: NodeSampler) -> None:
     """Sample this node until the training process closes this process's stdin, or ends."""
-    while not parent.ended.is_set() and not _has_closed_stdin(_sample(sampler, time.monotonic() + _POLL_SECONDS)):
+    while not parent.ended.is_set() and not stdin_is_closed(_sample(sampler, time.monotonic() + _POLL_SECONDS)):
         pass
     sampler.close()
 
@@ -226,50 +223,18 @@ class _RetriedFeed:
         self.due = time.monotonic() + _back_off(self.failures)
 
 
-class ParentWatch(threading.Thread):
-    """Sets `ended` when a process has ended, and ends this process if it hangs long after that."""
-
-    def __init__(self, pid: int) -> None:
-        super().__init__(name="parent-watch", daemon=True)
-        self.ended = threading.Event()
-        try:
-            # psutil also compares the start time: a later process with the same id is not the parent.
-            self._process: psutil.Process | None = psutil.Process(pid)
-        except psutil.NoSuchProcess:
-            self._process = None
-        self.start()
-
-    def run(self) -> None:
-        while self._alive():
-            time.sleep(0.5)
-        self.ended.set()
-        # A request can hang longer than any deadline checked between requests.
-        time.sleep(_DEADLINE_SECONDS + 30.0)
+def _parent_watch(pid: int) -> ParentWatch:
+    def report() -> None:
         logger.error("MLflow does not answer: the mirror stops; send the rest with `megalm track sync`")
-        os._exit(1)
 
-    def _alive(self) -> bool:
-        try:
-            return (
-                self._process is not None
-                and self._process.is_running()
-                and self._process.status() != psutil.STATUS_ZOMBIE
-            )
-        except psutil.NoSuchProcess:
-            return False
+    return ParentWatch(pid, _DEADLINE_SECONDS + 30.0, report)
 
 
 def _wait_for_last_files(parent: ParentWatch) -> None:
     """Wait until the trainer closes this process's stdin: it has then written everything, including report.html."""
     deadline = time.monotonic() + _DEADLINE_SECONDS
-    while not parent.ended.is_set() and time.monotonic() < deadline and not _has_closed_stdin(0.2):
+    while not parent.ended.is_set() and time.monotonic() < deadline and not stdin_is_closed(0.2):
         pass
-
-
-def _has_closed_stdin(seconds: float) -> bool:
-    """Whether the training process closes this process's stdin within some time."""
-    ready, _, _ = select.select([0], [], [], seconds)
-    return bool(ready) and not os.read(0, 1)
 
 
 def _deliver_until(feed: Feed, deadline: float, parent_ended: bool = False) -> None:
@@ -356,7 +321,7 @@ def _run(options: argparse.Namespace) -> int:
         else:
             for number in _SIGNALS_OF_THE_JOB:
                 signal.signal(number, signal.SIG_IGN)
-            parent, node = ParentWatch(options.parent_pid), options.sample_node
+            parent, node = _parent_watch(options.parent_pid), options.sample_node
             sampler = None if node is None else NodeSampler(options.run_dir, node)
             if options.follow:
                 follow(options.run_dir, parent, options.since, sampler)

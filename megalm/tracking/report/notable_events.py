@@ -22,7 +22,7 @@ _FAILURE_CHARACTERS = 8_000
 _SLOW_FACTOR = 2.0
 _SLOW_SHARE = 0.005  # of all training time; less is not worth reporting
 _SLOW_SHOWN = 5
-_USUAL = ("start", "checkpoint", "end", "profile", "traffic")
+_USUAL = ("start", "checkpoint", "copied", "end", "profile", "traffic")
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,13 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
             ["checkpoint.keep_every_steps=300", "checkpoint.interval_steps=200"],
         ),
         (["checkpoint.keep_last=2", "checkpoint.keep_every_steps=400", "checkpoint.interval_steps=200"], None),
+        (["data.train=s3://bucket/my", "data.tokenizer=bytes"], ["data.train=s3://bucket/my", "--input"]),
+        (["checkpoint.copy_keep_last=2"], ["checkpoint.copy_keep_last=2", "checkpoint.copy_to"]),
+        (["checkpoint.copy_to=hf://me/models"], ["checkpoint.copy_to=hf://me/models", "s3", "gs"]),
+        (["checkpoint.copy_to=ftp://host/models"], ["checkpoint.copy_to=ftp://host/models"]),
+        (["checkpoint.copy_to=s3://key:secret@bucket/x"], ["checkpoint.copy_to=s3://bucket/x", "AWS_ACCESS_KEY_ID"]),
+        (["checkpoint.copy_to=runs"], ["checkpoint.copy_to=runs", "run.root"]),
+        (["checkpoint.copy_to=elsewhere", "checkpoint.copy_keep_last=2"], None),
         (
             ["train.parameter_groups=[{match: 'embed_*'}]"],
             ["train.parameter_groups", "match='embed_*'", "embedding.*", "embedding.tokens.weight"],

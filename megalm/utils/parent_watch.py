@@ -1,0 +1,59 @@
+"""Watches the process that a helper process belongs to, and ends the helper some time after it."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+import time
+from collections.abc import Callable
+
+import psutil
+
+
+class ParentWatch(threading.Thread):
+    """Sets `ended` when a process has ended, and ends this process if it is still there long after that.
+
+    Args:
+        pid: the process to watch.
+        patience_seconds: what the helper may take after that; a request can hang longer than any deadline that is
+            checked between requests.
+        when_late: called before this process is ended.
+    """
+
+    def __init__(self, pid: int, patience_seconds: float, when_late: Callable[[], None]) -> None:
+        super().__init__(name="parent-watch", daemon=True)
+        self.ended = threading.Event()
+        self._patience_seconds = patience_seconds
+        self._when_late = when_late
+        try:
+            # psutil also compares the start time: a later process with the same id is not the parent.
+            self._process: psutil.Process | None = psutil.Process(pid)
+        except psutil.NoSuchProcess:
+            self._process = None
+        self.start()
+
+    def run(self) -> None:
+        while self._alive():
+            time.sleep(0.5)
+        self.ended.set()
+        time.sleep(self._patience_seconds)
+        self._when_late()
+        os._exit(1)
+
+    def _alive(self) -> bool:
+        try:
+            return (
+                self._process is not None
+                and self._process.is_running()
+                and self._process.status() != psutil.STATUS_ZOMBIE
+            )
+        except psutil.NoSuchProcess:
+            return False
+
+
+def stdin_is_closed(seconds: float) -> bool:
+    """Whether the parent closes this process's standard input within some time; a pipe from it, to which it writes
+    nothing."""
+    ready, _, _ = select.select([0], [], [], seconds)
+    return bool(ready) and not os.read(0, 1)
