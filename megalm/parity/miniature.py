@@ -109,7 +109,7 @@ def make_case(files: ConfigFiles, ranks: int, device: DeviceFacts, fp32: bool = 
 def _without_data(loaded: LoadedConfig) -> LoadedConfig:
     """Return the configuration without names of files, which need not be on this machine."""
     data = loaded.config.data
-    kept = DataSection(sequence_length=data.sequence_length, document_mask=data.document_mask)
+    kept = DataSection(sequence_length=data.sequence_length, document_mask=data.masks_documents)
     # A recipe or a tokenizer may decide the vocabulary, on which nothing here depends.
     return replace(loaded, config=loaded.config.model_copy(update={"data": kept}))
 
@@ -162,7 +162,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
                 "attention_dropout": 0.0,
             }
         ),
-        "data": DataSection(sequence_length=24, document_mask=config.data.document_mask),
+        "data": DataSection(sequence_length=24, document_mask=config.data.masks_documents),
         "schedule": ScheduleSection(),
         "train": train.model_copy(
             update={

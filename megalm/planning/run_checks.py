@@ -268,6 +268,15 @@ def stride_makes_samples(case: CheckContext) -> None:
         )
 
 
+def packing_has_no_overlap(case: CheckContext) -> None:
+    data = case.config.data
+    if data.packing != "stream" and data.stride not in (None, data.sequence_length):
+        raise ConfigError(
+            f"data.stride={data.stride} makes windows of a stream overlap, and data.packing={data.packing} has none; "
+            "remove one of them"
+        )
+
+
 def megatron_order_is_plain(case: CheckContext) -> None:
     data = case.config.data
     if data.order != "megatron":
@@ -275,6 +284,7 @@ def megatron_order_is_plain(case: CheckContext) -> None:
     for given, does in (
         (data.stages or not isinstance(data.train, str | None), "mixes datasets"),
         (data.stride not in (None, data.sequence_length), f"has data.stride={data.stride}"),
+        (data.packing != "stream", f"has data.packing={data.packing}"),
     ):
         if given:
             raise ConfigError(
@@ -589,6 +599,7 @@ RULES: tuple[Rule, ...] = (
     blends_name_datasets_once,
     stages_follow_each_other,
     stride_makes_samples,
+    packing_has_no_overlap,
     megatron_order_is_plain,
     input_belongs_to_one_dataset,
     one_source_of_validation,

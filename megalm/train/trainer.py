@@ -86,10 +86,10 @@ class MetricsRecorder:
         if self.parts.metrics is not None:
             self.parts.metrics.row("event", event=name, step=position.step, attempt=position.attempt, **fields)
 
-    def step(self, position: TrainingProgress, result: StepResult, rate: float, seconds: float) -> None:
-        """Record the step that `position` has just reached, which took `seconds`."""
+    def step(self, position: TrainingProgress, result: StepResult, rate: float, tokens: int, seconds: float) -> None:
+        """Record the step that `position` has just reached, which took `seconds` for `tokens`."""
         parts = self.parts
-        tokens_per_second = parts.run.tokens_per_step / seconds
+        tokens_per_second = tokens / seconds
         mfu = parts.flops_per_token * tokens_per_second / parts.peak_flops
         if result.skipped:
             self.event(position, "skip", reason="gradient overflow", loss_scale=result.loss_scale)
@@ -249,6 +249,7 @@ class Trainer:
         with self._phase("data"):
             batch = parts.batches.batch(position.samples)
         data_seconds = time.perf_counter() - start
+        tokens = parts.run.tokens_per_step - batch.padding
         result = parts.engine.train_step(batch, step, rate)
         seconds = time.perf_counter() - start
         if watch is not None:
@@ -260,10 +261,10 @@ class Trainer:
                 self._roll_back()
                 return False
             if verdict.action == "stop":
-                self._stop_at(verdict, result, report)
-        self._advance()
+                self._stop_at(verdict, result, report, tokens)
+        self._advance(tokens)
         with self._phase("logging"):
-            self.record.step(self.position, result, rate, seconds)
+            self.record.step(self.position, result, rate, tokens, seconds)
         if watch is not None:
             for straggler in watch.exchange(step):
                 self.event("straggler", **straggler.fields())
@@ -274,11 +275,11 @@ class Trainer:
         """Mark a phase of the step where a profile may see it."""
         return nullcontext() if self.parts.diagnostics is None else phase_of_step(name)
 
-    def _advance(self) -> None:
+    def _advance(self, tokens: int) -> None:
         parts, position = self.parts, self.position
         position.step += 1
         position.samples += parts.run.batch.global_batch
-        position.tokens += parts.run.tokens_per_step
+        position.tokens += tokens
         position.evaluation = None
 
     def _report_spike(self, verdict: Verdict, result: StepResult, rate: float) -> Path | None:
@@ -309,7 +310,7 @@ class Trainer:
         parts.reporter.info(f"step {step}: {finding}: {verdict.action}{f'; {report}' if report else ''}")
         return report
 
-    def _stop_at(self, verdict: Verdict, result: StepResult, report: Path | None) -> NoReturn:
+    def _stop_at(self, verdict: Verdict, result: StepResult, report: Path | None, tokens: int) -> NoReturn:
         """End the run; save its state as suspect.
 
         Raises:
@@ -317,7 +318,7 @@ class Trainer:
         """
         step, first = self.position.step + 1, self.position.samples
         if not result.refused:
-            self._advance()
+            self._advance(tokens)
         if self._saved_step != self.position.step:
             self._save("suspect", f"the guard stopped the run at step {step}: {verdict.finding}")
         self._log_completed_saves(wait=True)

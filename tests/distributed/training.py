@@ -107,7 +107,8 @@ def start(
         (0, 200),
         run.config.data.sequence_length,
         seed=5,
-        document_mask=run.config.data.document_mask,
+        document_mask=run.config.data.masks_documents,
+        packing=run.config.data.packing,
     )
     batch, data_rank = run.batch, run.topology.coordinate(comm.rank).data
     layout = BatchLayout(batch.global_batch, batch.micro_batch, data_rank, batch.data_parallel)

@@ -37,11 +37,13 @@ class GlobalBatch:
         target_count: number of target labels in the complete global batch, over all ranks, known before any forward
             pass.
         sample_range: [first, end) of the samples in the complete global batch.
+        padding: number of positions that hold no token, in these samples.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     target_count: int
     sample_range: tuple[int, int]
+    padding: int = 0
 
     @property
     def divisor(self) -> int:
@@ -163,7 +165,8 @@ def _assemble(samples: Samples, layout: BatchLayout, first: int, end: int) -> Gl
         for micro in range(layout.micro_batches)
     )
     targets = sum(samples.target_count(index) for index in range(first, end))
-    return GlobalBatch(micro_batches, targets, (first, end))
+    padding = sum(samples.padding(index) for index in range(first, end))
+    return GlobalBatch(micro_batches, targets, (first, end), padding)
 
 
 def _micro_batch(samples: Samples, indices: list[int], end: int) -> MicroBatch:
