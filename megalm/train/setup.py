@@ -433,6 +433,7 @@ def _components(
         limits=limits,
         flops_per_token=flops_per_token(plan.shape, length),
         peak_flops=peak,
+        datasets=tuple(data.train.names),
     )
 
 

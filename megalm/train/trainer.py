@@ -25,7 +25,7 @@ from megalm.nodes.straggler_watch import StragglerWatch
 from megalm.planning.lr_schedule import rate_at
 from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.metrics_log import MetricsWriter, wall_limit
+from megalm.runs.metrics_log import LOSS_OF, MetricsWriter, wall_limit
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_lock import LostFolder, RunLock
 from megalm.train.console import RunConsole
@@ -61,6 +61,7 @@ class TrainerComponents:
     limits: TimeLimits
     flops_per_token: float
     peak_flops: float  # of all ranks together
+    datasets: tuple[str, ...] = ()  # their names, of a mixture
     diagnostics: StepDiagnostics | None = None  # where the run asks for measurements
     stragglers: StragglerWatch | None = None  # where there are several ranks
 
@@ -111,6 +112,7 @@ class MetricsRecorder:
                 mfu=mfu,
                 memory_bytes=parts.engine.peak_memory_bytes(),
                 attempt=position.attempt,
+                **{LOSS_OF + name: loss for name, loss in zip(parts.datasets, result.dataset_losses, strict=False)},
                 **self._phases(),
             )
         if mfu > 1 and not self._peak_is_reported:

@@ -93,6 +93,16 @@ def test_the_mixture_and_its_repetition_are_told(story: Story) -> None:
     assert re.search(r"data +from step 7: code 100\.0%\n", story.second.stdout)
 
 
+def test_the_training_loss_by_dataset(story: Story) -> None:
+    found = train_rows(story.folder)
+    assert all({"loss_of_web", "loss_of_code"} <= row.keys() for row in found)
+    assert [row["loss_of_web"] is None for row in found] == [row["step"] >= 7 for row in found]
+    for row in found[6:]:
+        assert row["loss_of_code"] == pytest.approx(row["loss"], rel=1e-6)
+    for row in found[:6]:  # every sample has as many targets
+        assert 0.75 * row["loss_of_web"] + 0.25 * row["loss_of_code"] == pytest.approx(row["loss"], rel=1e-6)
+
+
 def test_each_validation_set_has_rows_and_the_total_counts(story: Story) -> None:
     found = [row for row in rows(story.folder) if row["kind"] == "eval" and row["step"] == 4]
     assert [row["dataset"] for row in found] == ["held", "seen", "validation"]

@@ -22,11 +22,15 @@ PREFETCHED_BATCHES = 2
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """tokens, labels: int64 [b, T], IGNORE_INDEX where a label is not a target; documents: int32 [b, T], if masked."""
+    """tokens, labels: int64 [b, T], IGNORE_INDEX where a label is not a target; documents: int32 [b, T], if masked.
+
+    datasets: int64 [b], the number of each sample's dataset in a mixture of several.
+    """
 
     tokens: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     documents: npt.NDArray[np.int32] | None
+    datasets: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -38,12 +42,14 @@ class GlobalBatch:
             pass.
         sample_range: [first, end) of the samples in the complete global batch.
         padding: number of positions that hold no token, in these samples.
+        dataset_targets: number of targets by dataset, likewise of the complete global batch; () without a mixture.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     target_count: int
     sample_range: tuple[int, int]
     padding: int = 0
+    dataset_targets: tuple[int, ...] = ()
 
     @property
     def divisor(self) -> int:
@@ -164,9 +170,13 @@ def _assemble(samples: Samples, layout: BatchLayout, first: int, end: int) -> Gl
         _micro_batch(samples, [first + offset for offset in layout.offsets(micro)], end)
         for micro in range(layout.micro_batches)
     )
-    targets = sum(samples.target_count(index) for index in range(first, end))
+    targets = [samples.target_count(index) for index in range(first, end)]
+    by_dataset: tuple[int, ...] = ()
+    if samples.dataset_count > 1:
+        datasets = [samples.dataset_of(index) for index in range(first, end)]
+        by_dataset = tuple(np.bincount(datasets, targets, samples.dataset_count).astype(int).tolist())
     padding = sum(samples.padding(index) for index in range(first, end))
-    return GlobalBatch(micro_batches, targets, (first, end), padding)
+    return GlobalBatch(micro_batches, sum(targets), (first, end), padding, by_dataset)
 
 
 def _micro_batch(samples: Samples, indices: list[int], end: int) -> MicroBatch:
@@ -174,9 +184,12 @@ def _micro_batch(samples: Samples, indices: list[int], end: int) -> MicroBatch:
     tokens = np.zeros(shape, dtype=np.int64)
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     documents = np.zeros(shape, dtype=np.int32) if samples.document_mask else None
+    datasets = np.zeros(len(indices), dtype=np.int64) if samples.dataset_count > 1 else None
     for row, index in enumerate(indices):
         if index < end:
             tokens[row], labels[row] = samples.sample(index)
             if documents is not None:
                 documents[row] = samples.documents(index)
-    return MicroBatch(tokens, labels, documents)
+            if datasets is not None:
+                datasets[row] = samples.dataset_of(index)
+    return MicroBatch(tokens, labels, documents, datasets)

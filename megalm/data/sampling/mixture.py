@@ -7,17 +7,19 @@ again before its epoch ends. k: sample number, M: datasets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from megalm.data.sampling.index_cache import ArrayCache, Arrays
 from megalm.data.sampling.sample_order import Int64s
-from megalm.data.sampling.samples import TrainingSamples, hash_of
+from megalm.data.sampling.samples import Samples, TrainingSamples, hash_of
 from megalm.errors import ConfigError
 
 BLOCK_SAMPLES = 1 << 16
@@ -68,7 +70,7 @@ def interleave(
     return chosen
 
 
-class BlendedSamples:
+class BlendedSamples(Samples):
     """The samples of a mixture of one or more datasets, with the interface of a single dataset's samples.
 
     Args:
@@ -138,6 +140,24 @@ class BlendedSamples:
         for stage, share, end in zip(self.stages, self._shares, ends, strict=True):
             counts += share * max(0, min(end, samples) - stage.first)
         return self._usage(np.round(counts))
+
+    @property
+    def names(self) -> list[str]:
+        """A short name of each dataset, without two that are equal: the last part of its prefix, or more of it."""
+        prefixes = [Path(part.dataset.prefix).parts for part in self.parts]
+        longest = max(map(len, prefixes))
+        for count in range(1, longest + 1):
+            names = [re.sub(r"[^\w.-]", "_", "_".join(parts[-count:])) for parts in prefixes]
+            if len(set(names)) == len(names):
+                return names
+        return [f"{name}-{number}" for number, name in enumerate(names, start=1)]
+
+    @property
+    def dataset_count(self) -> int:
+        return len(self.parts)
+
+    def dataset_of(self, index: int) -> int:
+        return self.locate(index)[0]
 
     def planned_padding(self, samples: int) -> int:
         """Return about how many positions of the first `samples` hold no token."""

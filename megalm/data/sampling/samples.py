@@ -60,6 +60,14 @@ class Samples(Protocol):
         """Return the number of the sample's positions that hold no token."""
         return 0
 
+    @property
+    def dataset_count(self) -> int:
+        return 1
+
+    def dataset_of(self, index: int) -> int:
+        """Return the number of the dataset that the sample comes from."""
+        return 0
+
 
 def split_documents(number_of_sequences: int, weights: Sequence[float]) -> list[Range]:
     """Split into contiguous ranges [start, end) of sequences, one per weight, with Megatron-LM's rounding.
@@ -78,7 +86,7 @@ def split_documents(number_of_sequences: int, weights: Sequence[float]) -> list[
     return list(pairwise(bounds))
 
 
-class _Windows(ABC):
+class _Windows(Samples, ABC):
     """Samples as runs of a dataset's tokens; short ones are padded with token 0 and labels IGNORE_INDEX."""
 
     def __init__(

@@ -196,6 +196,16 @@ def test_a_mixture_is_by_tokens(make_dataset: MakeDataset) -> None:
         number, own = blend.locate(index)
         tokens[number] += 8 - parts[number].padding(own)
         assert blend.padding(index) == parts[number].padding(own)
+        assert blend.dataset_of(index) == number
+    with BatchLoader(blend, BatchLayout(8, 4, 1, 2)) as loader:
+        batch = loader.batch(16)
+    (micro,) = batch.micro_batches
+    assert micro.datasets is not None
+    assert micro.datasets.tolist() == [blend.dataset_of(index) for index in range(20, 24)]
+    targets = [
+        [blend.target_count(index) * (blend.dataset_of(index) == part) for index in range(16, 24)] for part in (0, 1)
+    ]
+    assert batch.dataset_targets == tuple(map(sum, targets))
     assert tokens[0] == pytest.approx(tokens[1], rel=0.01)
     usage = blend.planned(700)
     assert [each.epochs for each in usage] == [each.repetition for each in usage]
