@@ -44,6 +44,7 @@ setup(
     extras_require={
         "gpu-rehearsal": ["triton>=3.5"],  # tests/gpu_rehearsal/test_kernels.py
         "gpu-metrics": ["nvidia-ml-py>=12.535"],  # temperatures, and MLflow's system metrics of NVIDIA GPUs
+        "gguf": ["gguf>=0.17"],  # megalm export --to gguf
         "tensorboard": ["tensorboard>=2.16"],
         "wandb": ["wandb>=0.19"],
     },

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -195,12 +196,13 @@ class Comparison:
         self._validations_compare = compare_runs.validations_compare(records)
         per_token = compare_runs.measure_of(records) == "loss"
         self._datasets = sorted({name for outcome in self._outcome for name in outcome.dataset_losses})
-        lines = {name: line for name, line in _LINES.items() if per_token or not line.per_token}
-        if per_token:
-            first = list(lines).index("training loss, last") + 1
-            by_dataset = [(f"  on {name}, last tenth", _of_dataset(name)) for name in self._datasets]
-            lines = dict([*list(lines.items())[:first], *by_dataset, *list(lines.items())[first:]])
-        self._lines = lines
+        self._lines = {name: line for name, line in _LINES.items() if per_token or not line.per_token}
+        for name in self._datasets if per_token else ():
+            self._lines[f"training loss on {name}, last tenth"] = _of_dataset(name)
+        self._evaluations = list(dict.fromkeys(name for outcome in self._outcome for name in outcome.evaluations))
+        for name in self._evaluations:
+            if per_token or ", loss of " not in name:
+                self._lines[name] = _Line(partial(_evaluation, name=name), _as(".4f"))
 
     def as_text(self) -> str:
         """The table of the settings that differ, and that of the results."""
@@ -230,9 +232,11 @@ class Comparison:
         text = io.StringIO()
         facts = [_facts(outcome, self._datasets) for outcome in self._outcome]
         writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["run", *self._differences, *facts[0]])
+        evaluations = [found.pop("evaluations") for found in facts]
+        writer.writerow(["run", *self._differences, *facts[0], *self._evaluations])
         for index, (name, found) in enumerate(zip(self._names, facts, strict=True)):
-            writer.writerow([name, *self._settings(index).values(), *found.values()])
+            evaluated = map(evaluations[index].get, self._evaluations)
+            writer.writerow([name, *self._settings(index).values(), *found.values(), *evaluated])
         return text.getvalue()
 
     def page(self) -> ComparisonPage:
@@ -260,6 +264,10 @@ class Comparison:
         if line.validation and not self._validations_compare:
             return None
         return difference(line, *self._outcome)
+
+
+def _evaluation(results: Results, name: str) -> float | None:
+    return results.evaluations.get(name)
 
 
 def _facts(results: Results, datasets: Sequence[str]) -> dict[str, Any]:

@@ -14,9 +14,10 @@ import orjson
 import typer
 
 from megalm.cli.find_run import checkpoint_at, good_checkpoints_at, verify, warn
-from megalm.cli.options import Place, Precision, Tokenizer
+from megalm.cli.options import ModelPlace, Precision, Tokenizer
 from megalm.data.readers.input_files import ReadReport, find_inputs
 from megalm.errors import CheckpointError, ConfigError, is_out_of_memory
+from megalm.runs.evaluations import EVALUATIONS_FILE, task_name
 from megalm.runs.metrics_log import MetricsWriter, plain
 from megalm.utils.atomic_files import refuse_overwriting_inputs
 from megalm.utils.formatting import table
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
     Task = DatasetTask | TextTask | ChoiceTask
 
-RECORD = "evaluations.jsonl"
 _TEXT_KEY = "text"
 _Column = tuple[str, str, str]  # heading, key of the row, format
 _STEP_COLUMNS: tuple[_Column, ...] = (("step", "step", ""), ("training tokens", "tokens", ","))
@@ -44,7 +44,7 @@ _LOSS_COLUMNS: tuple[_Column, ...] = (
     ("word perplexity", "word_perplexity", ".4g"),
 )
 _ANSWER_COLUMNS: tuple[_Column, ...] = (
-    ("set", "dataset", ""),
+    ("task", "task", ""),
     ("questions", "questions", ","),
     ("accuracy", "accuracy", ".1%"),
     ("+-", "accuracy_error", ".1%"),
@@ -73,7 +73,7 @@ class _Request:
 
 
 def command(
-    place: Place,
+    place: ModelPlace,
     data: Annotated[
         list[str] | None,
         typer.Option("--data", metavar="PREFIX", help="A dataset: PREFIX.bin and PREFIX.idx. May be repeated."),
@@ -117,6 +117,7 @@ def command(
     megalm evaluate runs/mine --data data/other --data data/third
     megalm evaluate runs/mine/checkpoints/step-00000400 --text books/
     megalm evaluate runs/mine --choices questions.jsonl --every-checkpoint
+    megalm evaluate downloads/gpt2 --text books/
     """
     from megalm.engine.deepspeed_patches import limit_openmp_spin
     from megalm.engine.device import tune_malloc
@@ -137,7 +138,7 @@ def command(
     _refuse_bad(facts)
     request = _Request(data or (), text or (), choices or (), max_samples, batch_size, overlap, text_key)
     if facts.run_folder is not None:
-        refuse_overwriting_inputs([facts.run_folder / RECORD], request.files())
+        refuse_overwriting_inputs([facts.run_folder / EVALUATIONS_FILE], request.files())
     tasks = _tasks(facts, request)
     rows: list[Row] = []
     with ProgressBar("evaluating", sum(task.batches for task in tasks) * len(paths)) as counter, _memory_errors_named():
@@ -228,7 +229,7 @@ def _evaluate(
         "max_samples": request.max_samples,
     }
     rows = [
-        {"kind": "evaluation", "time": time.time(), **about, **row}
+        {"kind": "evaluation", "time": time.time(), **about, "task": task_name(str(row["dataset"])), **row}
         for task in tasks
         for row in task.rows(model, counter.advance)
     ]
@@ -241,11 +242,11 @@ def _record(run: Path | None, rows: Sequence[Row]) -> None:
     if run is None:
         return
     try:
-        with MetricsWriter(run / RECORD) as writer:
+        with MetricsWriter(run / EVALUATIONS_FILE) as writer:
             for row in rows:
                 writer.row(**row)
     except OSError as error:
-        warn(f"cannot record the results in {run / RECORD}: {error.strerror}")
+        warn(f"cannot record the results in {run / EVALUATIONS_FILE}: {error.strerror}")
 
 
 def _tables(rows: Sequence[Row], place: Path) -> str:

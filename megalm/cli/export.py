@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,9 +13,16 @@ from megalm.checkpoint.manifest import read_manifest
 from megalm.cli.find_run import checkpoint_at, verify
 from megalm.cli.options import NewFolder, Place, Precision, StoredPrecision, Tokenizer
 from megalm.errors import CheckpointError
-from megalm.utils.formatting import format_bytes, parse_bytes
+from megalm.utils.formatting import format_bytes, parse_bytes, table
 from megalm.utils.progress import ProgressBar
 from megalm.utils.terminal import echo
+
+
+class Format(str, Enum):
+    """What an export is for."""
+
+    hf = "hf"
+    gguf = "gguf"
 
 
 def command(
@@ -22,22 +32,35 @@ def command(
     max_shard_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Split larger weights into several files with an index.")
     ] = "5GB",
+    to: Annotated[
+        Format, typer.Option("--to", help="hf: for transformers and what reads its files; gguf: for llama.cpp.")
+    ] = Format.hf,
     name: Annotated[str, typer.Option(help="The model's name in its card. Default: the run's.")] = "",
     tokenizer: Tokenizer = "",
+    chat_template: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="A Jinja template for conversations, or PREFIX.json of a dataset built with one."
+        ),
+    ] = None,
     accept_bad: Annotated[
         bool, typer.Option("--accept-bad", help="Export a checkpoint even if it is marked bad.")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, list the files with their sizes, and write nothing.")
+    ] = False,
 ) -> None:
-    """Write a checkpoint in Hugging Face format, which transformers loads without megalm.
+    """Write a checkpoint in Hugging Face format, which transformers loads without megalm, or as GGUF for llama.cpp.
 
     FOLDER gets config.json, generation_config.json, the weights as
     safetensors, the tokenizer and a model card (README.md) with facts about
-    the run. Hashes every file first, then reads the checkpoint, of any
-    layout, one tensor at a time.
+    the run; with --to gguf one file, model.gguf. Hashes every file first,
+    then reads the checkpoint, of any layout, one tensor at a time.
 
     \b
     megalm export runs/mine published/mine
     megalm export runs/mine/checkpoints/best published/mine --dtype bf16
+    megalm export runs/mine published/mine-gguf --to gguf --dtype bf16
     """
     largest = parse_bytes(max_shard_size, "--max-shard-size")
     path = checkpoint_at(place)
@@ -46,20 +69,45 @@ def command(
         raise CheckpointError(f"{path} is {manifest.mark}; choose another, or add --accept-bad")
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
     from megalm.huggingface.config_json import model_type
-    from megalm.huggingface.export_model import export_checkpoint, plan_export
+    from megalm.huggingface.export_model import export_checkpoint, plan_export, planned_files
     from megalm.huggingface.weight_mapping import hf_tensors
 
     reader = CheckpointReader(path)
-    plan = plan_export(reader, output, dtype.dtype, tokenizer or None)
-    verify(reader)
+    plan = plan_export(reader, output, dtype.dtype, tokenizer or None, chat_template)
     title = name or manifest.run or output.name
-    with ProgressBar("writing", len(hf_tensors(plan.shape))) as counter:
-        exported = export_checkpoint(plan, largest, title, counter.advance)
+    if to is Format.gguf:
+        from megalm.gguf.export_gguf import GGUF_FILE, check_gguf, export_gguf, gguf_bytes, gguf_tensors
+
+        note = check_gguf(plan)
+        if dry_run:
+            _list({GGUF_FILE: gguf_bytes(plan)}, note)
+            return
+        verify(reader)
+        with ProgressBar("writing", len(gguf_tensors(plan.shape))) as counter:
+            size = export_gguf(plan, title, counter.advance)
+    else:
+        if dry_run:
+            _list(planned_files(plan, largest, title))
+            return
+        verify(reader)
+        with ProgressBar("writing", len(hf_tensors(plan.shape))) as counter:
+            exported = export_checkpoint(plan, largest, title, counter.advance)
+        size, note = exported.bytes, exported.tokenizer.note
     echo(
         f"{output}: {plan.shape.parameter_count():,} parameters of {path} as {model_type(plan.shape)} in "
-        f"{dtype.value}, {format_bytes(exported.bytes)}"
+        f"{dtype.value}, {format_bytes(size)}"
     )
-    echo(exported.tokenizer.note)
+    if note:
+        echo(note)
     if manifest.mark:
         echo(f"the checkpoint is {manifest.mark}")
-    echo("README.md names no licence; choose one before you publish the model")
+    if to is Format.hf:
+        echo("README.md names no licence; choose one before you publish the model")
+
+
+def _list(files: Mapping[str, int], note: str = "") -> None:
+    """The files that an export would write."""
+    rows: list[list[object]] = [[name, format_bytes(size)] for name, size in files.items()]
+    echo(table(["file", "size"], [*rows, ["total", format_bytes(sum(files.values()))]]))
+    if note:
+        echo(note)

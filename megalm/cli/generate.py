@@ -1,4 +1,4 @@
-"""`megalm generate`: continue prompts with checkpoints."""
+"""`megalm generate`: continue prompts with checkpoints, or with a model in Hugging Face format."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from megalm.checkpoint.discovery import step_of
 from megalm.cli.find_run import checkpoint_at, good_checkpoints_at, verify, warn
-from megalm.cli.options import Place, Tokenizer
+from megalm.cli.options import ModelPlace, Tokenizer
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import SampleSection
 from megalm.errors import ConfigError, DataError
@@ -30,13 +30,24 @@ if TYPE_CHECKING:
     from megalm.inference.inference_model import InferenceModel
 
 _HINT = "Type a prompt; Ctrl-C stops a text, Ctrl-D exits. /help lists the settings."
-_HELP = """/temperature X   0: always the most likely token
-/tokens N        maximum number of new tokens
-/top-k N         sample from the N most likely tokens; 0: from all
-/seed N          seed of the next text; each later text adds 1
-/settings        show the settings
-//...            a prompt that starts with /"""
-_FIELDS = {"temperature": "temperature", "tokens": "max_new_tokens", "top-k": "top_k"}
+_HELP = """/temperature X         0: always the most likely token
+/tokens N              maximum number of new tokens
+/top-k N               sample from the N most likely tokens; 0: from all
+/top-p X               sample from the fewest tokens with this probability
+/min-p X               sample no token less likely than X times the likeliest
+/repetition-penalty X  above 1: tokens of the text become less likely
+/seed N                seed of the next text; each later text adds 1
+/settings              show the settings
+//...                  a prompt that starts with /
+...\\                   the prompt goes on in the next line"""
+_FIELDS = {
+    "temperature": "temperature",
+    "tokens": "max_new_tokens",
+    "top-k": "top_k",
+    "top-p": "top_p",
+    "min-p": "min_p",
+    "repetition-penalty": "repetition_penalty",
+}
 _WORDS = (*_FIELDS, "seed", "settings", "help")
 _DEFAULTS = SampleSection()
 
@@ -68,15 +79,25 @@ class PromptLoop:
                 importlib.import_module("readline")  # line editing and history
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
+        begun = ""  # the lines of a prompt that goes on
         while True:
             try:
-                yield input("> " if self._terminal else "")
+                line = input(("... " if begun else "> ") if self._terminal else "")
             except EOFError:
                 if self._terminal:
                     echo()
+                if begun:
+                    yield begun.removesuffix("\n")
                 return
             except KeyboardInterrupt:
+                begun = ""
                 echo("\n(Ctrl-D exits)")
+                continue
+            if line.endswith("\\"):
+                begun += f"{line[:-1]}\n"
+            else:
+                yield begun + line
+                begun = ""
 
     def _continue(self, prompt: str) -> None:
         seed, self._seed = self._seed, self._seed + 1
@@ -106,14 +127,12 @@ class PromptLoop:
         elif name != "settings":
             meant = did_you_mean(name, _WORDS) if name not in _WORDS else ": give a whole number"
             return f"no /{words}{meant}; /help lists the settings"
-        now = self._settings
-        return (
-            f"temperature {now.temperature:g}, tokens {now.max_new_tokens}, top-k {now.top_k or 0}, seed {self._seed}"
-        )
+        values = {word: getattr(self._settings, field) or 0 for word, field in _FIELDS.items()}
+        return ", ".join(f"{word} {value:g}" for word, value in {**values, "seed": self._seed}.items())
 
 
 def command(
-    place: Place,
+    place: ModelPlace,
     prompt: Annotated[list[str] | None, typer.Option("--prompt", help="A prompt. May be repeated.")] = None,
     prompt_file: Annotated[
         list[Path] | None,
@@ -138,15 +157,30 @@ def command(
     top_k: Annotated[
         int, typer.Option(min=0, help="Sample from the k most likely tokens; 0: from all.")
     ] = _DEFAULTS.top_k or 0,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample from the fewest tokens with this probability; 1: from all.")
+    ] = _DEFAULTS.top_p,
+    min_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample no token less likely than this times the likeliest one.")
+    ] = _DEFAULTS.min_p,
+    repetition_penalty: Annotated[
+        float, typer.Option(min=0.0, help="Above 1: tokens that the text already has become less likely.")
+    ] = _DEFAULTS.repetition_penalty,
+    samples: Annotated[int, typer.Option(min=1, help="The number of texts for each prompt.")] = 1,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     tokenizer: Tokenizer = "",
+    json: Annotated[
+        bool, typer.Option("--json", help="Print a JSON line for each text: prompt, continuation, why it ends.")
+    ] = False,
 ) -> None:
-    """Continue prompts with a checkpoint, in fp32, on the GPU if there is one.
+    """Continue prompts with a checkpoint or a Hugging Face model, in fp32, on the GPU if there is one.
 
     \b
     megalm generate runs/mine --prompt "Once upon" --prompt "The end of"
     megalm generate runs/mine --interactive
     megalm generate runs/mine --prompt-file questions.jsonl --at 25,50,75,100
+    megalm generate runs/mine --prompt "Once" --samples 5 --top-p 0.9 --json
+    megalm generate downloads/gpt2 --prompt "Once"
     """
     from megalm.engine.deepspeed_patches import limit_openmp_spin
 
@@ -155,25 +189,53 @@ def command(
     from megalm.train.text_samples import extend, prompt_tokens
 
     prompts = [*map(_typed, prompt or ()), *(text for file in prompt_file or () for text in _read_prompts(file))]
-    if interactive and (prompts or at):
-        raise ConfigError("--interactive reads its prompts itself; remove --prompt, --prompt-file and --at")
+    if interactive and (prompts or at or json or samples > 1):
+        raise ConfigError(
+            "--interactive reads its prompts itself; remove --prompt, --prompt-file, --at, --json and --samples"
+        )
     if not interactive and not prompts:
         raise ConfigError("there is no prompt; give --prompt TEXT, --prompt-file FILE or --interactive")
-    settings = SampleSection(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k or None)
+    for option, value in (("--top-p", top_p), ("--repetition-penalty", repetition_penalty)):
+        if not value > 0:
+            raise ConfigError(f"{option} {value:g}: give a number above 0")
+    settings = SampleSection(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k or None,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     for path in _checkpoints(place, at) if at else [checkpoint_at(place)]:
         model = _load(path, tokenizer)
         cached, length = CachedModel(model), model.shape.max_position_embeddings
         if interactive:
             PromptLoop(partial(stream, cached, model.tokenizer, sequence_length=length), settings, seed).run()
             return
-        if at:
+        if at and not json:
             echo(f"=== step {step_of(path):,}: {path}")
-        texts = prompt_tokens(model.tokenizer, prompts)
+        asked = [text for text in prompts for _ in range(samples)]
+        begun = prompt_tokens(model.tokenizer, asked)
+        texts = [list(tokens) for tokens in begun]
         with ProgressBar("generating tokens", max_new_tokens) as bar:
             for _ in extend(cached, SingleProcessCommunicator(), texts, model.tokenizer, settings, length, seed):
                 bar.advance()
-        for text in texts:
-            echo_text(model.tokenizer.decode(text))
+        for number, (question, tokens, text) in enumerate(zip(asked, begun, texts, strict=True)):
+            whole = model.tokenizer.decode(text)
+            if not json:
+                echo_text(whole)
+                continue
+            new = len(text) - len(tokens)
+            facts = {
+                "checkpoint": str(path),
+                "step": model.facts.manifest.step,
+                "prompt": question,
+                "sample": number % samples,
+                "text": whole.removeprefix(model.tokenizer.decode(tokens)),
+                "tokens": new,
+                "finish": "length" if new == max_new_tokens else "end_of_document",
+            }
+            echo_text(orjson.dumps(facts).decode())
 
 
 def _load(path: Path, tokenizer: str) -> InferenceModel:

@@ -111,6 +111,14 @@ Place = Annotated[
         help="A run (its path, or its name under runs/) for its newest good checkpoint, or a checkpoint.",
     ),
 ]
+ModelPlace = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN_OR_CHECKPOINT",
+        help="A run (its path, or its name under runs/) for its newest good checkpoint, a checkpoint, or a folder "
+        "with a model in Hugging Face format.",
+    ),
+]
 StoredPrecision = Annotated[Precision, typer.Option("--dtype", help="fp32 is exact; bf16 rounds, at half the size.")]
 Tokenizer = Annotated[str, typer.Option("--tokenizer", help="The tokenizer's path, if it has moved since training.")]
 NewFolder = Annotated[Path, typer.Argument(metavar="FOLDER", help="The folder to create; it may exist if empty.")]

@@ -374,6 +374,15 @@ class SampleSection(Section):
     max_new_tokens: PositiveInt = 100
     temperature: Annotated[float, Field(ge=0)] = 0.7
     top_k: PositiveInt | None = 50
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="draw from the fewest tokens whose probabilities add up to this"
+    )
+    min_p: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="draw no token less likely than this times the most likely one"
+    )
+    repetition_penalty: PositiveFloat = Field(
+        default=1.0, description="above 1: tokens that the text already has become less likely"
+    )
 
 
 class CheckpointSection(Section):

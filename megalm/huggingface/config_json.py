@@ -112,6 +112,21 @@ _FAMILIES = {
     "qwen3": (_QWEN3_FIELDS, _QWEN3_REQUIRED),
     "gpt2": (_GPT2_FIELDS, _GPT2_REQUIRED),
 }
+# Keys that change what some model of transformers computes: none of them may be ignored.
+_ELSEWHERE = (
+    "alibi attention_chunk_size attention_multiplier attn_logit_softcapping attn_type clip_qkv embedding_multiplier "
+    "expert_layer_offset expert_layer_period final_logit_softcapping first_k_dense_replace hidden_activation "
+    "kv_lora_rank layer_norm_eps layer_types logit_scale logits_scaling moe_intermediate_size n_routed_experts "
+    "n_shared_experts no_rope_layers norm_topk_prob num_experts num_experts_per_tok num_local_experts "
+    "parallel_attn q_lora_rank qk_norm quantization_config query_pre_attn_scalar residual_multiplier "
+    "rope_local_base_freq rotary_emb_base rotary_pct sliding_window sliding_window_pattern use_parallel_residual "
+    "use_qk_norm"
+)
+_DECISIVE = frozenset(
+    {"embd_pdrop", "n_ctx", *_ELSEWHERE.split()}.union(
+        *(({key for key, _ in fields.values()} | required.keys()) for fields, required in _FAMILIES.values())
+    )
+)
 
 
 def model_type(shape: ModelConfig) -> str:
@@ -145,12 +160,12 @@ def require_exportable(shape: ModelConfig) -> None:
         )
 
 
-def to_config(shape: ModelConfig, eod_id: int, pad_id: int | None, dtype: str) -> dict[str, Any]:
+def to_config(shape: ModelConfig, eod_id: int, special: Mapping[str, int], dtype: str) -> dict[str, Any]:
     """The content of config.json.
 
     Args:
         eod_id: the end-of-document token, written as `eos_token_id`.
-        pad_id: the padding token, if the tokenizer has one.
+        special: ids of `bos_token` and `pad_token`, as far as the tokenizer has them.
         dtype: torch's name for the dtype of the stored weights.
     """
     family = model_type(shape)
@@ -158,12 +173,14 @@ def to_config(shape: ModelConfig, eod_id: int, pad_id: int | None, dtype: str) -
     config: dict[str, Any] = {"architectures": [ARCHITECTURES[family]], "model_type": family}
     config |= {key: getattr(shape, field) for field, (key, _) in fields.items()}
     if family == "gpt2":
-        config |= {"embd_pdrop": shape.dropout, "activation_function": "gelu_new"}
+        # n_ctx: the older name of n_positions, which llama.cpp's converter asks for
+        config |= {"n_ctx": shape.max_position_embeddings, "embd_pdrop": shape.dropout}
+        config |= {"activation_function": "gelu_new"}
     else:
         # transformers 4 reads rope_theta, transformers 5 reads rope_parameters.
         config |= {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta}, "hidden_act": "silu"}
         config |= {key: False for key in ("attention_bias", "mlp_bias", "use_sliding_window") if key in required}
-    config |= {"bos_token_id": None, "eos_token_id": eod_id, "pad_token_id": pad_id}
+    config |= {f"{name}_id": special.get(name) for name in ("bos_token", "pad_token")} | {"eos_token_id": eod_id}
     return {**config, "dtype": dtype, "use_cache": True}
 
 
@@ -171,10 +188,11 @@ def to_shape(config: Config, ignored: Collection[str] = ()) -> ModelConfig:
     """The model that config.json describes.
 
     Args:
-        ignored: keys that the user knows to change nothing.
+        ignored: unknown keys that the user knows to change nothing.
 
     Raises:
-        DataError: unsupported model type, or unsupported keys; the message lists all of them with their values.
+        DataError: unsupported model type, or unsupported keys; the message lists all of them with their values. Or a
+            key is to be ignored of which it is known that it changes numbers.
     """
     family = str(config.get("model_type"))
     if family not in _FAMILIES:
@@ -182,11 +200,18 @@ def to_shape(config: Config, ignored: Collection[str] = ()) -> ModelConfig:
             f"config.json has model_type={config.get('model_type')!r}, which megalm does not support; supported: "
             f"{', '.join(_FAMILIES)}"
         )
-    config = {key: value for key, value in config.items() if key not in ignored}
-    if problems := list(_problems(config, family)):
+    if decisive := [key for key in ignored if key in _DECISIVE]:
         raise DataError(
-            f"config.json has settings that megalm's model does not support: {'; '.join(problems)} "
-            "(--ignore-key KEY ignores a key that you know to change nothing)"
+            f"--ignore-key {decisive[0]}: {decisive[0]}={config.get(decisive[0])!r} changes what the model computes; "
+            "without it the imported model would be another one"
+        )
+    config = {key: value for key, value in config.items() if key not in ignored}
+    unknown = [f"{key}={config[key]!r}" for key in _unknown(config, family)]
+    if problems := [*_problems(config, family), *unknown]:
+        offer = " (--ignore-key KEY ignores an unknown key of which you know that it changes nothing)"
+        raise DataError(
+            f"config.json has settings that megalm's model does not support: {'; '.join(problems)}"
+            f"{offer if any(key not in _DECISIVE for key in _unknown(config, family)) else ''}"
         )
     values: dict[str, Any] = {
         field: default if config.get(key) is None else config[key]
@@ -218,7 +243,7 @@ def section_of(shape: ModelConfig) -> dict[str, Any]:
 
 
 def _problems(config: Config, family: str) -> Iterator[str]:
-    """Everything in config.json that megalm's model does not support, each with key and value."""
+    """Settings with which megalm's model computes something else, each with key and value."""
     fields, required = _FAMILIES[family]
     architectures = config.get("architectures") or []
     named = architectures if isinstance(architectures, list) else [architectures]
@@ -227,12 +252,6 @@ def _problems(config: Config, family: str) -> Iterator[str]:
     for key, accepts in required.items():
         if key in config and not accepts(config[key]):
             yield f"{key}={config[key]!r}"
-    known = _WITHOUT_EFFECT | required.keys() | {key for key, _ in fields.values()}
-    # Qwen3 files hold the width of a sliding window even if the model uses none.
-    known |= {"gpt2": {"embd_pdrop", "n_ctx"}, "qwen3": {"sliding_window"}}.get(family, set())
-    for key, value in config.items():
-        if key not in known and value is not None:
-            yield f"{key}={value!r}"
     for key, default in fields.values():
         if default is ... and config.get(key) is None:
             yield f"{key} is missing"
@@ -247,6 +266,15 @@ def _problems(config: Config, family: str) -> Iterator[str]:
     thetas = _thetas(config)
     if any(value != next(iter(thetas.values())) for value in thetas.values()):
         yield " contradicts ".join(f"{place}={value!r}" for place, value in thetas.items())
+
+
+def _unknown(config: Config, family: str) -> list[str]:
+    """The keys whose meaning for this family is not known; a null says nothing."""
+    fields, required = _FAMILIES[family]
+    known = _WITHOUT_EFFECT | required.keys() | {key for key, _ in fields.values()}
+    # Qwen3 files hold the width of a sliding window even if the model uses none.
+    known |= {"gpt2": {"embd_pdrop", "n_ctx"}, "qwen3": {"sliding_window"}}.get(family, set())
+    return [key for key, value in config.items() if key not in known and value is not None]
 
 
 def _thetas(config: Config) -> dict[str, Any]:

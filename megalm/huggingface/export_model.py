@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import shape_of
+from megalm.data.tokenizers.chat_template import ChatTemplate, load_chat_template
 from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer, tokenizer_of
 from megalm.errors import CheckpointError
-from megalm.huggingface.config_json import require_exportable, to_config
+from megalm.huggingface.config_json import model_type, require_exportable, to_config
 from megalm.huggingface.export_tokenizer import ExportedTokenizer, write_tokenizer
-from megalm.huggingface.export_weights import write_model
+from megalm.huggingface.export_weights import weight_files, write_model
 from megalm.huggingface.model_card import Card
 from megalm.huggingface.output_folder import complete_folder, require_free, require_room
 from megalm.model.model_config import ModelConfig
-from megalm.utils.atomic_files import write_json
+from megalm.utils.atomic_files import read_json, write_json
+
+GENERATION_CONFIG = "generation_config.json"
 
 # Upper bounds for the card and the file headers, and for the exported tokenizer as a multiple of the original's size.
 _OVERHEAD_BYTES = 1 << 20
@@ -35,6 +40,7 @@ class ExportPlan:
     dtype: torch.dtype
     shape: ModelConfig
     tokenizer: Tokenizer
+    template: ChatTemplate | None
     bytes: int
 
 
@@ -46,17 +52,20 @@ class Exported:
     tokenizer: ExportedTokenizer
 
 
-def plan_export(reader: CheckpointReader, target: Path, dtype: torch.dtype, tokenizer: str | None) -> ExportPlan:
+def plan_export(
+    reader: CheckpointReader, target: Path, dtype: torch.dtype, tokenizer: str | None, chat_template: Path | None = None
+) -> ExportPlan:
     """Check an export before any tensor of the checkpoint is read.
 
     Args:
         dtype: fp32, which is exact, or bf16.
         tokenizer: the tokenizer's path, if it has moved since training.
+        chat_template: a file with one; None: the tokenizer's own, if any.
 
     Raises:
         CheckpointError: transformers has no such model, or the tokenizer is not the run's.
         ConfigError: `target` is not free.
-        DataError: the tokenizer is missing, or the disk has too little space.
+        DataError: the tokenizer is missing, the template is no valid one, or the disk has too little space.
     """
     require_free(target)
     manifest = reader.manifest
@@ -71,7 +80,8 @@ def plan_export(reader: CheckpointReader, target: Path, dtype: torch.dtype, toke
     if used.spec != BYTES:
         size += _TOKENIZER_TIMES * Path(used.spec).stat().st_size
     require_room(target, size)
-    return ExportPlan(reader, target, dtype, shape, used, size)
+    template = None if chat_template is None else load_chat_template(chat_template, used.spec)
+    return ExportPlan(reader, target, dtype, shape, used, template, size)
 
 
 def export_checkpoint(plan: ExportPlan, largest_file_bytes: int, name: str, advance: Callable[[], None]) -> Exported:
@@ -86,19 +96,44 @@ def export_checkpoint(plan: ExportPlan, largest_file_bytes: int, name: str, adva
         ConfigError: the target is no longer free.
         DataError: the disk is full.
     """
-    reader, shape, used = plan.reader, plan.shape, plan.tokenizer
-    dtype = str(plan.dtype).removeprefix("torch.")
 
     def fill(folder: Path) -> Exported:
-        made = write_tokenizer(used, folder, shape.max_position_embeddings)
-        config = to_config(shape, used.eod_id, made.pad_id, dtype)
-        write_json(folder / "config.json", config)
-        ids = {key: config[key] for key in ("eos_token_id", "pad_token_id") if config[key] is not None}
-        if undecodable := [*np.flatnonzero(~used.known_ids()).tolist(), *range(used.vocab_size, shape.vocab_size)]:
-            ids["suppress_tokens"] = undecodable
-        write_json(folder / "generation_config.json", ids)
-        card = Card(name, reader.path, reader.manifest, shape, dtype, made)
-        (folder / "README.md").write_text(card.text(), encoding="utf-8")
-        return Exported(write_model(reader, shape, folder, plan.dtype, largest_file_bytes, advance), made)
+        made = _write_small_files(plan, folder, name)
+        written = write_model(plan.reader, plan.shape, folder, plan.dtype, largest_file_bytes, advance)
+        return Exported(written, made)
 
     return complete_folder(plan.target, plan.bytes, fill)
+
+
+def planned_files(plan: ExportPlan, largest_file_bytes: int, name: str) -> dict[str, int]:
+    """File name -> bytes of what an export writes, about: headers of the weights' files are not counted."""
+    weights = weight_files(plan.shape, plan.dtype, largest_file_bytes)
+    with tempfile.TemporaryDirectory() as folder:
+        _write_small_files(plan, Path(folder), name)
+        return {**{path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}, **weights}
+
+
+def _write_small_files(plan: ExportPlan, folder: Path, name: str) -> ExportedTokenizer:
+    """Write everything but the weights."""
+    shape, used = plan.shape, plan.tokenizer
+    dtype = str(plan.dtype).removeprefix("torch.")
+    sizes = shape.max_position_embeddings, shape.vocab_size
+    made = write_tokenizer(used, folder, *sizes, model_type(shape), plan.template)
+    write_json(folder / "config.json", to_config(shape, used.eod_id, made.special, dtype))
+    write_json(folder / GENERATION_CONFIG, _generation_config(used, shape.vocab_size, made.special))
+    card = Card(name, plan.reader.path, plan.reader.manifest, shape, dtype, made)
+    (folder / "README.md").write_text(card.text(), encoding="utf-8")
+    return made
+
+
+def _generation_config(tokenizer: Tokenizer, rows: int, special: Mapping[str, int]) -> dict[str, Any]:
+    """The sampling defaults of an imported model, with the ids of this tokenizer, and those that have no token."""
+    path = Path(tokenizer.spec).with_name(GENERATION_CONFIG)
+    read = read_json(path) if tokenizer.spec != BYTES and path.is_file() else {}
+    found = {key: value for key, value in read.items() if key not in ("transformers_version", "_from_model_config")}
+    found |= {key.replace("token", "token_id"): token for key, token in special.items() if key != "unk_token"}
+    ends = read.get("eos_token_id")
+    found["eos_token_id"] = ends if isinstance(ends, list) and tokenizer.eod_id in ends else tokenizer.eod_id
+    if undecodable := [*np.flatnonzero(~tokenizer.known_ids()).tolist(), *range(tokenizer.vocab_size, rows)]:
+        found["suppress_tokens"] = undecodable
+    return found

@@ -5,21 +5,32 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
+from megalm.data.tokenizers.chat_template import TEMPLATE_FILE, ChatTemplate, load_chat_template
 from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer
+from megalm.errors import DataError
 from megalm.huggingface.sentencepiece_to_tokenizer_json import NoEquivalentError, SentencePieceModel
 from megalm.utils.atomic_files import read_json, write_bytes_atomically, write_json
 
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
+SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 SENTENCEPIECE = "sentencepiece.model"
+# The name under which transformers' slow tokenizers and llama.cpp's converter look for the same file.
+TOKENIZER_MODEL = "tokenizer.model"
 
+PAD = "<|pad|>"
+# Keys of a tokenizer_config.json that hold for another class than PreTrainedTokenizerFast, or would change ids.
+_OF_ANOTHER_CLASS = (
+    *("add_bos_token", "add_eos_token", "add_prefix_space", "auto_map", "backend", "is_local", "legacy"),
+    *("name_or_path", "sp_model_kwargs", "split_special_tokens", "tokenizer_file", "use_default_system_prompt"),
+)
 _EOD = "<eod>"  # the bytes tokenizer has no names
 _TOKENS_PER_TEXT = 500
 _TEXTS = (
@@ -46,12 +57,14 @@ class ExportedTokenizer:
     Attributes:
         note: a line for the user: the texts that verify it, or the reason for its absence and what to use instead.
         files: the files written to the exported folder.
-        pad_id: the padding token, if there is one.
+        special: key of tokenizer_config.json, such as `pad_token` -> its id, as far as the tokenizer has the token.
+        has_chat_template: whether conversations can be rendered with it.
     """
 
     note: str
     files: tuple[str, ...]
-    pad_id: int | None = None
+    special: dict[str, int] = field(default_factory=dict)
+    has_chat_template: bool = False
 
 
 @dataclass(frozen=True)
@@ -61,52 +74,114 @@ class _Converted:
     pieces: SentencePieceModel | None = None
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, longest: int) -> ExportedTokenizer:
+def write_tokenizer(
+    tokenizer: Tokenizer, folder: Path, longest: int, rows: int, family: str, template: ChatTemplate | None = None
+) -> ExportedTokenizer:
     """Write tokenizer.json and tokenizer_config.json into `folder`, and a SentencePiece model beside them.
+
+    What a tokenizer_config.json beside the run's tokenizer says stays, unless it would give other ids.
 
     Args:
         tokenizer: the run's tokenizer.
         longest: the model's maximum sequence length.
+        rows: the rows of the model's embedding: one without a token becomes the padding token, where there is none.
+        family: the `model_type` of config.json.
+        template: for conversations; None: the one of the tokenizer's own folder, if any.
 
     Raises:
         DataError: the tokenizer has no end-of-document token.
     """
-    files: tuple[str, ...] = ()
-    if _is_sentencepiece(tokenizer):
-        shutil.copyfile(tokenizer.spec, folder / SENTENCEPIECE)
-        files = (SENTENCEPIECE,)
     try:
         made = _convert(tokenizer)
         ties, texts = _verify(tokenizer, made)
     except NoEquivalentError as reason:
-        instead = f"; load {SENTENCEPIECE} with the sentencepiece library" if files else ""
-        return ExportedTokenizer(f"no {TOKENIZER}: {reason}{instead}", files)
+        note = f"no {TOKENIZER}: {reason}"
+        if not _is_sentencepiece(tokenizer):
+            return ExportedTokenizer(note, ())
+        shutil.copyfile(tokenizer.spec, folder / SENTENCEPIECE)
+        return ExportedTokenizer(f"{note}; load {SENTENCEPIECE} with the sentencepiece library", (SENTENCEPIECE,))
+    files = [TOKENIZER, TOKENIZER_CONFIG]
+    if made.pieces is not None:
+        # llama.cpp's converter takes a tokenizer.model for BPE, and only for Llama does it ask whether a space comes
+        # before a text: it would make other ids of any other without a word.
+        is_converted = family == "llama" and not made.pieces.is_unigram
+        files.append(TOKENIZER_MODEL if is_converted else SENTENCEPIECE)
+        shutil.copyfile(tokenizer.spec, folder / files[-1])
     special = {**made.special, "eos_token": made.tokenizer.id_to_token(tokenizer.eod_id)}
+    special["pad_token"] = special["pad_token"] or _padding(made, rows)
     made.tokenizer.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in special.values() if name is not None]
     )
     # The library's own `save` raises a bare Exception for a full disk as for everything else.
     write_bytes_atomically(folder / TOKENIZER, made.tokenizer.to_str(pretty=True).encode())
-    write_json(
-        folder / TOKENIZER_CONFIG,
-        {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": longest,
-            **special,
-            "clean_up_tokenization_spaces": False,
-            # The name of a special token inside a text is plain text, as in training.
-            "split_special_tokens": True,
-        },
-    )
+    config = {
+        **{key: value for key, value in read_tokenizer_config(tokenizer).items() if key not in _OF_ANOTHER_CLASS},
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": longest,
+        # Without it transformers 4 hands out token_type_ids, which no model here takes and GPT-2 adds up in silence.
+        "model_input_names": ["input_ids", "attention_mask"],
+        **special,
+        "add_bos_token": False,
+        "add_prefix_space": _adds_prefix_space(made.tokenizer),  # converters take true where it is missing
+        "clean_up_tokenization_spaces": False,
+    }
+    template = template or own_chat_template(tokenizer)
+    if template is not None:
+        config["chat_template"] = template.template  # transformers before 4.52 reads no other place
+        write_bytes_atomically(folder / TEMPLATE_FILE, template.template.encode())
+        files.append(TEMPLATE_FILE)
+    write_json(folder / TOKENIZER_CONFIG, config)
     note = f"{TOKENIZER} gives megalm's ids on {texts - ties} of {texts} test texts"
     if made.pieces is not None and made.pieces.is_unigram:
         note += (
             "; if two segmentations of a text are equally likely, it may choose the other one (it adds scores in 64 "
             f"bits, SentencePiece in 32): {SENTENCEPIECE} always gives megalm's ids"
         )
-    pad = special.get("pad_token")
-    pad_id = None if pad is None else made.tokenizer.token_to_id(pad)
-    return ExportedTokenizer(note, (*files, TOKENIZER, TOKENIZER_CONFIG), pad_id)
+    vocabulary = made.tokenizer.get_vocab(with_added_tokens=True)
+    ids = {key: vocabulary[name] for key, name in special.items() if name is not None}
+    return ExportedTokenizer(note, tuple(files), ids, template is not None)
+
+
+def read_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
+    """What the files beside a tokenizer.json say of it; {} for other tokenizers."""
+    if Path(tokenizer.spec).suffix != ".json":
+        return {}
+    found: dict[str, Any] = {}
+    for name in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG):
+        path = Path(tokenizer.spec).with_name(name)
+        read = read_json(path) if path.is_file() else {}
+        found |= read if isinstance(read, dict) else {}
+    return found
+
+
+def own_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
+    """The chat template of the tokenizer's folder; None if there is none, or it cannot be compiled."""
+    try:
+        return load_chat_template(None, tokenizer.spec)
+    except DataError:
+        return None
+
+
+def _padding(made: _Converted, rows: int) -> str | None:
+    """A token that no text gives, for padding; never the one that ends a document.
+
+    Whoever pads with that one, and does not train on padding, never teaches a model to stop.
+    """
+    special = [token.content for token in made.tokenizer.get_added_tokens_decoder().values() if token.special]
+    for word in ("pad", "reserved", "unused", "extra_id"):
+        if found := next((name for name in special if word in name.lower()), None):
+            return found
+    if made.pieces is not None:  # bytes stand for unknown characters, so nothing gives this one
+        return made.pieces.unknown
+    last = max(made.tokenizer.get_vocab(with_added_tokens=True).values())
+    is_dense = last + 1 == made.tokenizer.get_vocab_size(with_added_tokens=True)
+    return PAD if is_dense and last + 1 < rows else None
+
+
+def _adds_prefix_space(tokenizer: tokenizers.Tokenizer) -> bool:
+    definition = json.loads(tokenizer.to_str())["pre_tokenizer"] or {}
+    steps = [definition, *definition.get("pretokenizers", ())]
+    return any(step.get("add_prefix_space", False) for step in steps)
 
 
 def added_around(tokenizer: Tokenizer) -> list[str]:
@@ -130,7 +205,7 @@ def _convert(tokenizer: Tokenizer) -> _Converted:
         model = SentencePieceModel(tokenizer.spec)
         special = {"bos_token": model.bos, "unk_token": model.unknown, "pad_token": model.pad}
         return _Converted(model.to_tokenizer(), special, model)
-    return _Converted(*_plain_definition(Path(tokenizer.spec)))
+    return _Converted(*_plain_definition(tokenizer))
 
 
 def _bytes_tokenizer(eod_id: int) -> tokenizers.Tokenizer:
@@ -144,14 +219,13 @@ def _bytes_tokenizer(eod_id: int) -> tokenizers.Tokenizer:
     return made
 
 
-def _plain_definition(path: Path) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
+def _plain_definition(tokenizer: Tokenizer) -> tuple[tokenizers.Tokenizer, dict[str, str | None]]:
     """A tokenizer.json without truncation, padding and added tokens, which megalm does not apply."""
-    definition = {**read_json(path), "truncation": None, "padding": None}
+    definition = {**read_json(Path(tokenizer.spec)), "truncation": None, "padding": None}
     if (definition.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
         definition["post_processor"] = None  # it would add tokens that training did not add
     made = tokenizers.Tokenizer.from_str(json.dumps(definition))
-    beside = path.with_name(TOKENIZER_CONFIG)
-    config = read_json(beside) if beside.is_file() else {}
+    config = read_tokenizer_config(tokenizer)
     special = {key: _known(made, config.get(key)) for key in ("bos_token", "unk_token", "pad_token")}
     special["unk_token"] = special["unk_token"] or _known(made, definition.get("model", {}).get("unk_token"))
     return made, special

@@ -65,6 +65,14 @@ def write_model(
     return total
 
 
+def weight_files(shape: ModelConfig, dtype: torch.dtype, largest_file_bytes: int) -> dict[str, int]:
+    """File name -> bytes of its tensors, as `write_model` writes them."""
+    files = _split(hf_tensors(shape), dtype, largest_file_bytes)
+    return {
+        name: sum(math.prod(tensor.shape) for tensor in members) * dtype.itemsize for name, members in files.items()
+    }
+
+
 def to_hf(tensor: HFTensor, parts: Sequence[Tensor]) -> Tensor:
     """Concatenate megalm's parameters to a Hugging Face tensor."""
     whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))

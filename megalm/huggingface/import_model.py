@@ -17,10 +17,19 @@ from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
 from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.validation import to_yaml
+from megalm.data.tokenizers.chat_template import TEMPLATE_FILE
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError, TrainingError
 from megalm.huggingface.config_json import section_of
-from megalm.huggingface.export_tokenizer import SENTENCEPIECE, TOKENIZER, TOKENIZER_CONFIG, added_around
+from megalm.huggingface.export_model import GENERATION_CONFIG
+from megalm.huggingface.export_tokenizer import (
+    SENTENCEPIECE,
+    SPECIAL_TOKENS_MAP,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    TOKENIZER_MODEL,
+    added_around,
+)
 from megalm.huggingface.output_folder import complete_folder
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 
@@ -28,7 +37,9 @@ MODEL_FILE = "model.yaml"
 
 # The largest data.sequence_length to propose: the model's own maximum may need too much memory.
 _LONGEST_SAMPLE = 1024
-_TOKENIZERS = (SENTENCEPIECE, TOKENIZER, "tokenizer.model")
+_TOKENIZERS = (SENTENCEPIECE, TOKENIZER, TOKENIZER_MODEL)
+# What an export amends: special tokens, chat template, sampling defaults.
+_BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, TEMPLATE_FILE, GENERATION_CONFIG)
 _HEADER = (
     "# For --config: the model {source}, its tokenizer and a sequence length. All other keys have their defaults.\n"
 )
@@ -77,7 +88,7 @@ def import_model(
         DataError: a tensor or the tokenizer is unusable, or the disk has too little space.
     """
     shape = source.shape
-    own = _find_tokenizer(tokenizer or source.folder)
+    own = find_tokenizer(tokenizer or source.folder)
     found = load_tokenizer(own)
     # Reading `eod_id` refuses a tokenizer without an end-of-document token before anything is written.
     if max(found.vocab_size, found.eod_id + 1) > shape.vocab_size:
@@ -89,7 +100,7 @@ def import_model(
     stored = [_Stored(key, source.read, advance) for key in keys]
 
     def fill(folder: Path) -> None:
-        for path in (own, own.with_name(TOKENIZER_CONFIG)) if own.suffix == ".json" else (own,):
+        for path in (own, *map(own.with_name, _BESIDE)):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
         place = str(target.resolve() / own.name)
@@ -97,7 +108,7 @@ def import_model(
         content = {"model": section_of(shape), "data": {"tokenizer": place, "sequence_length": samples}}
         text = _HEADER.format(source=source.folder.name) + to_yaml(content)
         (folder / MODEL_FILE).write_text(text, encoding="utf-8")
-        facts = {**_facts(source, target, found), "tokenizer": place}
+        facts = {**manifest_facts(source, target.resolve().name, found), "tokenizer": place}
         try:
             save_checkpoint(
                 folder / "checkpoints", 0, stored, facts, [folder / MODEL_FILE], SingleProcessCommunicator()
@@ -111,7 +122,7 @@ def import_model(
     return Imported(checkpoint, target / MODEL_FILE, kept, tuple(_notes(source, kept)))
 
 
-def _find_tokenizer(folder: Path) -> Path:
+def find_tokenizer(folder: Path) -> Path:
     """The file itself, or the folder's tokenizer file; megalm's own SentencePiece export comes first."""
     if folder.is_file():
         return folder
@@ -137,14 +148,18 @@ def _notes(source: HuggingFaceFolder, tokenizer: Tokenizer) -> Iterator[str]:
         )
 
 
-def _facts(source: HuggingFaceFolder, target: Path, tokenizer: Tokenizer) -> dict[str, Any]:
-    """The manifest's fields: a model without training state."""
+def manifest_facts(source: HuggingFaceFolder, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The manifest's fields: a model without training state.
+
+    Args:
+        name: of the run.
+    """
     return {
         "holds": WEIGHTS,
         "imported_from": source.folder.resolve().name,
         "tokens": 0,
         "created": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "run": target.resolve().name,
+        "run": name,
         "parameters": source.shape.parameter_count(),
         "validation_loss": None,
         "validation_tokens": None,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,12 @@ from megalm.huggingface.config_json import model_type
 from megalm.huggingface.export_tokenizer import SENTENCEPIECE, TOKENIZER, ExportedTokenizer
 from megalm.model.model_config import ModelConfig
 from megalm.planning.lr_schedule import ScheduleSegment
+from megalm.runs.evaluations import read_evaluations
 from megalm.runs.metrics_log import METRICS_FILE, Row, live_rows, read_metrics
 from megalm.runs.run_folder import CONFIG_FILE, ENVIRONMENT_FILE, read_mapping
 from megalm.utils.formatting import perplexity_of
 
+_NEW_TOKENS = 50
 _LICENSE = "# license: choose one before you publish this model, e.g. apache-2.0; none is implied"
 
 Fact = tuple[str, str]
@@ -73,8 +77,31 @@ class Card:
 
     def _front_matter(self) -> str:
         tags = ["megalm", "pretrained", model_type(self.shape)]
-        content = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+        content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
+        if results := list(self._results()):
+            content["model-index"] = [{"name": self.name, "results": results}]
         return to_yaml(content) + _LICENSE + "\n"
+
+    def _results(self) -> Iterator[dict[str, Any]]:
+        """What a hub page shows of the validations and of `megalm evaluate`, in the form of a model-index.
+
+        Source: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+        """
+        measured = [
+            (str(row.get("dataset", "validation")), key, row[key])
+            for row in self._validations()
+            for key in ("loss", "perplexity", "bits_per_byte")
+            if isinstance(row.get(key), float)
+        ]
+        for one in read_evaluations(self._run) if self._metrics is not None else ():
+            if one.step == self.manifest.step:
+                measured.append((one.task, one.measure.replace(" ", "_"), one.value))
+        for dataset, metrics in groupby(measured, key=itemgetter(0)):
+            yield {
+                "task": {"type": "text-generation"},
+                "dataset": {"name": dataset, "type": dataset},
+                "metrics": [{"type": kind, "value": value} for _, kind, value in metrics],
+            }
 
     @staticmethod
     def _section(title: str, facts: Iterator[Fact]) -> list[str]:
@@ -136,7 +163,7 @@ class Card:
         return name, sizes.pop() if len(sizes) == 1 == len(orders) else None
 
     def _validation(self) -> Iterator[Fact]:
-        rows = self._evaluations()
+        rows = self._validations()
         for row in rows:
             words = [_loss(row["loss"])]
             if row.get("bits_per_byte") is not None:
@@ -151,7 +178,7 @@ class Card:
             tokens = f" ({count:,} tokens)" if count else ""
             yield "validation", f"{_loss(loss)}{tokens}"
 
-    def _evaluations(self) -> list[Row]:
+    def _validations(self) -> list[Row]:
         """The last validation of each dataset at this step and attempt, from metrics.jsonl."""
         if self._metrics is None:
             return []
@@ -188,12 +215,13 @@ class Card:
             yield "marked", f"{manifest.status}: {manifest.status_reason}"
 
     def _use(self) -> str:
+        generate = f"max_new_tokens={min(_NEW_TOKENS, self.shape.max_position_embeddings // 2)}"
         load = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
             'tokenizer = AutoTokenizer.from_pretrained("PATH")\n'
             'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
             'inputs = tokenizer("Once", return_tensors="pt")\n'
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))\n"
+            f"print(tokenizer.decode(model.generate(**inputs, {generate})[0]))\n"
         )
         if TOKENIZER not in self.tokenizer.files:
             load = (
@@ -201,7 +229,7 @@ class Card:
                 f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="PATH/{SENTENCEPIECE}")\n'
                 'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
                 'ids = torch.tensor([tokenizer.encode("Once")])\n'
-                "print(tokenizer.decode(model.generate(ids, max_new_tokens=50)[0].tolist()))\n"
+                f"print(tokenizer.decode(model.generate(ids, {generate})[0].tolist()))\n"
             )
         return f"## Use\n\n`PATH` is this folder.\n\n```python\n{load}```\n"
 
@@ -209,6 +237,16 @@ class Card:
         yield f"The model takes at most {self.shape.max_position_embeddings:,} tokens."
         yield "Training used no beginning-of-sequence token; a document ends with the end-of-sequence token."
         yield f"Tokenizer: {self.tokenizer.note}."
+        if TOKENIZER in self.tokenizer.files:
+            yield (
+                "The name of a special token in a text is read as that token. In training such a name was text, as "
+                "`tokenizer(text, split_special_tokens=True)` reads it."
+            )
+            if "pad_token" not in self.tokenizer.special:
+                yield (
+                    "The vocabulary has no token to pad with. If you pad with the end-of-sequence token, mask the "
+                    "padding by its position: a model that is never trained on that token does not learn to stop."
+                )
         yield "Choose a licence before you publish the model; the training texts have licences too."
 
 

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.manifest import Manifest, read_manifest, shape_of
+from megalm.checkpoint.manifest import MANIFEST, Manifest, read_manifest, shape_of
 from megalm.data.sampling.batch_loader import MicroBatch
 from megalm.data.sampling.samples import PackingKind
-from megalm.data.tokenizers.tokenizer import Tokenizer, tokenizer_of
+from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from megalm.errors import CheckpointError, DataError
+from megalm.huggingface.import_model import find_tokenizer, manifest_facts
+from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 from megalm.model.model_config import ModelConfig
 from megalm.model.transformer import LanguageModel
 
@@ -62,15 +64,31 @@ def read_facts(path: Path, tokenizer: str | None = None) -> CheckpointFacts:
     """Read the facts of a checkpoint folder.
 
     Args:
+        path: a checkpoint, or the folder of a model in Hugging Face format.
         tokenizer: the tokenizer's path, if it has moved since training.
 
     Raises:
         CheckpointError: no checkpoint, a damaged manifest, or a tokenizer that is not the checkpoint's.
-        DataError: the tokenizer is missing.
+        DataError: the tokenizer is missing; or megalm has no such model.
     """
+    if is_pretrained(path):
+        return _pretrained_facts(HuggingFaceFolder(path), tokenizer)
     manifest = read_manifest(path)
     used = tokenizer_of(path, manifest.tokenizer, manifest.fingerprints.tokenizer, manifest.eod_id, tokenizer)
     return CheckpointFacts(path, manifest, shape_of(path, manifest), used)
+
+
+def is_pretrained(path: Path) -> bool:
+    """Whether a folder holds a model in Hugging Face format instead of a checkpoint."""
+    return (path / "config.json").is_file() and not (path / MANIFEST).exists()
+
+
+def _pretrained_facts(source: HuggingFaceFolder, tokenizer: str | None) -> CheckpointFacts:
+    used = load_tokenizer(find_tokenizer(Path(tokenizer) if tokenizer else source.folder))
+    facts = manifest_facts(source, source.folder.resolve().name, used)
+    tensors = {name: {"shape": size, "fragments": []} for name, size in source.shape.parameters().items()}
+    manifest = Manifest.model_validate({"step": 0, "files": {}, "tensors": tensors, **facts})
+    return CheckpointFacts(source.folder, manifest, source.shape, used)
 
 
 def verify_checkpoint(reader: CheckpointReader) -> None:
@@ -83,7 +101,7 @@ class InferenceModel:
     """The model of a checkpoint, on the GPU if there is one.
 
     Args:
-        path: a checkpoint folder.
+        path: a checkpoint folder, or that of a model in Hugging Face format.
         dtype: of weights and activations; the loss is always fp32.
         verify: checks every file before the weights are read; a caller can show its progress.
         watched: iterates over the parameters' names while they are loaded; a caller can show their progress.
@@ -102,12 +120,19 @@ class InferenceModel:
         watched: Callable[[Sequence[str]], Iterable[str]] = iter,
     ) -> None:
         self.path = path
-        reader = CheckpointReader(path)
-        verify(reader)
-        self.facts = read_facts(path, tokenizer)
-        self.shape, self.tokenizer = self.facts.shape, self.facts.tokenizer
         self.device = _device()
-        self.network = _load(reader, self.shape, watched).to(self.device, dtype).eval()
+        if is_pretrained(path):
+            source = HuggingFaceFolder(path)
+            self.facts = _pretrained_facts(source, tokenizer)
+            network = _load(lambda name, _: source.read(name), source.shape, watched)
+        else:
+            reader = CheckpointReader(path)
+            verify(reader)
+            self.facts = read_facts(path, tokenizer)
+            network = _load(reader.read_finite, self.facts.shape, watched)
+            reader.close()
+        self.shape, self.tokenizer = self.facts.shape, self.facts.tokenizer
+        self.network = network.to(self.device, dtype).eval()
 
     @torch.inference_mode()
     def next_token_logits(
@@ -165,7 +190,9 @@ def _device() -> torch.device:
 
 
 def _load(
-    reader: CheckpointReader, shape: ModelConfig, watched: Callable[[Sequence[str]], Iterable[str]]
+    read: Callable[[str, tuple[int, ...]], Tensor],
+    shape: ModelConfig,
+    watched: Callable[[Sequence[str]], Iterable[str]],
 ) -> LanguageModel:
     """Load the fp32 model; only one parameter is in memory twice at a time."""
     model = LanguageModel(shape)
@@ -173,6 +200,5 @@ def _load(
         parameters = dict(model.named_parameters())
         for name in watched(list(parameters)):
             parameter = parameters[name]
-            parameter.copy_(reader.read_finite(name, tuple(parameter.shape)))
-    reader.close()
+            parameter.copy_(read(name, tuple(parameter.shape)))
     return model

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from megalm.runs.evaluations import RecordedEvaluation, read_evaluations
 from megalm.runs.metrics_history import History, Numbers, read_history
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, LOSS_OF, METRICS_FILE, ReadBatches, Row, read_batches
 from megalm.runs.run_folder import ENVIRONMENT_FILE, parameter_count, read_mapping
@@ -45,6 +46,8 @@ class Results:
         scatter: name -> median absolute deviation of a per-step number; for the training loss, over the last tenth of
             the steps.
         dataset_losses: training loss by dataset of a mixture, the mean over the last tenth of the steps.
+        evaluations: name -> main number of the newest checkpoint that `megalm evaluate` has evaluated on it; the name
+            has the set, the measure and the number of tokens or questions, so equal names compare.
     """
 
     parameters: int | None
@@ -64,7 +67,8 @@ class Results:
     wall_seconds: float | None
     attempts: int
     scatter: dict[str, float]
-    dataset_losses: dict[str, float]
+    dataset_losses: dict[str, float] = field(default_factory=dict)
+    evaluations: dict[str, float] = field(default_factory=dict)
 
     @property
     def tokens_per_parameter(self) -> float | None:
@@ -85,6 +89,7 @@ class RunRecord:
     history: History
     parameters: int | None = None
     environment: Mapping[str, Any] = field(default_factory=dict)
+    evaluations: Sequence[RecordedEvaluation] = ()
 
     @property
     def validations(self) -> list[Row]:
@@ -135,7 +140,8 @@ def read_run(run_dir: Path, read: ReadBatches = read_batches) -> RunRecord:
     for name in _OWN_TO_A_RUN:
         found.pop(name, None)
     environment = read_mapping(run_dir / ENVIRONMENT_FILE)
-    return RunRecord(run_dir.resolve().name, found, history, parameter_count(run_dir), environment)
+    evaluations = read_evaluations(run_dir)
+    return RunRecord(run_dir.resolve().name, found, history, parameter_count(run_dir), environment, evaluations)
 
 
 def differing_settings(runs: Sequence[RunRecord]) -> dict[str, list[str | None]]:
@@ -181,6 +187,7 @@ def results(run: RunRecord) -> Results:
         attempts=sum(row.get("event") in ATTEMPT_EVENTS for row in history.events),
         scatter={name: value for name, value in scatter.items() if value is not None},
         dataset_losses={name: loss for name, loss in by_dataset.items() if loss is not None},
+        evaluations={one.name: one.value for one in run.evaluations},  # by step: the newest counts
     )
 
 

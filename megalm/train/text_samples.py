@@ -116,7 +116,8 @@ def extend(
         drawable = np.zeros(logits.shape[1], dtype=np.bool_)
         drawable[: len(known)] = known[: len(drawable)]
         logits = np.where(drawable, logits, np.float32(-np.inf))
-        chosen = comm.broadcast([draw(row, settings.temperature, settings.top_k, random) for row in logits])
+        drawn = [draw(row, settings, text, random) for row, text in zip(logits, texts, strict=True)]
+        chosen = comm.broadcast(drawn)
         for index in sorted(open_texts):
             if chosen[index] == eod_id:
                 open_texts.discard(index)
@@ -127,13 +128,43 @@ def extend(
         yield
 
 
-def draw(logits: npt.NDArray[np.float32], temperature: float, top_k: int | None, random: np.random.Generator) -> int:
-    """Draw one token from fp32 logits [V]; temperature 0 takes the most likely one."""
-    if temperature == 0:
-        return int(logits.argmax())
-    with np.errstate(over="ignore"):  # at temperatures near 0 all but the top logit overflow
-        scaled = (logits.astype(np.float64) - logits.max()) / temperature
-    if top_k is not None and top_k < len(scaled):
-        scaled[scaled < np.partition(scaled, -top_k)[-top_k]] = -np.inf
-    weights = np.exp(scaled)
+def draw(
+    logits: npt.NDArray[np.float32], settings: SampleSection, text: Sequence[int], random: np.random.Generator
+) -> int:
+    """Draw one token from fp32 logits [V] with `token_weights`; temperature 0 takes the most likely one."""
+    weights = token_weights(logits, settings, text)
+    if settings.temperature == 0:
+        return int(weights.argmax())
     return int(random.choice(len(weights), p=weights / weights.sum()))
+
+
+def token_weights(
+    logits: npt.NDArray[np.float32], settings: SampleSection, text: Sequence[int]
+) -> npt.NDArray[np.float64]:
+    """Return the weights [V] that tokens are drawn with; at temperature 0 the logits.
+
+    The settings act in the order of transformers: repetition penalty, temperature, top-k, top-p, min-p.
+
+    Args:
+        text: the tokens so far, which the repetition penalty makes less likely.
+    """
+    values = logits.astype(np.float64)
+    if settings.repetition_penalty != 1:
+        seen = np.unique(np.asarray(text, dtype=np.int64))
+        factors = np.where(values[seen] > 0, 1 / settings.repetition_penalty, settings.repetition_penalty)
+        values[seen] *= factors
+    if settings.temperature == 0:
+        return values
+    with np.errstate(over="ignore"):  # at temperatures near 0 all but the top logit overflow
+        values = (values - values.max()) / settings.temperature
+    if settings.top_k is not None and settings.top_k < len(values):
+        values[values < np.partition(values, -settings.top_k)[-settings.top_k]] = -np.inf
+    weights = np.exp(values)
+    weights /= weights.sum()
+    if settings.top_p < 1:
+        order = np.argsort(-weights, kind="stable")
+        before = np.cumsum(weights[order]) - weights[order]
+        weights[order[before >= settings.top_p]] = 0.0  # the most likely token has none before it
+    if settings.min_p > 0:
+        weights[weights < settings.min_p * weights.max()] = 0.0
+    return weights

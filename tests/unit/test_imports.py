@@ -68,8 +68,9 @@ LAYERS = (
     "train",
     "rehearsal",
     "parity",
-    "inference",
     "huggingface",
+    "gguf",
+    "inference",
     "cli",
 )
 

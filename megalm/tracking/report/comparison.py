@@ -96,7 +96,7 @@ def _chart(
     if up is None:
         return None
     chart = Chart(name, UNITS[measure], Scale(0.0, max(x for x, _ in points) or 1.0), up, tall=True)
-    chart.x_ticks = [(chart.across.percent(x), text, "") for x, text in chart.across.ticks() if x <= chart.across.high]
+    chart.x_ticks = [(chart.across.percent(x), text, "") for x, text in chart.across.ticks_to_end()]
     for index in reversed(range(len(runs))):  # the first is drawn last, above the others
         look = look_of(index)
         for curve in filter(None, runs[index]):

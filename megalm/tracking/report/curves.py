@@ -242,9 +242,8 @@ def _x_ticks(history: History, across: Scale) -> list[tuple[float, str, str]]:
     step, tokens = history.column("step"), history.column("tokens")
     known = np.isfinite(tokens)
     step, tokens = np.append(0.0, step[known]), np.append(0.0, tokens[known])
-    values = [value for value, _ in across.ticks() if value == round(value)]
     ticks = []
-    for value in values:
+    for value, text in across.ticks_to_end(whole=True):
         tokens_text = label(float(np.interp(value, step, tokens))) if 0 < value <= step[-1] else ""
-        ticks.append((across.percent(value), label(value, values[1] - values[0]), tokens_text))
+        ticks.append((across.percent(value), text, tokens_text))
     return ticks

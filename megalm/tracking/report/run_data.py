@@ -13,6 +13,7 @@ from megalm.checkpoint.manifest import Manifest, wrong_file
 from megalm.config.loading import load_run_config
 from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError, MegalmError
+from megalm.runs.evaluations import RecordedEvaluation, read_evaluations
 from megalm.runs.metrics_history import History, read_history
 from megalm.runs.metrics_log import METRICS_FILE, ReadBatches, Row, read_batches
 from megalm.runs.run_folder import (
@@ -82,6 +83,7 @@ class ReportData:
         failures: in order of attempts.
         samples: files in order of steps.
         profile: the JSON of the newest profile; empty without one.
+        evaluations: by `megalm evaluate`.
         is_held: whether a process holds the run's lock, so the run is being trained.
     """
 
@@ -96,6 +98,7 @@ class ReportData:
     failures: list[Failure]
     samples: list[Path]
     profile: Mapping[str, Any]
+    evaluations: list[RecordedEvaluation]
     is_held: bool
 
     @property
@@ -142,6 +145,7 @@ def read_run(run_dir: Path, now: float, read: ReadBatches = read_batches) -> Rep
         failures=_failures(run_dir / "failures"),
         samples=sorted(path for path in (run_dir / "samples").glob("step-*.txt") if _STEP.match(path.name)),
         profile=_newest_profile(run_dir / PROFILE_FOLDER),
+        evaluations=read_evaluations(run_dir),
         is_held=is_held(run_dir, now),
     )
 

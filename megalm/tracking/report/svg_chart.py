@@ -75,6 +75,7 @@ def running_median(x: Numbers, y: Numbers, points: int) -> tuple[Numbers, Number
 FRAME = 1000  # units of the SVG in both directions
 
 _TICKS = 5
+_NEAR_END = 0.1  # of the width: a label nearer to the last one would touch it
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,21 @@ class Scale:
         step = _round_step((self.high - self.low) / _TICKS)
         first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
         return [(number * step, label(number * step, step)) for number in range(first, last + 1)]
+
+    def ticks_to_end(self, whole: bool = False) -> list[tuple[float, str]]:
+        """Return round values, and the end of the scale in all its digits: how far a curve goes.
+
+        Args:
+            whole: whole numbers only.
+        """
+        ticks = self.ticks()
+        if whole:
+            values = [value for value, _ in ticks if value == round(value)]
+            ticks = [(value, label(value, values[1] - values[0])) for value in values]
+        if any(math.isclose(value, self.high) for value, _ in ticks):
+            return ticks
+        end = f"{self.high:,.0f}" if whole else label(self.high)
+        return [*(tick for tick in ticks if self.share(tick[0]) < 1 - _NEAR_END), (self.high, end)]
 
     def _of(self, value: float) -> float:
         return math.log10(value) if self.logarithmic else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,20 @@ def test_there_and_back(checkpoint: Path, tmp_path: Path, capsys: pytest.Capture
     table = out.strip().split("\n\n")[-1].splitlines()
     assert re.split(r" {2,}", table[0])[1:] == ["master"]
     assert {float(line.split()[-1]) for line in table[2:]} == {0.0}
+
+
+def test_a_dry_run_lists_what_an_export_writes(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for words in (("--max-shard-size", "0.05MB"), ("--to", "gguf")):
+        code, told, error = run(capsys, "export", checkpoint, out, *words, "--dry-run")
+        assert (code, error) == (0, "")
+        assert not out.exists()
+        assert run(capsys, "export", checkpoint, out, *words)[0] == 0
+        listed = {line.split()[0] for line in told.splitlines()[2:]} - {"total", "model.safetensors.index.json"}
+        assert listed == {path.name for path in out.iterdir()} - {"model.safetensors.index.json"}
+        shutil.rmtree(out)
 
 
 def test_commands_that_are_shown_can_be_typed(
@@ -174,3 +189,29 @@ def test_keys_of_a_configuration(checkpoint: Path, tmp_path: Path, capsys: pytes
     code, _, error = run(capsys, "import", tmp_path / "out", tmp_path / "more", "--ignore-key", "my_won")
     assert code == 2
     assert_names(error, "--ignore-key", "my_won", "config.json")
+
+
+def test_a_hugging_face_folder_is_generated_from_and_evaluated_as_it_is(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(capsys, "export", checkpoint, tmp_path / "out")
+    (tmp_path / "text.txt").write_text("a text of some words")
+    words = ("--prompt", "ab", "--samples", 2, "--max-new-tokens", 5, "--top-p", 0.9, "--seed", 3, "--json")
+    found = {}
+    for place in (checkpoint, tmp_path / "out"):
+        code, out, error = run(capsys, "generate", place, *words)
+        assert code == 0, error
+        found[place] = [json.loads(line) for line in out.splitlines()]
+        assert [(row["prompt"], row["sample"]) for row in found[place]] == [("ab", 0), ("ab", 1)]
+        assert all((row["tokens"] == 5) == (row["finish"] == "length") for row in found[place])
+        code, out, error = run(capsys, "evaluate", place, "--text", tmp_path / "text.txt", "--json")
+        assert code == 0, error
+        found[place].append({"loss": json.loads(out)["loss"]})
+    first, second = found.values()
+    assert [row.get("text") for row in first] == [row.get("text") for row in second]
+    assert first[0]["text"] != first[1]["text"]
+    assert second[-1]["loss"] == pytest.approx(first[-1]["loss"], abs=1e-6)
+    (tmp_path / "out/model.safetensors").unlink()
+    code, _, error = run(capsys, "generate", tmp_path / "out", "--prompt", "a")
+    assert code == 2
+    assert_names(error, "model.safetensors")

@@ -112,3 +112,15 @@ def test_figures_that_are_no_numbers_read_alike_everywhere(tmp_path: Path, capsy
     code, _, error = said(capsys, "generate", tmp_path / "run", *WORDS)
     assert code == 2
     assert_names(error, "step-00000010")
+
+
+def test_a_prompt_can_have_several_lines(
+    run: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\\\ntwo\n/top-p 0.5\n/min-p 2\nleft open\\\n"))
+    code, out, _ = said(capsys, "generate", run, "--interactive", "--max-new-tokens", "1")
+    assert code == 0
+    assert "one\ntwo" in out
+    assert "top-p 0.5," in out
+    assert_names(out, "/min-p")  # refused, with its range
+    assert "left open" in out

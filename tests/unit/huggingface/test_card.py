@@ -75,3 +75,21 @@ def test_a_loss_beyond_all_measure(tmp_path: Path) -> None:
     assert_names(
         row(tmp_path, {}, name="validation", validation_loss=800.0), "800.0000", "perplexity", f"{math.exp(700):,.2f}"
     )
+
+
+def test_a_hub_page_can_show_what_was_measured(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    measured = {"kind": "eval", "step": 7, "tokens": 9, "loss": 3.5, "perplexity": 33.1, "targets": 50, "time": 1.0}
+    (run / "metrics.jsonl").write_text(json.dumps(measured) + "\n")
+    row = {"kind": "evaluation", "source": "choices", "dataset": "q/quiz.jsonl", "questions": 9, "time": 2.0}
+    rows = [{**row, "step": 7, "accuracy": 0.75}, {**row, "step": 6, "accuracy": 0.5}]
+    (run / "evaluations.jsonl").write_text("".join(json.dumps(one) + "\n" for one in rows))
+    front = yaml.safe_load(card(tmp_path, {"train": "web"}).split("---\n")[1])
+    ((model,), found) = front["model-index"], front["model-index"][0]["results"]
+    assert model["name"] == "it"
+    assert [(one["dataset"]["name"], one["metrics"]) for one in found] == [
+        ("validation", [{"type": "loss", "value": 3.5}, {"type": "perplexity", "value": 33.1}]),
+        ("quiz", [{"type": "accuracy", "value": 0.75}]),
+    ]
+    assert {one["task"]["type"] for one in found} == {"text-generation"}

@@ -78,7 +78,7 @@ def shape_of(section: ModelSection) -> ModelConfig:
 @pytest.mark.parametrize("name", SECTIONS)
 def test_a_shape_comes_back(name: str) -> None:
     shape = shape_of(SECTIONS[name])
-    assert to_shape(to_config(shape, eod_id=1, pad_id=None, dtype="float32")) == shape
+    assert to_shape(to_config(shape, eod_id=1, special={}, dtype="float32")) == shape
     assert build_model_config(ModelSection(**section_of(shape)), vocab_size=1, sequence_length=1) == shape
 
 
@@ -190,6 +190,28 @@ def test_a_key_that_changes_nothing_may_be_passed_over_by_name() -> None:
     with pytest.raises(DataError, match="--ignore-key"):
         to_shape(config)
     assert to_shape(config, ["transformers.js_config"]) == to_shape(LLAMA)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 500_000.0}),
+        ("rope_scaling", {"rope_type": "yarn", "factor": 4.0}),
+        ("sliding_window", 128),
+        ("attn_logit_softcapping", 50.0),
+        ("num_experts", 4),
+        ("rms_norm_eps", 1e-3),
+    ],
+)
+def test_a_key_that_changes_numbers_is_never_passed_over(key: str, value: Any) -> None:
+    with pytest.raises(DataError) as refused:
+        to_shape({**LLAMA, key: value}, [key])
+    assert_names(refused.value, "--ignore-key", f"{key}={value!r}")
+    if key in ("rope_parameters", "rms_norm_eps"):  # these are read
+        return
+    with pytest.raises(DataError) as refused:
+        to_shape({**LLAMA, key: value})
+    assert "--ignore-key" not in str(refused.value), "it is not offered either"
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def theirs_of(name: str) -> Any:
 def saved(name: str, folder: Path) -> Any:
     theirs = theirs_of(name).eval()
     theirs.save_pretrained(folder)
-    write_tokenizer(load_tokenizer("bytes"), folder, LENGTH)
+    write_tokenizer(load_tokenizer("bytes"), folder, LENGTH, 257, "llama")
     return theirs
 
 

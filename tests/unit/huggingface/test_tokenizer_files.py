@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ def exported(
     for kind in KINDS:
         folder = tmp_path_factory.mktemp(kind)
         ours = load_tokenizer(tokenizer_files[kind])
-        said = write_tokenizer(ours, folder, longest=99)
+        said = write_tokenizer(ours, folder, longest=99, rows=ours.vocab_size, family="llama")
         found[kind] = ours, transformers.AutoTokenizer.from_pretrained(folder), said, folder
     return found
 
@@ -55,7 +56,8 @@ def exported(
 def _same(ours: Any, theirs: Any, model: SentencePieceModel | None, texts: Sequence[str]) -> int:
     """How many have the same ids; of a unigram model another cut of the same likelihood is told from a wrong one."""
     same = 0
-    for text, ids, found in zip(texts, ours.encode_batch(texts), theirs(texts)["input_ids"], strict=True):
+    read = theirs(texts, split_special_tokens=True)["input_ids"]
+    for text, ids, found in zip(texts, ours.encode_batch(texts), read, strict=True):
         expected = ids.tolist()
         assert theirs.decode(expected) == ours.decode(expected) == text
         same += found == expected
@@ -93,11 +95,75 @@ def test_special_tokens(kind: str, exported: dict[str, Any]) -> None:
     assert theirs.eos_token_id == ours.eod_id
     assert len(theirs) == ours.vocab_size
     assert theirs.model_max_length == 99
-    assert theirs.pad_token == ("<pad>" if kind == "unigram" else None)
-    assert said.pad_id == theirs.pad_token_id
+    assert theirs.pad_token == {"unigram": "<pad>", "bpe": "<unk>", "prose": "<unk>"}.get(kind)
+    assert said.special.get("pad_token") == theirs.pad_token_id != theirs.eos_token_id
+    assert said.special["eos_token"] == ours.eod_id
     (row,) = ours.encode_batch(["a b"])
     assert theirs.decode([*row, ours.eod_id], skip_special_tokens=True) == "a b"
     assert load_tokenizer(folder / TOKENIZER).eod_id == ours.eod_id
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_can_end_a_document(kind: str, exported: dict[str, Any]) -> None:
+    """As fine-tuning writes it: with letters instead, a model would never learn to stop."""
+    ours, theirs, _, _ = exported[kind]
+    read = theirs(f"a b{theirs.eos_token}")
+    assert read["input_ids"][-1] == ours.eod_id
+    assert set(read) == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_converters_are_told_that_no_space_comes_before_a_text(kind: str, exported: dict[str, Any]) -> None:
+    """Where it is missing, llama.cpp's adds one, and every text has other ids."""
+    config = json.loads((exported[kind][3] / "tokenizer_config.json").read_text())
+    assert config["add_prefix_space"] is False
+    assert config["add_bos_token"] is False
+
+
+def test_a_row_without_a_token_becomes_the_padding(tmp_path: Path) -> None:
+    ours = load_tokenizer("bytes")
+    said = write_tokenizer(ours, tmp_path, longest=10, rows=300, family="llama")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs.pad_token_id == said.special["pad_token"] == ours.vocab_size == 257
+    assert theirs(["a", "bcd"], padding=True)["input_ids"] == [[97, 257, 257], [98, 99, 100]]
+
+
+def test_what_was_read_is_amended(tokenizer_files: dict[str, str], tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(Path(tokenizer_files["huggingface"]).parent, own)
+    read = json.loads((own / "tokenizer_config.json").read_text())
+    template = "{% for message in messages %}{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    read |= {"chat_template": template, "a_fact": 7, "add_bos_token": True, "tokenizer_class": "LlamaTokenizer"}
+    (own / "tokenizer_config.json").write_text(json.dumps(read))
+    out = tmp_path / "out"
+    out.mkdir()
+    ours = load_tokenizer(own / "tokenizer.json")
+    said = write_tokenizer(ours, out, longest=10, rows=600, family="llama")
+    written = json.loads((out / "tokenizer_config.json").read_text())
+    assert written["a_fact"] == 7
+    assert written["add_bos_token"] is False  # training adds none
+    assert said.has_chat_template
+    theirs = transformers.AutoTokenizer.from_pretrained(out)
+    assert theirs.bos_token == "<|begin|>"
+    chat = theirs.apply_chat_template([{"role": "user", "content": "a b"}], tokenize=False)
+    assert chat == "a b<|endoftext|>"
+    assert theirs(chat)["input_ids"] == [*ours.encode_batch(["a b"])[0].tolist(), ours.eod_id]
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "name"),
+    [
+        ("bpe", "llama", "tokenizer.model"),
+        ("bpe", "qwen3", SENTENCEPIECE),
+        ("unigram", "llama", SENTENCEPIECE),
+    ],
+)
+def test_only_what_converters_read_right_has_the_name_that_they_look_for(
+    kind: str, family: str, name: str, tokenizer_files: dict[str, str], tmp_path: Path
+) -> None:
+    """Of the others llama.cpp's would make other ids, and say nothing."""
+    write_tokenizer(load_tokenizer(tokenizer_files[kind]), tmp_path, longest=10, rows=800, family=family)
+    assert [path.name for path in tmp_path.glob("*.model")] == [name]
 
 
 def test_a_tokenizer_that_changes_the_text_is_not_written_wrong(tmp_path: Path) -> None:
@@ -108,7 +174,7 @@ def test_a_tokenizer_that_changes_the_text_is_not_written_wrong(tmp_path: Path) 
     )
     out = tmp_path / "out"
     out.mkdir()
-    said = write_tokenizer(load_tokenizer(tmp_path / "plain.model"), out, longest=10)
+    said = write_tokenizer(load_tokenizer(tmp_path / "plain.model"), out, longest=10, rows=18, family="llama")
     assert TOKENIZER not in said.files
     assert said.files == (SENTENCEPIECE,) == tuple(path.name for path in out.iterdir())
     assert_names(said.note, TOKENIZER, SENTENCEPIECE)
@@ -127,7 +193,7 @@ def test_wrong_ids_are_found_before_they_are_written(
         return type(made).from_str(json.dumps(content))
 
     monkeypatch.setattr(SentencePieceModel, "to_tokenizer", wrong)
-    said = write_tokenizer(load_tokenizer(tokenizer_files["bpe"]), tmp_path, longest=10)
+    said = write_tokenizer(load_tokenizer(tokenizer_files["bpe"]), tmp_path, longest=10, rows=800, family="llama")
     assert_names(said.note, TOKENIZER, SENTENCEPIECE)
     assert [path.name for path in tmp_path.iterdir()] == [SENTENCEPIECE]
 

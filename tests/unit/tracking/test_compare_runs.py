@@ -13,6 +13,7 @@ import pytest
 
 from megalm.cli.main import main
 from megalm.errors import ConfigError
+from megalm.runs.evaluations import read_evaluations
 from megalm.tracking.compare_runs import differing_settings, incomparable, measure_of, plot_losses, read_run, results
 from tests.messages import assert_names
 
@@ -347,3 +348,30 @@ def test_json_csv_and_the_page_have_the_same_numbers(tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit) as caught:
         main(["compare", *map(str, runs), "--json", "--csv"])
     assert caught.value.code == 2
+
+
+def evaluated(folder: Path, *rows: dict[str, object]) -> None:
+    lines = [json.dumps({"kind": "evaluation", "time": 1.0, **row}) for row in rows]
+    (folder / "evaluations.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def test_evaluations_over_the_same_questions_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = (write_run(tmp_path, name, 1e-3, 8, [4.0, 3.0]) for name in ("a", "b"))
+    asked = {"source": "choices", "dataset": "sets/quiz.jsonl.zst", "questions": 1000, "accuracy_error": 0.01}
+    text = {"source": "text", "dataset": "books", "targets": 500, "loss": 3.0, "bits_per_byte": 1.25}
+    evaluated(
+        first,
+        {**asked, "step": 1, "accuracy": 0.2},
+        {**asked, "step": 2, "accuracy": 0.25},
+        {**asked, "step": 2, "accuracy": 0.3},
+        {**text, "step": 2},
+    )
+    evaluated(second, {**asked, "step": 2, "accuracy": 0.4, "questions": 1000}, {**text, "step": 2, "targets": 600})
+    rows = compared(capsys, first, second)
+    assert rows["quiz, accuracy of 1,000 questions"][:2] == ["0.3000", "0.4000"]
+    assert rows["quiz, accuracy of 1,000 questions"][2].startswith("+0.1000")
+    assert rows["books, bits per byte of 500 tokens"] == ["1.2500", "-", "-"]
+    assert rows["books, bits per byte of 600 tokens"] == ["-", "1.2500", "-"]
+    assert [one.value for one in read_evaluations(first)] == [0.2, 1.25, 0.3]
+    assert read_evaluations(first)[-1].error == 0.01
+    assert read_evaluations(tmp_path) == []

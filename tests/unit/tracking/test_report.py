@@ -381,3 +381,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.Captu
         main(["report", str(tmp_path)])
     assert caught.value.code == 2
     assert_names(capsys.readouterr().err, tmp_path)
+
+
+def test_what_was_evaluated_afterwards_is_shown(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "mine", [START, *STEPS])
+    assert not any("quiz" in row for row in page_of(run).rows)
+    row = {"kind": "evaluation", "source": "choices", "dataset": "a/quiz.jsonl", "questions": 1200, "step": 30}
+    (run / "evaluations.jsonl").write_text(json.dumps({**row, "accuracy": 0.25, "accuracy_error": 0.0125}) + "\n")
+    (found,) = (row for row in page_of(run).rows if "quiz" in row)
+    assert found == "30 quiz accuracy 0.2500 \u00b1 0.0125 1,200 questions"

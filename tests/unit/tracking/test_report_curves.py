@@ -79,6 +79,13 @@ def test_ticks_are_round_numbers_with_the_digits_they_differ_in(low: float, high
     assert [text for _, text in Scale(low, high).ticks()] == expected
 
 
+def test_the_last_step_has_its_tick() -> None:
+    assert [text for _, text in Scale(0.0, 1234.0).ticks_to_end(whole=True)] == ["0", "500", "1.0k", "1,234"]
+    assert [text for _, text in Scale(0.0, 1000.0).ticks_to_end(whole=True)][-2:] == ["800", "1.0k"]
+    assert [text for _, text in Scale(0.0, 1.0).ticks_to_end(whole=True)] == ["0", "1"]
+    assert Scale(0.0, 4.1e6).ticks_to_end()[-1] == (4.1e6, "4.1M")
+
+
 def test_ticks_of_a_logarithmic_scale() -> None:
     assert [text for _, text in Scale(0.3, 4.0, True).ticks()] == ["0.5", "1", "2"]
     assert [text for _, text in Scale(0.9, 1.3, True).ticks()] == ["0.9", "1.0", "1.1", "1.2", "1.3"]

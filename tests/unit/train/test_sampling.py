@@ -6,9 +6,10 @@ from typing import TypeVar
 
 import numpy as np
 import pytest
+import torch
 
 from megalm.config.schema import SampleSection
-from megalm.train.text_samples import draw, generate
+from megalm.train.text_samples import draw, generate, token_weights
 
 T = TypeVar("T")
 VOCAB, EOD = 20, 19
@@ -78,10 +79,11 @@ def test_no_prompt_asks_nothing() -> None:
 def test_draw_follows_temperature_and_top_k() -> None:
     random = np.random.default_rng(0)
     logits = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32))
-    assert draw(logits, 0.0, None, random) == 0
+    assert draw(logits, SampleSection(temperature=0.0), [], random) == 0
 
     def shares(temperature: float, top_k: int | None) -> np.ndarray:
-        drawn = [draw(logits, temperature, top_k, random) for _ in range(4000)]
+        settings = SampleSection(temperature=temperature, top_k=top_k)
+        drawn = [draw(logits, settings, [], random) for _ in range(4000)]
         return np.bincount(drawn, minlength=4) / 4000
 
     np.testing.assert_allclose(shares(1.0, None), [0.5, 0.3, 0.15, 0.05], atol=0.03)
@@ -90,12 +92,50 @@ def test_draw_follows_temperature_and_top_k() -> None:
     assert shares(5.0, None)[3] > 0.15
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"temperature": 0.7, "top_k": 5},
+        {"top_p": 0.6},
+        {"top_p": 1e-9},
+        {"min_p": 0.3},
+        {"repetition_penalty": 1.8},
+        {"repetition_penalty": 0.5, "temperature": 2.0, "top_k": 20, "top_p": 0.9, "min_p": 0.05},
+    ],
+)
+def test_tokens_are_as_likely_as_in_transformers(settings: dict[str, float]) -> None:
+    transformers = pytest.importorskip("transformers")
+    logits = np.random.default_rng(1).normal(size=50).astype(np.float32) * 3
+    text = [4, 7, 7, 12]
+    chosen = SampleSection(**{"temperature": 1.0, "top_k": None, **settings})
+    scores = torch.from_numpy(logits)[None]
+    steps = [
+        transformers.RepetitionPenaltyLogitsProcessor(chosen.repetition_penalty),
+        transformers.TemperatureLogitsWarper(chosen.temperature),
+        *([] if chosen.top_k is None else [transformers.TopKLogitsWarper(chosen.top_k)]),
+        transformers.TopPLogitsWarper(chosen.top_p),
+        transformers.MinPLogitsWarper(chosen.min_p),
+    ]
+    for step in steps:
+        scores = step(torch.tensor([text]), scores)
+    weights = token_weights(logits, chosen, text)
+    np.testing.assert_allclose(weights / weights.sum(), scores[0].softmax(0).numpy(), rtol=1e-5)
+
+
+def test_the_repetition_penalty_acts_on_the_most_likely_token_too() -> None:
+    settings = SampleSection(temperature=0.0, repetition_penalty=2.0)
+    logits = np.array([3.0, 2.0, -1.0], np.float32)
+    assert draw(logits, settings, [0], np.random.default_rng(0)) == 1
+    assert draw(logits, settings, [], np.random.default_rng(0)) == 0
+
+
 def test_draw_survives_the_smallest_temperature() -> None:
-    assert draw(np.array([1.0, 2.0, 1.5], np.float32), 1e-320, None, np.random.default_rng(0)) == 1
+    settings = SampleSection(temperature=1e-320, top_k=None)
+    assert draw(np.array([1.0, 2.0, 1.5], np.float32), settings, [], np.random.default_rng(0)) == 1
 
 
 def test_draw_survives_huge_logits() -> None:
-    assert draw(np.array([1e4, -1e4, 0], np.float32), 0.7, 50, np.random.default_rng(0)) == 0
+    assert draw(np.array([1e4, -1e4, 0], np.float32), SampleSection(), [], np.random.default_rng(0)) == 0
 
 
 @pytest.mark.parametrize("seed", [0, 1])

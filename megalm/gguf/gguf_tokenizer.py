@@ -1,0 +1,214 @@
+"""A run's tokenizer as llama.cpp reads it, or the reason why llama.cpp would give other ids.
+
+llama.cpp has the cutting of texts compiled in: SentencePiece's BPE, and a byte-level BPE with a pre-tokenizer that is
+chosen from a list by name. Its own converter finds that name by a hash of what a tokenizer gives for one text, so it
+knows published tokenizers only; here it follows from the definition in tokenizer.json.
+Names and numbers: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, llama.cpp's src/llama-vocab.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sentencepiece import sentencepiece_model_pb2
+
+from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer
+from megalm.errors import DataError
+from megalm.huggingface.export_tokenizer import own_chat_template, read_tokenizer_config
+from megalm.huggingface.sentencepiece_to_tokenizer_json import NoEquivalentError, SentencePieceModel
+from megalm.utils.atomic_files import read_json
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's kinds of tokens
+
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
+_REST = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# The steps of a tokenizer.json before its byte level -> llama.cpp's name, and whether it takes a whole word that is in
+# the vocabulary before it merges.
+_PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, bool]] = {
+    ("gpt2",): ("gpt-2", False),
+    (_GPT2,): ("gpt-2", False),
+    ("digits", "gpt2"): ("smollm", False),
+    (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",): ("llama-bpe", True),
+    (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",): ("qwen2", False),
+}
+
+
+@dataclass(frozen=True)
+class GGUFTokenizer:
+    """What a GGUF file says of a tokenizer.
+
+    Attributes:
+        model: llama.cpp's name of the algorithm, `llama` (SentencePiece's BPE) or `gpt2` (byte-level BPE).
+        pre: its name of the pre-tokenizer; only of byte-level BPE.
+        tokens, kinds, scores: one entry a row of the model's embedding.
+        merges: "LEFT RIGHT", the first one first; only of byte-level BPE.
+        special: `eos`, `bos`, `unknown` or `padding` -> id.
+        template: for conversations.
+        note: what the user should know; "" if nothing.
+    """
+
+    model: str
+    tokens: list[str]
+    kinds: list[int]
+    pre: str = "default"
+    scores: list[float] = field(default_factory=list)
+    merges: list[str] = field(default_factory=list)
+    special: dict[str, int] = field(default_factory=dict)
+    template: str | None = None
+    note: str = ""
+
+
+def to_gguf(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
+    """Describe a tokenizer for llama.cpp.
+
+    Args:
+        rows: of the model's embedding; those without a token are marked as unused.
+
+    Raises:
+        DataError: llama.cpp has no way to cut texts as this tokenizer does; the message is the reason.
+    """
+    try:
+        if tokenizer.spec == BYTES:
+            made = _bytes(rows)
+        elif Path(tokenizer.spec).suffix == ".json":
+            made = _byte_level(tokenizer, rows)
+        else:
+            made = _sentencepiece(tokenizer, rows)
+    except NoEquivalentError as reason:
+        raise DataError(
+            f"{tokenizer.spec}: llama.cpp would give other ids ({reason}); export the model without --to gguf, and run "
+            "it with a program that reads tokenizer.json, such as vLLM"
+        ) from None
+    made.special["eos"] = tokenizer.eod_id
+    made.kinds[tokenizer.eod_id] = CONTROL
+    return made
+
+
+def _sentencepiece(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
+    converted = SentencePieceModel(tokenizer.spec)
+    if converted.is_unigram:
+        raise NoEquivalentError("it is a unigram model, whose unknown characters llama.cpp does not write as bytes")
+    converted.to_tokenizer()  # refuses normalization, and pieces that are cut out first
+    model = sentencepiece_model_pb2.ModelProto.FromString(Path(tokenizer.spec).read_bytes())
+    kinds = {
+        "NORMAL": NORMAL,
+        "UNKNOWN": UNKNOWN,
+        "CONTROL": CONTROL,
+        "USER_DEFINED": USER_DEFINED,
+        "UNUSED": UNUSED,
+        "BYTE": BYTE,
+    }
+    names = {number: name for name, number in model.SentencePiece.Type.items()}
+    free = range(len(model.pieces), rows)
+    ids = {piece.piece: token for token, piece in enumerate(model.pieces)}
+    special = {"bos": converted.bos, "unknown": converted.unknown, "padding": converted.pad}
+    template = own_chat_template(tokenizer)
+    return GGUFTokenizer(
+        "llama",
+        [*(piece.piece for piece in model.pieces), *map(_unused, free)],
+        [*(kinds[names[piece.type]] for piece in model.pieces), *(UNUSED for _ in free)],
+        scores=[*(piece.score for piece in model.pieces), *(-1e4 for _ in free)],
+        special={name: ids[token] for name, token in special.items() if token in ids},
+        template=None if template is None else template.template,
+        note="a U+2581 in a text is read as a space by llama.cpp, as bytes by megalm",
+    )
+
+
+def _bytes(rows: int) -> GGUFTokenizer:
+    """Byte-level BPE whose pre-tokenizer is of no effect: nothing is merged."""
+    bytes_ = _byte_names()
+    names = [*bytes_, "<eod>", *map(_unused, range(257, rows))]
+    kinds = [NORMAL] * 256 + [CONTROL] + [UNUSED] * (rows - 257)
+    # llama.cpp wants at least one merge: of two bytes that UTF-8 never has.
+    return GGUFTokenizer("gpt2", names, kinds, pre="gpt-2", merges=[f"{bytes_[254]} {bytes_[255]}"])
+
+
+def _byte_level(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
+    definition = read_json(Path(tokenizer.spec))
+    model = definition["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        raise NoEquivalentError("it is no byte-level BPE")
+    for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
+        if model.get(key):
+            raise NoEquivalentError(f"its {key} is {model[key]!r}")
+    pre, takes_words = _pre_tokenizer(definition.get("pre_tokenizer"))
+    if bool(model.get("ignore_merges")) != takes_words:
+        raise NoEquivalentError(
+            f"its ignore_merges is {str(not takes_words).lower()}, with this pre-tokenizer llama.cpp's is "
+            f"{str(takes_words).lower()}"
+        )
+    note = _normalization(definition.get("normalizer"))
+    tokens, kinds = list(map(_unused, range(rows))), [UNUSED] * rows
+    for name, token in model["vocab"].items():
+        tokens[token], kinds[token] = name, NORMAL
+    for added in definition.get("added_tokens") or ():
+        tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
+    ids = {name: token for token, name in enumerate(tokens)}
+    template = own_chat_template(tokenizer)
+    return GGUFTokenizer(
+        "gpt2",
+        tokens,
+        kinds,
+        pre=pre,
+        merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
+        special={name: ids[token] for name, token in _special(tokenizer) if token in ids},
+        template=None if template is None else template.template,
+        note=note,
+    )
+
+
+def _pre_tokenizer(definition: dict[str, Any] | None) -> tuple[str, bool]:
+    steps = tuple(_steps(definition or {}))
+    if steps not in _PRE_TOKENIZERS:
+        raise NoEquivalentError("its pre-tokenizer is none of GPT-2, Llama 3, Qwen 2 and SmolLM")
+    return _PRE_TOKENIZERS[steps]
+
+
+def _steps(definition: dict[str, Any]) -> Iterator[str]:
+    kind = definition.get("type")
+    if kind == "Sequence":
+        for step in definition["pretokenizers"]:
+            yield from _steps(step)
+    elif kind == "Split" and definition.get("behavior") == "Isolated" and not definition.get("invert"):
+        yield definition["pattern"].get("Regex", "another")
+    elif kind == "Digits" and definition.get("individual_digits"):
+        yield "digits"
+    elif kind == "ByteLevel" and not definition.get("add_prefix_space"):
+        if definition.get("use_regex", True):
+            yield "gpt2"
+    else:
+        yield str(kind)
+
+
+def _normalization(normalizer: dict[str, Any] | None) -> str:
+    if normalizer is None or (normalizer.get("type") == "Sequence" and not normalizer.get("normalizers")):
+        return ""
+    if normalizer.get("type") == "NFC":
+        return "llama.cpp does not compose characters as the tokenizer's NFC does: other texts than NFC get other ids"
+    raise NoEquivalentError(f"its normalizer is {normalizer.get('type')}")
+
+
+def _special(tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
+    config = read_tokenizer_config(tokenizer)
+    for name, key in (("bos", "bos_token"), ("unknown", "unk_token"), ("padding", "pad_token")):
+        token = config.get(key)
+        text = token.get("content") if isinstance(token, dict) else token
+        if isinstance(text, str):
+            yield name, text
+
+
+def _unused(token: int) -> str:
+    return f"[PAD{token}]"
+
+
+def _byte_names() -> Sequence[str]:
+    """GPT-2's names of the 256 bytes: printable ones by themselves, the others by the characters from 256 on."""
+    printable = {*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1)}
+    printable |= set(range(ord("\u00ae"), ord("\u00ff") + 1))
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

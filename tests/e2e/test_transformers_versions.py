@@ -1,0 +1,149 @@
+"""Exports in the transformers versions that people have: each in its own environment, kept in the user's cache.
+
+In a process of that version each export is loaded, its card's example is run as it stands, and ids and logits are
+compared with megalm's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.huggingface.export_model import export_checkpoint, plan_export
+from tests.e2e.conftest import SmallData
+from tests.e2e.jobs import finish, megalm
+from tests.huggingface_models import SECTIONS, random_model, save_model
+
+pytestmark = pytest.mark.e2e
+
+# Each with the newest releases of two packages that it accepts; the others are those of the development environment.
+VERSIONS = {
+    "4.46.3": ("tokenizers==0.20.3", "huggingface_hub==0.26.5"),
+    "4.57.6": ("tokenizers==0.22.2", "huggingface_hub==0.36.0"),
+    "development": (),
+}
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megalm-tests"
+UNKNOWN_THERE = {"4.46.3": "qwen3"}  # came with 4.51
+MODELS = ("llama-gqa-tied", "qk-norm", "gpt2")
+TEXTS = ["Once", "def f(x):\n    return x  # caf\u00e9\n", " \t 1234567890"]
+TRANSLATION = """
+import contextlib, io, json, re, sys
+import torch, transformers
+
+transformers.logging.set_verbosity_error()
+found = {}
+for folder in sys.argv[2:]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    texts = json.loads(sys.argv[1])
+    kept = [tokenizer(text + tokenizer.eos_token) for text in texts]
+    chat = tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False)
+    facts = {"ids": [row["input_ids"] for row in kept], "keys": sorted(kept[0]), "chat": chat, "length": len(tokenizer)}
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+    except ValueError as error:
+        facts["unknown"] = str(error)
+    else:
+        with torch.no_grad():
+            facts["logits"] = model(torch.tensor([[3, 1, 4, 1, 5]])).logits[0].tolist()
+        with open(folder + "/README.md") as card:
+            example = re.search("```python\\n(.*?)```", card.read(), re.S)[1].replace("PATH", folder)
+        written = io.StringIO()
+        with contextlib.redirect_stdout(written):
+            exec(compile(example, "the card", "exec"), {})
+        facts["written"] = written.getvalue()
+    found[folder] = facts
+print(json.dumps({"version": transformers.__version__, "found": found}))
+"""
+
+
+def environment(version: str, require: Any) -> dict[str, str]:
+    """With this version of transformers before the installed one; made once."""
+    if not VERSIONS[version]:
+        return dict(os.environ)
+    folder = CACHE / f"transformers-{version}"
+    if not folder.is_dir():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
+            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            packages = (f"transformers=={version}", *VERSIONS[version])
+            made = subprocess.run([*pip, "--target", temporary, *packages], capture_output=True, text=True, check=False)
+            require("index", made.returncode == 0, f"transformers {version} cannot be installed: {made.stderr[-500:]}")
+            shutil.copytree(temporary, folder, dirs_exist_ok=True)
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+@pytest.fixture(scope="module")
+def exports(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[str, torch.Tensor]]:
+    """Exported folder -> the tokenizer that the run had, and the logits of five tokens; one is by the real command."""
+    place = tmp_path_factory.mktemp("versions")
+    (place / "chat.jinja").write_text(
+        "{% for message in messages %}<{{ message['content'] }}>{% endfor %}{{ eos_token }}"
+    )
+    made = {}
+    for name, tokenizer in [*((name, "bytes") for name in MODELS), ("llama", str(small_data.tokenizer))]:
+        rows = load_tokenizer(tokenizer).vocab_size + 3
+        section = SECTIONS[name].model_copy(update={"vocab_size": rows})
+        shape, model = random_model(section, vocab_size=rows)
+        checkpoint = save_model(place / f"run-{name}" / "checkpoints", shape, model, tokenizer)
+        if tokenizer == "bytes":
+            plan = plan_export(CheckpointReader(checkpoint), place / name, torch.float32, None, place / "chat.jinja")
+            export_checkpoint(plan, 1 << 40, name, lambda: None)
+        else:
+            words = ("export", f"run-{name}", name, "--chat-template", "chat.jinja")
+            finished = finish(place, megalm(*words))
+            assert finished.code == 0, finished.explain()
+        with torch.no_grad():
+            made[place / name] = tokenizer, model(torch.tensor([[3, 1, 4, 1, 5]]))[0]
+    return made
+
+
+@pytest.fixture(scope="module")
+def loaded(exports: dict[Path, Any], require: Any) -> dict[str, dict[str, Any]]:
+    """Version -> what its process says; all at once."""
+    command = [sys.executable, "-W", "ignore", "-c", TRANSLATION, json.dumps(TEXTS), *map(str, exports)]
+    running = {
+        version: subprocess.Popen(
+            command,
+            env=environment(version, require),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for version in VERSIONS
+    }
+    ended = {version: process.communicate(timeout=200) for version, process in running.items()}
+    for version, (_, errors) in ended.items():
+        assert running[version].returncode == 0, (version, errors[-3000:])
+    return {version: json.loads(out.splitlines()[-1]) for version, (out, _) in ended.items()}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_an_export_works_in(version: str, exports: dict[Path, Any], loaded: dict[str, Any]) -> None:
+    facts = loaded[version]
+    assert facts["version"] == version or version == "development"
+    for folder, (spec, logits) in exports.items():
+        found = facts["found"][str(folder)]
+        ours = load_tokenizer(spec)
+        expected = [[*ids.tolist(), ours.eod_id] for ids in ours.encode_batch(TEXTS)]
+        assert found["ids"] == expected, (folder.name, "a text's ids, and the end of a document written in it")
+        assert found["keys"] == ["attention_mask", "input_ids"], "what the example passes to the model"
+        assert found["length"] == ours.vocab_size + (spec == "bytes"), (
+            "a free row is the padding, where nothing else is"
+        )
+        assert found["chat"] == f"<hello>{ours.eod_token}"
+        if "unknown" in found:
+            assert json.loads((folder / "config.json").read_text())["model_type"] == UNKNOWN_THERE.get(version)
+            continue
+        assert torch.allclose(torch.tensor(found["logits"]), logits, atol=1e-5), folder.name
+        assert found["written"].startswith("Once"), "the card's own example"

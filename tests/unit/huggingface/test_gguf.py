@@ -1,0 +1,185 @@
+"""A GGUF file has the numbers that transformers and llama.cpp read, and a tokenizer or the reason why not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from tokenizers import pre_tokenizers
+
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.errors import DataError
+from megalm.gguf.export_gguf import GGUF_FILE, check_gguf, export_gguf, gguf_tensors
+from megalm.gguf.gguf_tokenizer import CONTROL, UNUSED, to_gguf
+from megalm.huggingface.config_json import to_config
+from megalm.huggingface.export_model import plan_export
+from megalm.model.model_config import ModelConfig
+from megalm.model.transformer import LanguageModel
+from tests.huggingface_models import SECTIONS, random_model, save_model
+from tests.messages import assert_names
+
+LLAMA_3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def write(
+    name: str, folder: Path, spec: str = "bytes", dtype: torch.dtype = torch.float32
+) -> tuple[ModelConfig, LanguageModel]:
+    """A model, and its GGUF file in `folder`/out."""
+    rows = load_tokenizer(spec).vocab_size + 3
+    section = SECTIONS[name].model_copy(update={"vocab_size": rows})
+    shape, model = random_model(section, vocab_size=rows)
+    checkpoint = save_model(folder / "run" / "checkpoints", shape, model, spec)
+    plan = plan_export(CheckpointReader(checkpoint), folder / "out", dtype, None)
+    written = []
+    check_gguf(plan)
+    size = export_gguf(plan, "a name", lambda: written.append(1))
+    assert len(written) == len(gguf_tensors(shape))
+    assert 0 < (folder / "out" / GGUF_FILE).stat().st_size - size < 200_000
+    return shape, model
+
+
+@pytest.mark.parametrize("name", SECTIONS)
+def test_transformers_reads_the_same_model(name: str, tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    shape, model = write(name, tmp_path)
+    # Of the file's keys it reads some only; those are held by llama.cpp's test below.
+    facts = to_config(shape, 256, {}, "float32")
+    config = transformers.AutoConfig.for_model(**facts)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", gguf_file=GGUF_FILE, config=config
+    ).eval()
+    tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_bf16_rounds_matrices_only(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    _, model = write("llama", tmp_path, dtype=torch.bfloat16)
+    read = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out" / GGUF_FILE).tensors}
+    expected = dict(model.named_parameters())["layers.1.mlp.down.weight"].detach().bfloat16()
+    found = read["blk.1.ffn_down.weight"]
+    assert found.tensor_type.name == "BF16"
+    bits = np.frombuffer(found.data.tobytes(), dtype=np.int16).reshape(expected.shape)
+    assert np.array_equal(bits, expected.view(torch.int16).numpy())
+    assert read["blk.1.ffn_norm.weight"].tensor_type.name == "F32"
+
+
+def test_rows_without_a_token_are_unused() -> None:
+    made = to_gguf(load_tokenizer("bytes"), 260)
+    assert (len(made.tokens), len(set(made.tokens))) == (260, 260)
+    assert made.kinds[256:] == [CONTROL, UNUSED, UNUSED, UNUSED]
+    assert made.special == {"eos": 256}
+
+
+def byte_level(folder: Path, pre: Any, **changes: Any) -> str:
+    """A tokenizer.json with this pre-tokenizer, and these changes of its definition."""
+    made = tokenizers.Tokenizer(tokenizers.models.BPE())
+    made.pre_tokenizer = pre
+    made.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    made.train_from_iterator(["the cat sat on the mat"] * 3, trainer)
+    definition = json.loads(made.to_str())
+    definition["model"] |= changes.pop("model", {})
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(definition | changes))
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("pre", "changes", "name"),
+    [
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), {}, "gpt-2"),
+        (
+            pre_tokenizers.Sequence(
+                [
+                    pre_tokenizers.Split(tokenizers.Regex(LLAMA_3), "isolated"),
+                    pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                ]
+            ),
+            {"model": {"ignore_merges": True}},
+            "llama-bpe",
+        ),
+        (
+            pre_tokenizers.Sequence(
+                [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+            ),
+            {},
+            "smollm",
+        ),
+    ],
+)
+def test_the_pre_tokenizer_follows_from_the_definition(
+    pre: Any, changes: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    made = to_gguf(load_tokenizer(byte_level(tmp_path, pre, **changes)), 310)
+    assert (made.model, made.pre) == ("gpt2", name)
+    assert made.merges
+    assert made.kinds[made.special["eos"]] == CONTROL
+
+
+@pytest.mark.parametrize(
+    ("pre", "changes", "named"),
+    [
+        (pre_tokenizers.Whitespace(), {}, ["pre-tokenizer"]),
+        (pre_tokenizers.ByteLevel(add_prefix_space=True), {}, ["pre-tokenizer"]),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), {"model": {"ignore_merges": True}}, ["ignore_merges"]),
+        (pre_tokenizers.ByteLevel(add_prefix_space=False), {"normalizer": {"type": "Lowercase"}}, ["Lowercase"]),
+    ],
+)
+def test_a_tokenizer_that_it_would_read_otherwise_is_refused(
+    pre: Any, changes: dict[str, Any], named: list[str], tmp_path: Path
+) -> None:
+    spec = byte_level(tmp_path, pre, **changes)
+    with pytest.raises(DataError) as refused:
+        to_gguf(load_tokenizer(spec), 310)
+    assert_names(refused.value, spec, *named)
+
+
+def test_a_normalization_is_told(tmp_path: Path) -> None:
+    pre = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert_names(to_gguf(load_tokenizer(byte_level(tmp_path, pre, normalizer={"type": "NFC"})), 310).note, "NFC")
+
+
+@pytest.mark.parametrize("kind", ["unigram", "prose", "own-pieces-bpe"])
+def test_a_model_that_is_cut_otherwise_is_refused(kind: str, tokenizer_files: dict[str, str]) -> None:
+    with pytest.raises(DataError) as refused:
+        to_gguf(load_tokenizer(tokenizer_files[kind]), 900)
+    assert_names(refused.value, tokenizer_files[kind])
+
+
+@pytest.mark.parametrize("name", ["llama-gqa-tied", "qk-norm", "gpt2"])
+@pytest.mark.parametrize("kind", ["bpe", "huggingface", "bytes"])
+def test_llama_cpp_has_the_same_ids_and_logits(
+    name: str, kind: str, tokenizer_files: dict[str, str], source_texts: list[str], tmp_path: Path
+) -> None:
+    """Where llama-cpp-python is installed. Its products are of another precision: 1e-2."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    ours = load_tokenizer(tokenizer_files[kind])
+    _, model = write(name, tmp_path, tokenizer_files[kind])
+    theirs = llama_cpp.Llama(str(tmp_path / "out" / GGUF_FILE), n_ctx=40, logits_all=True, verbose=False, n_threads=1)
+    lines = list(dict.fromkeys(line for text in source_texts for line in text.split("\n") if line))[:3000]
+    lines += ["caf\u00e9 \U0001f600 \u4e2d\u6587", "   indented\twith tab  ", "=" * 50]
+    for line, ids in zip(lines, ours.encode_batch(lines), strict=True):
+        assert theirs.tokenize(line.encode(), add_bos=False, special=False) == ids.tolist(), line
+    assert theirs.token_eos() == ours.eod_id
+    tokens = ours.encode_batch([lines[0] + lines[1]])[0][:30].tolist()
+    theirs.eval(tokens)
+    with torch.no_grad():
+        expected = model(torch.tensor([tokens]))[0]
+    found = torch.from_numpy(np.array(theirs.scores[: len(tokens)]))
+    torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
