@@ -21,6 +21,7 @@ from options import (
     TxtDocuments,
     dedup_of,
     loss_policy,
+    overlap_of,
     read_options,
     shard_of,
     weights_of,
@@ -73,6 +74,19 @@ def main(
         float | None, typer.Option(help="share of characters in repeated lines, 0 to 1")
     ] = None,
     max_word_length: Annotated[float | None, typer.Option(help="mean characters per word")] = None,
+    exclude_overlap: Annotated[
+        list[str] | None,
+        typer.Option(help="evaluation set (file, folder, 'glob' or PREFIX): keep its text out; may be repeated"),
+    ] = None,
+    overlap_tokens: Annotated[
+        int | None, typer.Option(help="words in a row that count as overlap [default: 13]")
+    ] = None,
+    overlap_action: Annotated[
+        str | None, typer.Option(help="drop the document, or cut the overlap and keep what is around [default: drop]")
+    ] = None,
+    overlap_key: Annotated[
+        str | None, typer.Option(help="A,B: these keys or columns of the sets [default: all that hold text]")
+    ] = None,
     shard: Annotated[
         str | None, typer.Option(help="0/16 to 15/16: build this part only; merge_datasets.py joins them")
     ] = None,
@@ -103,6 +117,7 @@ def main(
             minhash_threshold=minhash_threshold,
             split=weights_of(split),
             shard=shard_of(shard),
+            overlap=overlap_of(exclude_overlap, overlap_tokens, overlap_action, overlap_key),
             chat=load_chat_template(chat_template, tokenizer) if messages_key else None,
         )
         if eod_token is not None and not append_eod:

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from megalm.cli.options import expand_home
 from megalm.data.builder.builder import BuildProgress, Built
+from megalm.data.builder.decontamination import describe_overlap
 from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
 from megalm.data.readers.document_reader import ReadReport
 from megalm.data.readers.losses import Losses
@@ -113,6 +114,8 @@ def print_removed(built: Built) -> None:
     print_skipped(replace(built.reading, losses=Losses.from_report(report.losses), messages=report.messages))
     for name, count in report.removed.items():
         out.print(f"removed {count:,} documents by {name}")
+    for line in describe_overlap(report.overlap):
+        out.print(line)
     print_near_copy(report)
     if report.minhash.get(AWAITS_MERGE):
         out.print("this shard still holds its near copies; merge_datasets.py --dedup minhash removes them")

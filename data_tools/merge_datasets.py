@@ -9,6 +9,7 @@ import typer
 from console import one_line_errors, out, print_near_copy, reading_bar, run
 from options import dedup_of
 
+from megalm.data.builder.decontamination import describe_overlap
 from megalm.data.builder.merge import merge_datasets
 from megalm.data.indexed.dataset import IndexedDataset
 
@@ -39,6 +40,8 @@ def main(
         for name in ("exact", "minhash"):
             if name in report.removed:
                 out.print(f"removed {report.removed[name]:,} documents by {name}, in the builds and the merge")
+        for line in describe_overlap(report.overlap):
+            out.print(line)
         print_near_copy(report)
 
 

@@ -7,6 +7,7 @@ from typing import Annotated, cast, get_args
 
 import typer
 
+from megalm.data.builder.decontamination import OverlapAction, OverlapOptions
 from megalm.data.builder.dedup import Dedup
 from megalm.data.readers.document_reader import LossPolicy, OnError
 from megalm.data.readers.input_files import KINDS
@@ -63,6 +64,25 @@ def read_options(
         other = f"--columns {columns}" if names else f"--text-key {text_key}"
         raise DataError(f"--messages-key {messages_key} and {other}: a document is one or the other; omit one of them")
     return ReadOptions(text_key, names, documents, largest_megabytes << 20, kind, messages_key or "")
+
+
+def overlap_of(
+    files: Sequence[str] | None, tokens: int | None, action: str | None, keys: str | None
+) -> OverlapOptions | None:
+    """Return what is kept out; None without `files`. Raises DataError for an option without them."""
+    given = {"--overlap-tokens": tokens, "--overlap-action": action, "--overlap-key": keys}
+    if not files:
+        for option, value in given.items():
+            if value is not None:
+                raise DataError(f"{option} {value}: needs evaluation sets; name them with --exclude-overlap FILE")
+        return None
+    names = tuple(name.strip() for name in keys.split(",")) if keys else ()
+    if keys is not None and not (names and all(names)):
+        raise DataError(
+            f"--overlap-key {keys!r}: has an empty name; separate the names by commas, such as question,answer"
+        )
+    chosen = _one_of("--overlap-action", action or "drop", get_args(OverlapAction))
+    return OverlapOptions(tuple(files), 13 if tokens is None else tokens, cast(OverlapAction, chosen), names)
 
 
 def loss_policy(on_error: str, empty_documents: str, max_loss: str | None) -> LossPolicy:

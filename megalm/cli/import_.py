@@ -21,7 +21,18 @@ def command(
     output: NewFolder,
     tokenizer: Annotated[
         Path | None,
-        typer.Option(help="A tokenizer.json, a .model file or their folder. Default: HF_FOLDER's own."),
+        typer.Option(
+            help="A tokenizer.json, a .model file or their folder. Default: HF_FOLDER's own. "
+            "With another one, rows are copied by what their tokens stand for."
+        ),
+    ] = None,
+    add_tokens: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Tokens to add to the tokenizer: one per line, or a JSON list."),
+    ] = None,
+    new_rows: Annotated[
+        str | None,
+        typer.Option(metavar="mean|zero|copy:TOKEN", help="How the rows of new tokens begin. Default: mean."),
     ] = None,
     ignore_key: Annotated[
         list[str] | None,
@@ -45,11 +56,13 @@ def command(
     from megalm.data.tokenizers.tokenizer import describe_eod
     from megalm.huggingface.import_model import import_model
     from megalm.huggingface.pretrained_folder import HuggingFaceFolder
+    from megalm.huggingface.vocabulary_change import NewRows
 
     found = HuggingFaceFolder(source, ignore_key or ())
     with ProgressBar("writing", len(found.shape.parameters())) as counter:
-        made = import_model(found, output, tokenizer, counter.advance)
-    shape = found.shape
+        rule = None if new_rows is None else NewRows(new_rows)
+        made = import_model(found, output, tokenizer, counter.advance, add_tokens, rule)
+    shape = made.shape
     echo(f"{output}: {shape.parameter_count():,} parameters of {source}, style {shape.style}, as fp32 masters")
     entries, vocabulary = made.tokenizer.vocab_size, shape.vocab_size
     rows = f" for the model's vocabulary of {vocabulary:,}" if entries != vocabulary else ""

@@ -17,14 +17,12 @@ from megalm.data.tokenizers.chat_template import ChatTemplate, load_chat_templat
 from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer, tokenizer_of
 from megalm.errors import CheckpointError
 from megalm.huggingface.config_json import model_type, require_exportable, to_config
-from megalm.huggingface.export_tokenizer import ExportedTokenizer, write_tokenizer
+from megalm.huggingface.export_tokenizer import GENERATION_CONFIG, ExportedTokenizer, write_tokenizer
 from megalm.huggingface.export_weights import weight_files, write_model
 from megalm.huggingface.model_card import Card
 from megalm.huggingface.output_folder import complete_folder, require_free, require_room
 from megalm.model.model_config import ModelConfig
 from megalm.utils.atomic_files import read_json, write_json
-
-GENERATION_CONFIG = "generation_config.json"
 
 # Upper bounds for the card and the file headers, and for the exported tokenizer as a multiple of the original's size.
 _OVERHEAD_BYTES = 1 << 20

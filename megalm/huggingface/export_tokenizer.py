@@ -21,6 +21,9 @@ from megalm.utils.atomic_files import read_json, write_bytes_atomically, write_j
 TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+GENERATION_CONFIG = "generation_config.json"
+# What an import keeps beside the tokenizer, and an export amends: special tokens, chat template, sampling defaults.
+BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, TEMPLATE_FILE, GENERATION_CONFIG)
 SENTENCEPIECE = "sentencepiece.model"
 # The name under which transformers' slow tokenizers and llama.cpp's converter look for the same file.
 TOKENIZER_MODEL = "tokenizer.model"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,29 +18,26 @@ from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
 from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.validation import to_yaml
-from megalm.data.tokenizers.chat_template import TEMPLATE_FILE
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError, TrainingError
 from megalm.huggingface.config_json import section_of
-from megalm.huggingface.export_model import GENERATION_CONFIG
 from megalm.huggingface.export_tokenizer import (
+    BESIDE,
     SENTENCEPIECE,
-    SPECIAL_TOKENS_MAP,
     TOKENIZER,
-    TOKENIZER_CONFIG,
     TOKENIZER_MODEL,
     added_around,
 )
 from megalm.huggingface.output_folder import complete_folder
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
+from megalm.huggingface.vocabulary_change import ChangedVocabulary, NewRows, choose_vocabulary
+from megalm.model.model_config import ModelConfig
 
 MODEL_FILE = "model.yaml"
 
 # The largest data.sequence_length to propose: the model's own maximum may need too much memory.
 _LONGEST_SAMPLE = 1024
 _TOKENIZERS = (SENTENCEPIECE, TOKENIZER, TOKENIZER_MODEL)
-# What an export amends: special tokens, chat template, sampling defaults.
-_BESIDE = (TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, TEMPLATE_FILE, GENERATION_CONFIG)
 _HEADER = (
     "# For --config: the model {source}, its tokenizer and a sequence length. All other keys have their defaults.\n"
 )
@@ -51,13 +49,16 @@ class Imported:
 
     Attributes:
         checkpoint: for --resume; config: for --config; tokenizer: for data.tokenizer.
-        notes: a line for each way in which megalm treats texts differently than these files specify.
+        notes: what became of the rows of a changed vocabulary; a line for each way in which megalm treats texts
+            differently than these files specify.
+        shape: of the model, as it is imported.
     """
 
     checkpoint: Path
     config: Path
     tokenizer: Tokenizer
     notes: tuple[str, ...]
+    shape: ModelConfig
 
 
 @dataclass(frozen=True)
@@ -75,21 +76,39 @@ class _Stored:
 
 
 def import_model(
-    source: HuggingFaceFolder, target: Path, tokenizer: Path | None, advance: Callable[[], None]
+    source: HuggingFaceFolder,
+    target: Path,
+    tokenizer: Path | None,
+    advance: Callable[[], None],
+    add_tokens: Path | None = None,
+    new_rows: NewRows | None = None,
 ) -> Imported:
     """Write the folder `target`: checkpoints/step-00000000, model.yaml and the tokenizer's files.
 
     Args:
-        tokenizer: a file or a folder; None: the model's own.
+        tokenizer: a file or a folder; None: the model's own. Rows go to another tokenizer's tokens by what these stand
+            for, see `change_vocabulary`.
         advance: called for each parameter.
+        add_tokens: a file with tokens to add, see `read_tokens`.
+        new_rows: how rows of new tokens begin; None: as the mean.
 
     Raises:
         ConfigError: `target` is not free.
         DataError: a tensor or the tokenizer is unusable, or the disk has too little space.
     """
-    shape = source.shape
-    own = find_tokenizer(tokenizer or source.folder)
-    found = load_tokenizer(own)
+    with tempfile.TemporaryDirectory() as scratch:
+        chosen = choose_vocabulary(source, find_tokenizer, tokenizer, (add_tokens, new_rows), Path(scratch))
+        return _import(*chosen, target, advance)
+
+
+def _import(
+    source: HuggingFaceFolder | ChangedVocabulary,
+    found: Tokenizer,
+    changes: tuple[str, ...],
+    target: Path,
+    advance: Callable[[], None],
+) -> Imported:
+    shape, own = source.shape, Path(found.spec)
     # Reading `eod_id` refuses a tokenizer without an end-of-document token before anything is written.
     if max(found.vocab_size, found.eod_id + 1) > shape.vocab_size:
         raise DataError(
@@ -100,7 +119,7 @@ def import_model(
     stored = [_Stored(key, source.read, advance) for key in keys]
 
     def fill(folder: Path) -> None:
-        for path in (own, *map(own.with_name, _BESIDE)):
+        for path in (own, *map(own.with_name, BESIDE)):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
         place = str(target.resolve() / own.name)
@@ -117,9 +136,9 @@ def import_model(
             raise (error.__cause__ or error) from None
 
     complete_folder(target, bytes_needed(stored) + own.stat().st_size, fill)
-    kept = load_tokenizer(target / own.name)
+    kept = load_tokenizer(target / own.name, found.eod_id if found.eod_is_chosen else None)
     checkpoint = target / "checkpoints" / folder_name(0)
-    return Imported(checkpoint, target / MODEL_FILE, kept, tuple(_notes(source, kept)))
+    return Imported(checkpoint, target / MODEL_FILE, kept, (*changes, *_notes(source, kept)), shape)
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -137,7 +156,7 @@ def find_tokenizer(folder: Path) -> Path:
     )
 
 
-def _notes(source: HuggingFaceFolder, tokenizer: Tokenizer) -> Iterator[str]:
+def _notes(source: HuggingFaceFolder | ChangedVocabulary, tokenizer: Tokenizer) -> Iterator[str]:
     if added := added_around(tokenizer):
         yield f"the tokenizer adds {' '.join(added)} around a text; megalm adds no tokens, in training or in generation"
     eos = source.config.get("eos_token_id")
@@ -148,7 +167,7 @@ def _notes(source: HuggingFaceFolder, tokenizer: Tokenizer) -> Iterator[str]:
         )
 
 
-def manifest_facts(source: HuggingFaceFolder, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
+def manifest_facts(source: HuggingFaceFolder | ChangedVocabulary, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """The manifest's fields: a model without training state.
 
     Args:

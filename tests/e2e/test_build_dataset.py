@@ -21,6 +21,7 @@ from megalm.data.builder.stdlib_corpus import stdlib_documents
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.tokenizers.tokenizer import train_tokenizer
 from megalm.errors import DataError
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
 TOOLS = Path(__file__).resolve().parents[2] / "data_tools"
@@ -185,3 +186,26 @@ def test_memory_is_bounded(tmp_path: Path, texts: list[str]) -> None:
     few, many = (_largest_kilobytes(tmp_path, texts, copies) for copies in (3, 20))
     assert many - few < 7_000, (few, many)
     assert 3 * many < 1_000_000, "three processes"
+
+
+def test_evaluation_sets_are_kept_out(tmp_path: Path, corpus: Path, texts: list[str]) -> None:
+    """By several workers, in words that name what was found, and by one line for what cannot be."""
+    quoted = "The frabjous vorpal manxome mimsy slithy toves gyre and gimble in the wabe all day"
+    marked = tmp_path / "marked.jsonl"
+    with corpus.open() as source, marked.open("w") as file:
+        for number, line in enumerate(source):
+            text = json.loads(line)["text"]
+            file.write(json.dumps({"text": f"{text}\n# {quoted}" if number % 600 == 5 else text}) + "\n")
+    exam = tmp_path / "exam.jsonl"
+    exam.write_text(json.dumps({"question": quoted.lower()}) + "\n" + json.dumps({"question": "Why?"}) + "\n")
+    built = build(marked, Path("bytes"), tmp_path / "out", "--exclude-overlap", str(exam))
+    assert built.returncode == 0, built.stderr
+    rows = [json.loads(line) for line in (tmp_path / "out.overlaps").read_text().splitlines()]
+    assert [row["document"] for row in rows] == [f"{marked}:{number}" for number in range(6, 1501, 600)]
+    assert {row["evaluation"] for row in rows} == {f"{exam}:1"}
+    assert len(IndexedDataset(tmp_path / "out")) == 5 * len(texts) - len(rows)
+    assert_names(built.stdout, exam, f"{exam}:2", 3, 13)
+    again = build(marked, Path("bytes"), tmp_path / "other", "--exclude-overlap", str(exam), "--overlap-tokens", "0")
+    assert again.returncode == 2
+    assert again.stderr.count("\n") == 1
+    assert_names(again.stderr, "--overlap-tokens", 0)

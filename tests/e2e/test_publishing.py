@@ -12,11 +12,14 @@ import yaml
 from torch.nn import functional
 
 from megalm.config.loading import load_run_config
+from megalm.data.builder.builder import build_dataset
+from megalm.data.readers.document_reader import Document
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.runs.metrics_log import read_metrics
 from megalm.train.datasets import find_data, open_datasets
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import Finished, finish, megalm, own_lines, pretrain
+from tests.messages import assert_names
 
 transformers = pytest.importorskip("transformers")
 
@@ -107,6 +110,39 @@ def test_training_goes_on_from_an_imported_model(folder: Path, small_data: Small
     exported = run(folder, "export", "runs/mine-2", "second")
     assert exported.code == 0, exported.explain()
     assert "| starts from | the weights of base, step-00000000 |" in (folder / "second/README.md").read_text()
+
+
+def test_an_import_with_more_tokens_trains_resumes_and_is_exported(folder: Path, small_data: SmallData) -> None:
+    added = ["<tool>", "<|user|>"]
+    (folder / "more.txt").write_text("\n".join(added))
+    grown = run(folder, "import", "published", "runs/grown", "--add-tokens", "more.txt", "--new-rows", "copy:<eod>")
+    assert grown.code == 0, grown.explain()
+    assert_names(grown.stdout, "'<tool>'", "'<|user|>'", "copy:<eod>")
+    tokenizer = load_tokenizer(folder / "runs/grown/tokenizer.json")
+    texts = [f"{added[number % 2]} def f{number}(x):\n    return x + {number}\n" * 4 for number in range(200)]
+    documents = [Document(text, str(number)) for number, text in enumerate(texts)]
+    build_dataset(documents, tokenizer, folder / "grown-data")
+    words = (
+        "--config",
+        "runs/grown/model.yaml",
+        "data.train=grown-data",
+        "data.split=90,10",
+        "data.sequence_length=64",
+    )
+    start = ("--resume", "runs/grown/checkpoints/step-00000000", "--extend-steps", 2, "--extend-strategy", "weights")
+    trained = finish(folder, pretrain(*words, "run.name=longer", *start))
+    assert trained.code == 0, trained.explain()
+    resumed = finish(folder, pretrain("run.name=longer", "--resume", "auto", "train.steps=3"))
+    assert resumed.code == 0, resumed.explain()
+    exported = run(folder, "export", "runs/longer", "grown")
+    assert exported.code == 0, exported.explain()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder / "grown")
+    assert theirs(texts[0])["input_ids"] == tokenizer.encode_batch([texts[0]])[0].tolist()
+    assert set(theirs.convert_tokens_to_ids(added)) == {tokenizer.vocab_size - 2, tokenizer.vocab_size - 1}
+    refused = run(folder, "import", "published", "runs/none", "--add-tokens", "more.txt", "--new-rows", "copy:<eos>")
+    assert refused.code == 2
+    (line,) = own_lines(refused.stderr)
+    assert_names(line, "--new-rows", "copy:<eos>")
 
 
 def _loss_of_first_batch(run: Path, published: Path) -> float:

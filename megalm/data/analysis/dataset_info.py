@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from megalm.data.builder.decontamination import describe_overlap
 from megalm.data.builder.dedup import ExactDeduplicator, exact_signatures
 from megalm.data.builder.minhash_dedup import open_signatures
 from megalm.data.indexed.dataset import IndexedDataset, bin_path, idx_path, sidecar_path
@@ -78,6 +79,8 @@ def describe(
             facts["tokenizer"] = f"{recorded['name']}, {recorded['vocab_size']:,} ids, {recorded['fingerprint'][:12]}"
             facts["end of document"] = _recorded_eod(recorded, tokenizer)
         facts |= {name.replace("_", " "): str(sidecar[name]) for name in RECORDED if name in sidecar}
+        for number, line in enumerate(describe_overlap(sidecar.get("overlap", {}))):
+            facts[f"overlap{f' {number}' if number else ''}"] = line.removeprefix("overlap: ")
         if lost := Losses.from_report(sidecar.get("losses", {})).lines():
             facts["unreadable input"] = "; ".join(lost)
     return facts

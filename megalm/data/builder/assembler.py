@@ -13,13 +13,28 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.decontamination import (
+    LISTED,
+    ListedOverlap,
+    OverlapCounts,
+    OverlapIndex,
+    overlap_listing,
+    overlap_report,
+)
 from megalm.data.builder.dedup import make_deduplicator
 from megalm.data.builder.disk_hash_table import Bools
 from megalm.data.builder.minhash_dedup import MADE
 from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary
 from megalm.data.indexed.dataset import best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.indexed.document_sources import SOURCE, sources_path
-from megalm.data.indexed.metadata import AWAITS_MERGE, KEPT_NAMES, DatasetMetadata, dataset_paths, signatures_path
+from megalm.data.indexed.metadata import (
+    AWAITS_MERGE,
+    KEPT_NAMES,
+    DatasetMetadata,
+    dataset_paths,
+    overlaps_path,
+    signatures_path,
+)
 from megalm.data.indexed.token_counts import TokenCounter
 from megalm.data.indexed.trained_tokens import BitPacker, trained_path
 from megalm.data.indexed.writer import IndexedDatasetWriter, RowWriter
@@ -29,7 +44,7 @@ from megalm.data.readers.losses import Losses
 from megalm.data.sampling.samples import split_documents
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
-from megalm.utils.atomic_files import sync_directory, write_json
+from megalm.utils.atomic_files import sync_directory, write_bytes_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -46,6 +61,7 @@ class DatasetWriter:
 
     Attributes:
         counter: counts the tokens; its `name` is the source file's name in errors.
+        listing: lines of PREFIX.overlaps, which is written if the report has an `overlap`.
     """
 
     def __init__(
@@ -65,6 +81,7 @@ class DatasetWriter:
         self._signatures = RowWriter(signatures_path(prefix)) if signed else None
         self._trained = RowWriter(trained_path(prefix)) if marked else None
         self._bits, self.trained_tokens = BitPacker(), 0
+        self.listing: list[bytes] = []
 
     def add(
         self,
@@ -102,7 +119,7 @@ class DatasetWriter:
         """
         self.check_trained()
         # Old ones do not describe the new tokens.
-        for path_of in (sidecar_path, sources_path, signatures_path, trained_path):
+        for path_of in (sidecar_path, sources_path, signatures_path, trained_path, overlaps_path):
             path_of(self._prefix).unlink(missing_ok=True)
         self._tokens.close()
         summary, report = self.counter.summary(), self.report
@@ -119,6 +136,8 @@ class DatasetWriter:
             if self._trained is not None:
                 self._trained.add(self._bits.end())
                 report.trained = {"tokens": self.trained_tokens, "sha256": self._trained.close()}
+            if report.overlap:
+                write_bytes_atomically(overlaps_path(self._prefix), b"".join(self.listing))
             sync_directory(Path(self._prefix).parent)
             report.idx_sha256 = sha256_of(idx_path(self._prefix))
             write_json(sidecar_path(self._prefix), asdict(report))
@@ -172,6 +191,7 @@ class Assembler:
         )
         self._vocab_size, self._dtype = tokenizer.vocab_size, best_dtype(tokenizer.vocab_size)
         self.losses = Losses()
+        self._overlap_counts, self._overlaps = OverlapCounts(), list[ListedOverlap]()
         self._lost_files: set[str] = set()
         self._lines: dict[str, int] = {}  # lines seen so far, per file
         self._added: list[tuple[Placed, list[int], npt.NDArray[np.uint8]]] = []  # first lines; masks as bits
@@ -192,8 +212,11 @@ class Assembler:
         self._documents += kept
         self._left_out += len(mask) - kept
 
-    def finish(self, progress: Callable[[float], None]) -> None:
+    def finish(self, progress: Callable[[float], None], overlap: OverlapIndex | None = None) -> None:
         """Fill the reports and give the outputs their final names.
+
+        Args:
+            overlap: the evaluation sets of `BuildOptions.overlap`.
 
         Raises:
             DataError: no document is left, or more is lost than `max_loss`; no output gets its final name then.
@@ -205,6 +228,10 @@ class Assembler:
             main.losses["max_loss"] = self._options.max_loss
         for name in self._options.filters.names:
             main.removed.setdefault(name, 0)
+        if overlap is not None and self._options.overlap is not None:
+            counts = self._overlap_counts
+            main.removed["overlap"] = counts.dropped
+            main.overlap = overlap_report(self._options.overlap, overlap, counts, len(self._overlaps))
         if self._options.dedup != "none" and not self._deferred:
             main.removed[self._options.dedup] = self._left_out
         main.near_copies = [
@@ -223,11 +250,12 @@ class Assembler:
         if self._options.split:
             self._split(progress)
         for report in self._reports[1:]:
-            for name in ("skipped", "empty_documents", "losses", "messages", "removed", "near_copies"):
+            for name in ("skipped", "empty_documents", "losses", "messages", "removed", "near_copies", "overlap"):
                 setattr(report, name, getattr(main, name))
         for output in self._outputs:  # all of a split, or none
             output.check_trained()
         for output in self._outputs:
+            output.listing = overlap_listing(overlap, self._overlaps) if overlap is not None else []
             output.finish()
         progress(1.0)
 
@@ -285,6 +313,11 @@ class Assembler:
         for number, line, problem in placed.summary.messages[: KEPT_NAMES - len(report.messages)]:
             name = record_name(placed.spans[number].file, self._options.read, first_lines[number] + line)
             report.messages.append(f"{name}: {problem}")
+        self._overlap_counts.add(placed.summary.overlap)
+        for number, line, *found in placed.summary.overlaps[: LISTED - len(self._overlaps)]:
+            name = record_name(placed.spans[number].file, self._options.read, first_lines[number] + line)
+            self._overlaps.append(ListedOverlap._make((name, *found)))
+        placed.summary.overlaps.clear()  # the summaries of all parts are kept
         for name, count in placed.summary.removed.items():
             report.removed[name] = report.removed.get(name, 0) + count
 

@@ -12,6 +12,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from megalm.data.builder.decontamination import OverlapOptions
 from megalm.data.builder.dedup import Dedup
 from megalm.data.builder.minhash_dedup import check_threshold
 from megalm.data.builder.quality_filters import Filters
@@ -46,6 +47,7 @@ class BuildOptions:
             keeps its near copies until the merge, because removal depends on the shards before it.
         unit_bytes: text bytes of a unit of work; by default derived from the input size.
         chat: renders the messages that `read.messages_key` names; PREFIX.trained then tells which tokens are trained.
+        overlap: the evaluation sets whose words no document may share.
     """
 
     append_eod: bool = True
@@ -60,6 +62,7 @@ class BuildOptions:
     shard: tuple[int, int] = (0, 1)
     unit_bytes: int | None = None
     chat: ChatTemplate | None = None
+    overlap: OverlapOptions | None = None
 
     def __post_init__(self) -> None:
         if (self.chat is None) != (not self.read.messages_key):
@@ -75,6 +78,10 @@ class BuildOptions:
                 "merge the shards and split in training (data.split)"
             )
         check_threshold(self.minhash_threshold)
+        if self.chat is not None and self.overlap is not None and self.overlap.action == "cut":
+            raise DataError(
+                "--overlap-action cut and --messages-key: a part of a conversation is none; omit --overlap-action"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the options for PREFIX.json: only those that determine the dataset's bytes."""
@@ -89,6 +96,9 @@ class BuildOptions:
         if self.chat is None:
             facts.pop("chat")
             facts["read"].pop("messages_key")
+        facts["read"].pop("every_text")  # of evaluation sets only
+        if self.overlap is None:
+            facts.pop("overlap")
         return facts
 
     @property
@@ -108,9 +118,12 @@ class BuildOptions:
         for (name, value), usual in zip(self._arguments(), BuildOptions()._arguments(), strict=True):
             if value != usual[1]:
                 words += [f"--{name.replace('_', '-')}", str(value)]
+        for path in self.overlap.files if self.overlap is not None else ():
+            words += ["--exclude-overlap", path]
         return words
 
     def _arguments(self) -> list[tuple[str, object]]:
+        overlap = self.overlap or OverlapOptions(files=("",))
         return [
             ("text_key", self.read.text_key),
             ("columns", ",".join(self.read.columns)),
@@ -125,6 +138,9 @@ class BuildOptions:
             ("minhash_threshold", self.minhash_threshold),
             ("split", ",".join(f"{weight:g}" for weight in self.split)),
             *vars(self.filters).items(),
+            ("overlap_tokens", overlap.tokens),
+            ("overlap_action", overlap.action),
+            ("overlap_key", ",".join(overlap.keys)),
         ]
 
     def output_prefixes(self, prefix: str | Path) -> list[str]:

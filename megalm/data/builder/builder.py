@@ -20,6 +20,7 @@ from typing import Any
 
 from megalm.data.builder.assembler import Assembler, DatasetWriter, Placed
 from megalm.data.builder.build_plan import BuildOptions, Group, Plan, make_plan
+from megalm.data.builder.decontamination import OverlapIndex, read_evaluation_sets
 from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary, encode_documents, with_ends
 from megalm.data.builder.workers import Unit, do_units
 from megalm.data.builder.workspace import hash_inputs_in_background, refuse_overwriting, tokenizer_files, working_in
@@ -82,6 +83,8 @@ class _Inputs:
     reading: ReadReport
     reports: list[DatasetMetadata]
     inputs: list[dict[str, Any]]  # of all reports
+    options: BuildOptions
+    overlap: OverlapIndex | None
 
 
 def _find(
@@ -101,12 +104,25 @@ def _find(
     prefixes = options.output_prefixes(output_prefix)
     _warn_of_repeated(files)
     sources: list[str | Path] = [*(file.on_disk for file in files), *tokenizer_files(tokenizer.spec)]
+    overlap = None
+    if options.overlap is not None:
+        overlap = read_evaluation_sets(options.overlap, tokenizer)
+        options = replace(options, overlap=replace(options.overlap, content=overlap.content))
+        _refuse_training_on_evaluation(files, overlap)
+        sources += [path for file in overlap.files for path in file.on_disk]
     refuse_overwriting(prefixes, Path(f"{output_prefix}{WORK_SUFFIX}"), sources)
     facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
     inputs: list[dict[str, Any]] = []
     # Also refuses a tokenizer without an end-of-document token, before anything is read.
     reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
-    return _Inputs(files, reading, reports, inputs)
+    return _Inputs(files, reading, reports, inputs, options, overlap)
+
+
+def _refuse_training_on_evaluation(files: Sequence[InputFile], overlap: OverlapIndex) -> None:
+    read = {os.path.realpath(file.on_disk) for file in files}
+    for file in overlap.files:
+        if os.path.realpath(file.path) in read:
+            raise DataError(f"{file.path}: is an input and an evaluation set (--exclude-overlap); choose one of them")
 
 
 def check_build(
@@ -116,7 +132,7 @@ def check_build(
     options: BuildOptions,
     stdin_kind: str = ".jsonl",
 ) -> list[InputFile]:
-    """Return the files that a build would read; reads and writes none.
+    """Return the files that a build would read; writes nothing, and reads only evaluation sets.
 
     Raises: as `build_files`, before it reads.
     """
@@ -150,8 +166,8 @@ def build_files(
         DataError: see `BuildOptions.on_error`; an existing output that was built differently; an input that changes;
             no document left; a full disk. Finished parts stay in PREFIX.building for the next attempt.
     """
-    options = options or BuildOptions()
-    found = _find(paths, tokenizer, output_prefix, options, stdin_kind)
+    found = _find(paths, tokenizer, output_prefix, options or BuildOptions(), stdin_kind)
+    options = found.options
     files, reading, reports, inputs = found.files, found.reading, found.reports, found.inputs
     prefixes, work = options.output_prefixes(output_prefix), Path(f"{output_prefix}{WORK_SUFFIX}")
     finished = None if again else _finished_reports(prefixes, files, reports[0], overwrite)
@@ -163,6 +179,8 @@ def build_files(
     with working_in(work, plan.identity, prefixes, overwrite):
         if options.shard[1] > 1:
             reports[0].listing = _listing(files)
+        if found.overlap is not None:
+            found.overlap.save(work)
         units, counts = _Units(plan, options, work), _Counts(plan, progress)
         with closing(Assembler(reports, prefixes, plan.files, options, tokenizer, work)) as assembler:
             with hash_inputs_in_background(plan.files) as hashes:
@@ -177,7 +195,7 @@ def build_files(
                 file.check_unchanged()
             inputs += [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
             assembler.losses.input_bytes += plan.streamed_bytes
-            assembler.finish(counts.assembling)
+            assembler.finish(counts.assembling, found.overlap)
         shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are still mapped
     return Built(reports, was_there=False, resumed=units.reused, reading=reading)
 

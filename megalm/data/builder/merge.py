@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.builder.assembler import DatasetWriter
+from megalm.data.builder.decontamination import LISTED, merge_overlaps
 from megalm.data.builder.dedup import Dedup, Deduplicator, exact_signatures, make_deduplicator
 from megalm.data.builder.minhash_dedup import KEPT_PAIRS, Pair, check_threshold, open_signatures
 from megalm.data.builder.workspace import refuse_overwriting, tokenizer_files, working_in
@@ -28,6 +30,7 @@ from megalm.data.indexed.metadata import (
     check_trained,
     dataset_paths,
     finished_report,
+    overlaps_path,
     read_sidecar,
     versions,
 )
@@ -36,6 +39,7 @@ from megalm.data.readers.input_files import KEPT_MESSAGES, WORK_SUFFIX
 from megalm.data.readers.losses import Losses
 from megalm.errors import DataError
 
+logger = logging.getLogger(__name__)
 SUMMED = ("empty_documents", "skipped", "inexact_documents", "text_bytes")
 COPIED_TOKENS = 1 << 22  # per batch, with at most COPIED_DOCUMENTS documents
 COPIED_DOCUMENTS = 1 << 14
@@ -191,7 +195,33 @@ def _merged_report(
             report.removed[name] = report.removed.get(name, 0) + count
     for key, most in (("near_copies", KEPT_PAIRS), ("inexact_names", KEPT_NAMES), ("messages", KEPT_MESSAGES)):
         setattr(report, key, [entry for sidecar in sidecars for entry in sidecar.get(key, [])][:most])
+    report.overlap = _merged_overlap(inputs)
     return report
+
+
+def _merged_overlap(inputs: Sequence[Input]) -> dict[str, Any]:
+    """Return `overlap` of all inputs together; warns if evaluation sets are kept out of some of them only."""
+    overlaps = [sidecar.get("overlap", {}) for _, sidecar in inputs]
+    merged = merge_overlaps(overlaps)
+    if any(overlaps) and not merged:
+        without = next((given for given, overlap in zip(inputs, overlaps, strict=True) if not overlap), None)
+        how = f"{without.dataset.prefix} was built without" if without else "they were built with different"
+        logger.warning("%s --exclude-overlap: the merged dataset may overlap with the evaluation sets", how)
+    if merged:
+        merged["listed"] = len(_listed_overlaps(inputs))
+    return merged
+
+
+def _listed_overlaps(inputs: Sequence[Input]) -> list[bytes]:
+    """Return the first lines of all PREFIX.overlaps, in order."""
+    lines: list[bytes] = []
+    for dataset, _ in inputs:
+        path = overlaps_path(dataset.prefix)
+        if path.exists():
+            lines += path.read_bytes().splitlines(keepends=True)[: LISTED - len(lines)]
+        else:
+            logger.warning("%s: does not exist, and is not listed in the merged dataset", path)
+    return lines
 
 
 def _common_dtype(inputs: Sequence[Input]) -> str:
@@ -237,6 +267,7 @@ def _merge(
             counts = f"{given.dataset.document_count:,} documents, {len(given.dataset.tokens):,} tokens"
             say(f"{given.dataset.prefix}: {counts}{left_out}")
         _note_pairs(report, seen.pairs, [dataset for dataset, _ in inputs])
+        writer.listing = _listed_overlaps(inputs) if report.overlap else []
         writer.finish()
 
 

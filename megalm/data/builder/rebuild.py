@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from megalm.data.builder.build_plan import SPLIT_NAMES
 from megalm.data.builder.builder import BuildOptions, Built, build_files
+from megalm.data.builder.decontamination import DATASET
 from megalm.data.indexed.dataset import bin_path, idx_path, sidecar_path
 from megalm.data.indexed.metadata import read_sidecar
 from megalm.data.readers.input_files import STDIN, InputFile, ReadReport, find_inputs
@@ -161,11 +162,12 @@ def _how(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted) -> str:
 
 
 def changed_inputs(sidecar: dict[str, Any]) -> list[str]:
-    """Return the input files whose size or time differs from the record; skips missing files, which cannot be read."""
+    """Return the inputs and evaluation files whose size or time differs from the record; skips missing files."""
     changed = []
-    for entry in sidecar["inputs"]:
+    for entry in [*sidecar["inputs"], *sidecar.get("overlap", {}).get("files", ())]:
         if isinstance(entry, dict) and entry["path"] != STDIN:
-            file = InputFile(entry["path"], entry["kind"], size=entry["bytes"], mtime_ns=entry["mtime_ns"])
+            path = str(idx_path(entry["path"])) if entry["kind"] == DATASET else entry["path"]
+            file = InputFile(path, entry["kind"], size=entry["bytes"], mtime_ns=entry["mtime_ns"])
             if Path(file.path).exists() and file.has_changed():
                 changed.append(file.path)
     return changed

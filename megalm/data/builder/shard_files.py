@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.decontamination import LISTED, SHOWN_CHARACTERS, OverlapCounts, OverlapIndex, without_overlaps
 from megalm.data.builder.dedup import exact_signatures
 from megalm.data.builder.minhash_dedup import minhash_signatures
 from megalm.data.indexed.dataset import best_dtype
@@ -56,6 +57,9 @@ class WorkUnitSummary:
     lost_spans: list[int] = field(default_factory=list)  # those whose file cannot be read from some place on
     messages: list[tuple[int, int, str]] = field(default_factory=list)  # span, line, problem
     removed: dict[str, int] = field(default_factory=dict)  # per filter
+    overlap: OverlapCounts = field(default_factory=OverlapCounts)
+    # The first documents that overlap: span, line, and as in ListedOverlap from the file on.
+    overlaps: list[tuple[int, int, int, int, int, str]] = field(default_factory=list)
     crc: int = 0  # of PART.tokens
     content: str = ""  # for a stream: hash of the bytes passed to the worker
 
@@ -72,7 +76,8 @@ class WorkUnitFiles:
         """Return the part's summary, if it exists; the content is checked when it is read."""
         try:
             facts = json.loads(self.path("json").read_bytes())
-            summary = WorkUnitSummary(**{**facts, "losses": Losses(**facts["losses"])})
+            made = {"losses": Losses(**facts["losses"]), "overlap": OverlapCounts(**facts["overlap"])}
+            summary = WorkUnitSummary(**{**facts, **made})
             sizes = [self.path(suffix).stat().st_size for suffix in ("tokens", "npz")]
         except (OSError, ValueError, TypeError, KeyError):
             return None
@@ -128,6 +133,7 @@ class WorkUnitWriter:
         self._dtype = best_dtype(tokenizer.vocab_size)
         self._eod_id = tokenizer.eod_id if options.append_eod else None
         self._policy = options.loss_policy
+        self._overlap_index = OverlapIndex.load(part.directory) if options.overlap is not None else None
         self._summary = WorkUnitSummary()
         self._removed: Counter[str] = Counter()
         self._rows: list[npt.NDArray[Any]] = []
@@ -176,19 +182,48 @@ class WorkUnitWriter:
                     readable = _Readable(record._replace(text=text or None, problem=problem), trained)
                 except DataError as error:
                     readable = _Readable(record._replace(text=None, problem=str(error)))
-            if self._keep(readable.record, place):
+            self._summary.losses.count(readable.record)
+            if readable.record.text is None:
+                self._leave_out(readable.record, place)
+            else:
                 kept.append(readable)
-        return kept
+        if self._overlap_index is not None:
+            kept = self._without_overlaps(self._overlap_index, kept, place)
+        return [readable for readable in kept if self._passes_filters(readable)]
 
-    def _keep(self, record: TextRecord, place: _Place) -> bool:
-        self._summary.losses.count(record)
-        if record.text is None:
-            self._leave_out(record, place)
-            return False
-        removed = self._options.filters.removes(record.text)
+    def _passes_filters(self, readable: _Readable) -> bool:
+        removed = self._options.filters.removes(readable.record.text or "")
         if removed is not None:
             self._removed[removed] += 1
         return removed is None
+
+    def _without_overlaps(self, index: OverlapIndex, readable: list[_Readable], place: _Place) -> list[_Readable]:
+        """Return the documents without overlap, and the parts of others if these are cut; counts and lists them."""
+        texts = [record.text or "" for record, _ in readable]
+        cuts = self._options.overlap is not None and self._options.overlap.action == "cut"
+        counts, kept, sizes = self._summary.overlap, [], [_size_of(text) for text in texts]
+        counts.checked += len(texts)
+        counts.checked_bytes += sum(sizes)
+        overlaps = index.find(texts)
+        for number, document in enumerate(readable):
+            found = overlaps.get(number)
+            if found is None:
+                kept.append(document)
+                continue
+            record, text = document.record, texts[number]
+            parts = without_overlaps(text, found) if cuts else []
+            kept += [_Readable(record._replace(text=part)) for part in parts]
+            counts.documents += 1
+            counts.dropped += not parts
+            counts.parts += len(parts)
+            counts.removed_bytes += sizes[number] - sum(map(_size_of, parts))
+            for file in np.unique(index.items[found.items, 0]).tolist():
+                counts.files[str(file)] = counts.files.get(str(file), 0) + 1
+            if len(self._summary.overlaps) < LISTED:
+                shown = text[found.first[0] : found.end[0]][:SHOWN_CHARACTERS]
+                file, line = index.items[found.items[0]].tolist()
+                self._summary.overlaps.append((place.number, record.line, file, line, len(found.first), shown))
+        return kept
 
     def _leave_out(self, record: TextRecord, place: _Place) -> None:
         """Note a record without a text. Raises DataError if the policy refuses it."""

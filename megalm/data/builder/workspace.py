@@ -19,8 +19,8 @@ from megalm.errors import DataError
 from megalm.utils.atomic_files import is_temporary, read_json, refuse_overwriting_inputs, write_json, writing_to
 from megalm.utils.file_lock import take_lock
 
-# The plan, the files of the parts, and the tables of duplicates.
-_OF_A_BUILD = re.compile(r"plan\.json|\d{6}(-\d{6})?\.(tokens|npz|json)|seen(\.\w+)?")
+# The plan, the files of the parts, the tables of duplicates, and the words of evaluation sets.
+_OF_A_BUILD = re.compile(r"plan\.json|\d{6}(-\d{6})?\.(tokens|npz|json)|seen(\.\w+)?|overlap-\w+\.npy")
 logger = logging.getLogger(__name__)
 
 

@@ -26,6 +26,10 @@ def signatures_path(prefix: str | Path) -> Path:
     return Path(f"{prefix}.minhash")
 
 
+def overlaps_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.overlaps")
+
+
 SIDECAR_VERSION = 2
 KEPT_NAMES = 20
 
@@ -45,6 +49,8 @@ class DatasetMetadata:
         near_copies: the first documents that minhash removed, as file and line: the document (`left_out`), the
             earliest kept document that is near (`copy_of`), and the share of equal values (`alike`).
         minhash: how the rows of PREFIX.minhash were made, and their hash; `awaits_merge`: the near copies are still in.
+        overlap: of a build with --exclude-overlap, see `decontamination.overlap_report`; PREFIX.overlaps lists
+            the first documents that overlap with evaluation sets, a JSON object a line.
         inexact_documents: number of documents that do not decode back exactly; `inexact_names` are the first ones.
         unigram_entropy: nats per token, see `TokenSummary`.
         trained: of conversations, the number of trained tokens, and the hash of PREFIX.trained.
@@ -72,6 +78,7 @@ class DatasetMetadata:
     bin_sha256: str = ""
     idx_sha256: str = ""
     trained: dict[str, Any] = field(default_factory=dict)
+    overlap: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, Any] = field(default_factory=dict)
 
 
@@ -176,7 +183,10 @@ def check_trained(dataset: IndexedDataset, thorough: bool = False) -> None:
 
 def dataset_paths(prefix: str | Path) -> list[Path]:
     """Return all files that a dataset can have."""
-    return [of(prefix) for of in (bin_path, idx_path, sidecar_path, sources_path, signatures_path, trained_path)]
+    return [
+        of(prefix)
+        for of in (bin_path, idx_path, sidecar_path, sources_path, signatures_path, trained_path, overlaps_path)
+    ]
 
 
 def check_output(prefix: str | Path, overwrite: bool) -> None:

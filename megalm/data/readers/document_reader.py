@@ -179,10 +179,12 @@ def _read_table(span: Span, options: ReadOptions, count: SpanCount) -> Iterator[
             names = table.schema_arrow.names
             missing = [key for key in options.keys if key not in names]
             if missing:
-                problem = f"has no column {missing[0]!r} (its columns: {', '.join(names)}; --text-key chooses one)"
+                problem = (
+                    f"has no column {missing[0]!r} (its columns: {', '.join(names)}; {options.key_option} chooses one)"
+                )
                 yield [TextRecord(None, problem, 0, 0, 0, count.disk_bytes)]
                 return
-            columns = [*options.keys, *({TOOLS} & set(names) if options.messages_key else ())]
+            columns = [*(options.keys or names), *({TOOLS} & set(names) if options.messages_key else ())]
             for batch in table.iter_batches(TABLE_ROWS, row_groups=groups, columns=columns):
                 yield [
                     TextRecord(*_row_text(row, options), count.lines + place, 0, 0)

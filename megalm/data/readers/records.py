@@ -56,6 +56,7 @@ class ReadOptions:
         documents: what a document of a .txt file is: the "file", or each part between blank lines ("blank-line").
         largest_bytes: longer documents are refused, because each is held in memory as one piece.
         kind: what all files hold, whatever their names; "": what the names say (see `find_inputs`).
+        every_text: the text is a JSON array of all texts in the `columns`, or in all keys or columns if none are given.
     """
 
     text_key: str = "text"
@@ -64,10 +65,18 @@ class ReadOptions:
     largest_bytes: int = 32 << 20
     kind: str = ""
     messages_key: str = ""
+    every_text: bool = False
 
     @property
     def keys(self) -> tuple[str, ...]:
+        if self.every_text:
+            return self.columns
         return (self.messages_key,) if self.messages_key else self.columns or (self.text_key,)
+
+    @property
+    def key_option(self) -> str:
+        """The option that chooses `keys`."""
+        return "--overlap-key" if self.every_text else "--messages-key" if self.messages_key else "--text-key"
 
 
 @dataclass(frozen=True)
@@ -183,8 +192,8 @@ def too_long(largest: int) -> str:
 
 def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:
     """Return (text, "") of a JSON value or a table row, or (None, problem). A key whose value is null has no text."""
-    if options.messages_key:
-        return _conversation(value, options.messages_key)
+    if options.messages_key or options.every_text:
+        return _every_text(value, options.columns) if options.every_text else _conversation(value, options.messages_key)
     if isinstance(value, str):
         return (value, "") if value else (None, EMPTY)
     if not isinstance(value, dict):
@@ -216,3 +225,21 @@ def _conversation(value: object, key: str) -> tuple[str | None, str]:
     if wrong:
         return None, f"{key!r} is not a list of messages, objects with a 'role'"
     return json.dumps({"messages": messages, "tools": tools or None}, ensure_ascii=False), ""
+
+
+def _every_text(value: object, keys: tuple[str, ...]) -> tuple[str | None, str]:
+    """Return the strings in a JSON value or a table row, also in lists and objects in it, as `text_of` does."""
+    if isinstance(value, dict) and keys:
+        if missing := [key for key in keys if key not in value]:
+            found = ", ".join(map(repr, list(value)[:8])) or "none"
+            return None, f"has no {missing[0]!r} (its keys: {found}; --overlap-key chooses others)"
+        value = [value[key] for key in keys]
+    return json.dumps(list(_strings(value))), ""
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)

@@ -13,7 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import tokenizers
 
-from megalm.data.tokenizers.tokenizer import EOD_TOKENS, MarkedEncoding, Tokenizer, library_errors
+from megalm.data.tokenizers.tokenizer import (
+    BYTE,
+    EOD_TOKENS,
+    SPECIAL,
+    TEXT,
+    MarkedEncoding,
+    TokenContent,
+    Tokenizer,
+    library_errors,
+)
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash, read_json
 
@@ -126,20 +135,15 @@ class HuggingFaceTokenizer(Tokenizer):
     def decode_marked(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode([int(token) for token in ids], skip_special_tokens=False)
 
-    def token_bytes(self) -> npt.NDArray[np.int32]:
+    def token_contents(self) -> dict[int, TokenContent]:
         decoders = set(_decoder_types(self._definition.get("decoder")))
         added = self._tokenizer.get_added_tokens_decoder()
-        sizes = np.zeros(self.vocab_size, dtype=np.int32)
-        for piece, token in self.vocabulary().items():
-            if token in self._special:
-                continue
-            sizes[token] = len(piece.encode()) if token in added else _piece_bytes(piece, decoders)
-        return sizes
-
-    def known_ids(self) -> npt.NDArray[np.bool_]:
-        known = np.zeros(self.vocab_size, dtype=np.bool_)
-        known[list(self.vocabulary().values())] = True
-        return known
+        return {
+            token: TokenContent(SPECIAL if token in self._special else TEXT, piece.encode())
+            if token in added
+            else _piece_content(piece, decoders)
+            for piece, token in self.vocabulary().items()
+        }
 
     def fallback_ids(self) -> npt.NDArray[np.bool_]:
         unknown = self._definition.get("model", {}).get("unk_token")
@@ -183,12 +187,22 @@ def _decoder_types(decoder: dict[str, Any] | None) -> Iterator[str]:
             yield from _decoder_types(inner)
 
 
-def _piece_bytes(piece: str, decoders: set[str]) -> int:
+def _piece_content(piece: str, decoders: set[str]) -> TokenContent:
     """Return a piece's bytes inside a text. Decoding a single id would be wrong: decoders strip the start of a text."""
     if "ByteLevel" in decoders:
-        return len(piece)  # the byte alphabet has one character per byte
+        alphabet = _byte_alphabet()
+        spelled = all(character in alphabet for character in piece)
+        return TokenContent(TEXT, bytes(map(alphabet.__getitem__, piece)) if spelled else piece.encode())
     if "ByteFallback" in decoders and BYTE_TOKEN.fullmatch(piece):
-        return 1
+        return TokenContent(BYTE, bytes([int(piece[3:5], 16)]))
     if "WordPiece" in decoders:
-        return len(piece[2:].encode()) if piece.startswith("##") else len(piece.encode()) + 1
-    return len(piece.replace(SPACE, " ").encode())
+        return TokenContent(TEXT, (piece[2:] if piece.startswith("##") else f" {piece}").encode())
+    return TokenContent(TEXT, piece.replace(SPACE, " ").encode())
+
+
+@functools.cache
+def _byte_alphabet() -> dict[str, int]:
+    """Return the byte that each character of a byte-level piece is: printable ones as Latin-1, others from 256 on."""
+    printable = [byte for byte in range(256) if chr(byte) in tokenizers.pre_tokenizers.ByteLevel.alphabet()]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}

@@ -14,7 +14,7 @@ import numpy.typing as npt
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 
-from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.data.tokenizers.tokenizer import BYTE, SPECIAL, TEXT, TokenContent, Tokenizer
 from megalm.errors import DataError
 
 # The piece for a space. The library also reads the character itself as a space, so where a text contains it, it is
@@ -88,11 +88,8 @@ class SentencePieceTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return self._processor.decode([int(token) for token in ids])
 
-    def token_bytes(self) -> npt.NDArray[np.int32]:
-        return np.array([_piece_bytes(piece) for piece in self._model.pieces], dtype=np.int32)
-
-    def known_ids(self) -> npt.NDArray[np.bool_]:
-        return np.ones(self.vocab_size, dtype=np.bool_)
+    def token_contents(self) -> dict[int, TokenContent]:
+        return {token: _piece_content(piece) for token, piece in enumerate(self._model.pieces)}
 
     def fallback_ids(self) -> npt.NDArray[np.bool_]:
         processor = self._processor
@@ -137,13 +134,12 @@ class SentencePieceTokenizer(Tokenizer):
         return np.concatenate([first, *(row for part in rest for row in (space, part))]).astype(np.int32)
 
 
-def _piece_bytes(piece: Any) -> int:
-    """Return the number of UTF-8 bytes that a piece represents in a text."""
+def _piece_content(piece: Any) -> TokenContent:
     if piece.type == piece.BYTE:
-        return 1
+        return TokenContent(BYTE, bytes([int(piece.piece[3:5], 16)]))
     if piece.type in (piece.CONTROL, piece.UNKNOWN, piece.UNUSED):
-        return 0
-    return len(piece.piece.replace(SPACE, " ").encode())
+        return TokenContent(SPECIAL, piece.piece.encode())
+    return TokenContent(TEXT, piece.piece.replace(SPACE, " ").encode())
 
 
 def _cut_at_newlines(text: str) -> Iterator[str]:

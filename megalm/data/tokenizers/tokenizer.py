@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 __all__ = ["ByteTokenizer", "Tokenizer", "TokenizerReport", "load_tokenizer", "train_tokenizer"]
 
 BYTES = "bytes"
+TEXT, BYTE, SPECIAL = "text", "byte", "special"  # kinds of tokens
 # Usual names of the token that ends a document, the most usual first.
 EOD_TOKENS = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
 
@@ -38,6 +39,16 @@ class MarkedEncoding(NamedTuple):
     first: npt.NDArray[np.int64]
     end: npt.NDArray[np.int64]
     is_exact: bool
+
+
+class TokenContent(NamedTuple):
+    """What a token stands for: "text" with its UTF-8 bytes, a fallback "byte", or "special" with the bytes of its name.
+
+    Tokenizers of different kinds that mean the same token have the same content, however they write it.
+    """
+
+    kind: str
+    content: bytes
 
 
 class Tokenizer(ABC):
@@ -150,12 +161,21 @@ class Tokenizer(ABC):
         return self.decode(ids)
 
     @abstractmethod
+    def token_contents(self) -> dict[int, TokenContent]:
+        """Return what each id that has a token stands for inside a text."""
+
     def token_bytes(self) -> npt.NDArray[np.int32]:
         """Return [V] the number of UTF-8 bytes that each id decodes to inside a text; 0 for control tokens."""
+        sizes = np.zeros(self.vocab_size, dtype=np.int32)
+        for token, (kind, content) in self.token_contents().items():
+            sizes[token] = 0 if kind == SPECIAL else len(content)
+        return sizes
 
-    @abstractmethod
     def known_ids(self) -> npt.NDArray[np.bool_]:
         """Return [V] whether an id has a token; one without cannot be decoded, and generation never draws it."""
+        known = np.zeros(self.vocab_size, dtype=np.bool_)
+        known[list(self.vocabulary().values())] = True
+        return known
 
     @abstractmethod
     def fallback_ids(self) -> npt.NDArray[np.bool_]:
@@ -207,10 +227,8 @@ class ByteTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(token for token in ids if token < 256).decode(errors="replace")
 
-    def token_bytes(self) -> npt.NDArray[np.int32]:
-        sizes = np.ones(self.vocab_size, dtype=np.int32)
-        sizes[256] = 0
-        return sizes
+    def token_contents(self) -> dict[int, TokenContent]:
+        return {byte: TokenContent(TEXT, bytes([byte])) for byte in range(256)} | {256: TokenContent(SPECIAL, b"<eod>")}
 
     def known_ids(self) -> npt.NDArray[np.bool_]:
         return np.ones(self.vocab_size, dtype=np.bool_)
