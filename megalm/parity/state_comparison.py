@@ -38,13 +38,18 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Largest differences to one rank: of losses and norms relative, of states relative to each parameter's L2 norm."""
+    """Largest differences to one rank: of losses and norms relative, of states relative to each parameter's L2 norm.
+
+    Attributes:
+        loaded_moments: of moments that another layout has saved; 0: they are equal bit for bit.
+    """
 
     loss: float
     norm: float
     weights: float
     moments: float
     logits: float
+    loaded_moments: float = 0.0
 
 
 TOLERANCES = {

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests
-from megalm.parity.state_comparison import Outcome
+from megalm.parity.state_comparison import TOLERANCES, Outcome, Tolerance
 from megalm.planning.engine_checks import ALLOW_CPU_FP16
 from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps
 
@@ -24,6 +24,11 @@ STEPS = 5
 # Adam moves a weight by a whole step however small its gradient is, down to about epsilon. At the usual 1e-8 it would
 # make steps of gradients that are rounding alone; gradients here are about 1e-4.
 EPSILON = 1e-6
+# A row with moments in fewer bytes is compared with one rank whose moments are fp32: what differs is their rounding.
+STATES_TOLERANCES = {
+    "bf16": Tolerance(loss=2e-5, norm=1e-4, weights=5e-3, moments=2e-2, logits=5e-3),
+    "8bit": Tolerance(loss=1e-4, norm=2e-3, weights=5e-2, moments=2e-1, logits=5e-2),
+}
 
 # Sizes that show mistakes: a vocabulary that nothing divides, fewer key/value heads than heads, an MLP that is no
 # multiple of the hidden size.
@@ -93,6 +98,7 @@ class Row:
     zero: int
     precision: str = "fp32"
     offloaded: bool = False
+    states: str = "fp32"
 
     @property
     def clipping(self) -> float:
@@ -108,17 +114,24 @@ class Row:
 
     @property
     def numbers(self) -> str:
+        if self.states != "fp32":
+            return f"{self.precision}, {self.states} states"
         return f"{self.precision}, offloaded" if self.offloaded else self.precision
 
+    @property
+    def tolerance(self) -> Tolerance:
+        return TOLERANCES[self.precision] if self.states == "fp32" else STATES_TOLERANCES[self.states]
+
     def case(self) -> Case:
-        return self._case(LAYOUTS[self.layout].overrides, {"stage": self.zero, **self._offload()})
+        states = () if self.states == "fp32" else (f"train.optimizer_state={self.states}",)
+        return self._case((*LAYOUTS[self.layout].overrides, *states), {"stage": self.zero, **self._offload()})
 
     @property
     def reference(self) -> str:
         return f"{self.model}, {self.precision}, clipping at {self.clipping}"
 
     def reference_case(self) -> Case:
-        """The same job on one rank, under ZeRO 1, which test_zero_parity.py compares with the other stages."""
+        """The same job on one rank with fp32 states, under ZeRO 1; test_zero_parity.py compares the other stages."""
         return self._case((), {"stage": 1})
 
     def _offload(self) -> dict[str, Any]:
@@ -143,6 +156,8 @@ class Row:
 # Low precision rounds each product and the layouts round different ones: a part of the matrix shows that it trains.
 _FEW_MODELS = ("gpt2 tied", "llama GQA untied")
 _MORE = ("tp2", "sp2", "pp2")  # fp16, and offload, which by data alone has its own test
+# Optimizer states in fewer bytes, where two axes meet; test_optimizer_state_kinds.py has each axis alone.
+_STATES = {"tp2 x dp2": "8bit", "sp2 x dp2": "bf16", "pp2 x dp2": "8bit", "tp2 x pp2": "bf16", "sp2 x pp2": "8bit"}
 
 
 def rows(layout: str) -> list[Row]:
@@ -156,6 +171,8 @@ def rows(layout: str) -> list[Row]:
         found += [Row(layout, "llama GQA untied", zero, "fp16") for zero in low]
         if len(low) > 1:  # a pipeline keeps its states on the device
             found += [Row(layout, "llama GQA untied", zero, offloaded=True) for zero in low]
+    if layout in _STATES:
+        found += [Row(layout, "llama GQA untied", zero, states=_STATES[layout]) for zero in stages]
     return found
 
 
@@ -163,7 +180,7 @@ def latin_square(layout: str) -> list[Row]:
     """The rows of a layout that are trained on every change; the rest of the matrix takes `make parity`.
 
     Each model once, at a ZeRO stage that moves on with model and layout: all pairs of layout, model and stage are met.
-    Of each other precision, and of offload, one row.
+    Of each other precision, of offload and of states in fewer bytes, one row.
     """
     alike = [name for name, other in LAYOUTS.items() if other.stages == LAYOUTS[layout].stages]
     groups: dict[tuple[str, str], list[Row]] = {}

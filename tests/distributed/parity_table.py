@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from megalm.parity.state_comparison import TOLERANCES, Difference, Outcome, difference
+from megalm.parity.state_comparison import Difference, Outcome, difference
 from tests.distributed.parity import LAYOUTS, Row, rows, train_rows
 from tests.distributed.training import ROOT, Case, make_dataset
 from tests.ranks import run_ranks
@@ -122,7 +122,7 @@ def main() -> int:
         matrix, start = Matrix(Path(folder), wanted), time.monotonic()
         lines = table(layouts, matrix)
         found = {row: matrix.difference(row) for row in wanted}
-    wrong = [f"{row.name}: {'; '.join(each.beyond(TOLERANCES[row.precision]))}" for row, each in found.items()]
+    wrong = [f"{row.name}: {'; '.join(each.beyond(row.tolerance))}" for row, each in found.items()]
     wrong = [line for line in wrong if not line.endswith(": ")]
     sys.stdout.write("\n".join([*lines, "", *wrong, ""]))
     sys.stdout.write(f"{len(found)} rows, {len(wrong)} of them beyond tolerance, {time.monotonic() - start:.0f} s\n")

@@ -32,7 +32,7 @@ HALF, END = 3, 6
 # Mean distance of a master from the one of fp32 states, after six updates of up to 3e-3.
 APART = {"bf16": 5e-5, "8bit": 4e-4}
 # Of a moment that another kind or layout reads: of the value, and where that is small, of the block's largest.
-READ = {"fp32": (0.0, 0.0), "bf16": (2.0**-8, 0.0), "8bit": (0.03, 2.0**-10)}
+READ = {"fp32": (0.0, 0.0), "bf16": (2.0**-8, 0.0), "8bit": (1 / 24, 2.0**-10)}
 
 
 def _case(layout: str, kind: str) -> Case:
@@ -106,6 +106,8 @@ def test_any_kind_and_layout_reads_a_checkpoint(ranks: list[Any], place: Path, k
     """From ZeRO 3 to a tensor group of two, where blocks are others: masters are exact, moments nearly."""
     reader = CheckpointReader(next((place / f"zero3 {kind}").glob("step-*")))
     relative, of_largest = READ[into]
+    if kind == into:  # levels are the same in every block, but for the smallest
+        relative = 0.0
     for (name, part), values in whole_state([moved[kind, into] for _, moved in ranks]).items():
         stored = reader.read_parameter(name, reader.shapes()[name], part).numpy().reshape(-1)
         if part == "master":

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from megalm.parity.state_comparison import TOLERANCES
 from tests.distributed.parity import LAYOUTS, MODELS, Row, latin_square, rows
 from tests.distributed.parity_table import BEGIN, DOCUMENT, END, Matrix, keys
 from tests.distributed.selection import selected
@@ -32,7 +31,7 @@ def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.mark.parametrize("row", PARAMETERS)
 def test_equal_to_one_rank(matrix: Matrix, row: Row) -> None:
-    assert not matrix.difference(row).beyond(TOLERANCES[row.precision])
+    assert not matrix.difference(row).beyond(row.tolerance)
 
 
 @pytest.mark.parametrize("alone", [row for row in rows("dp2") if row.zero == 1], ids=lambda row: row.reference)

@@ -55,8 +55,11 @@ class _Chunk:
         return cls(first, last, tuple(spans))
 
     def gather(self, flat: Tensor) -> Tensor:
-        """Return a copy of the elements, fp32 [blocks, 256], with zeros around them."""
-        slots = torch.zeros((self.last - self.first) * BLOCK, device=flat.device)
+        """Return the elements, fp32 [blocks, 256]: a view where they fill the blocks, else a copy with zeros around."""
+        size = (self.last - self.first) * BLOCK
+        if flat.dtype == torch.float32 and [places for _, places in self.spans] == [slice(0, size)]:
+            return flat[self.spans[0][0]].view(-1, BLOCK)
+        slots = torch.zeros(size, device=flat.device)
         for elements, places in self.spans:
             slots[places] = flat[elements]
         return slots.view(-1, BLOCK)
@@ -88,10 +91,9 @@ class LowPrecisionAdam(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
         self._decoupled = decoupled
-        device = groups[0]["params"][0].device
         self._codecs: dict[Moment, MomentCodec] = {
-            "exp_avg": Bf16Codec() if states == "bf16" else EightBitCodec(device, signed=True),
-            "exp_avg_sq": Bf16Codec() if states == "bf16" else EightBitCodec(device, signed=False),
+            "exp_avg": Bf16Codec() if states == "bf16" else EightBitCodec(signed=True),
+            "exp_avg_sq": Bf16Codec() if states == "bf16" else EightBitCodec(signed=False),
         }
         self._pieces: dict[nn.Parameter, dict[int, _Piece]] = {}
         self._chunks: dict[nn.Parameter, list[_Chunk]] = {}
@@ -156,11 +158,12 @@ class LowPrecisionAdam(torch.optim.Optimizer):
             if self._decoupled:
                 weight.mul_(1 - rate * decay)
             elif decay:
-                gradient.add_(weight, alpha=decay)
+                gradient = gradient.add(weight, alpha=decay)
             mean, square = (codec.decode(self._stored(flat, moment, chunk)) for moment, codec in self._codecs.items())
             mean.lerp_(gradient, 1 - beta1)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            weight.addcdiv_(mean, square.sqrt().div_(correction2).add_(group["eps"]), value=-rate / correction1)
+            root = square.sqrt().add_(group["eps"] * correction2)
+            weight.addcdiv_(mean, root, value=-rate * correction2 / correction1)
             chunk.scatter(weight, weights)
             for (moment, codec), values, random in zip(self._codecs.items(), (mean, square), bits, strict=True):
                 codec.encode(values, self._stored(flat, moment, chunk), random)

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam, Moment
 from megalm.engine.optimizer.moment_codecs import BLOCK, Bf16Codec, EightBitCodec, MomentCodec, random_bits
 
-CPU = torch.device("cpu")
 CODECS: dict[str, MomentCodec] = {
     "bf16": Bf16Codec(),
-    "8bit mean": EightBitCodec(CPU, signed=True),
-    "8bit square": EightBitCodec(CPU, signed=False),
+    "8bit mean": EightBitCodec(signed=True),
+    "8bit square": EightBitCodec(signed=False),
 }
-# Half the distance of two neighbours, as a part of the value: 8 bits; 10 octaves in 126 steps; 20 octaves in 255.
-PRECISION = {"bf16": 2.0**-8, "8bit mean": 0.029, "8bit square": 0.029}
+# Half the distance of two neighbours, as a part of the lower one: 8 bits of mantissa, or 12 levels in an octave.
+PRECISION = {"bf16": 2.0**-8, "8bit mean": 1 / 24, "8bit square": 1 / 24}
+# The lowest level, as a part of the block's largest value: 126 or 255 levels below it.
+LOWEST = {"bf16": 0.0, "8bit mean": 2.0**-10.3, "8bit square": 2.0**-21}
 MOMENTS: tuple[Moment, ...] = ("exp_avg", "exp_avg_sq")
 
 
@@ -51,13 +52,12 @@ def test_a_decoded_block_is_encoded_as_the_same_bits(name: str, at_random: bool)
 def test_the_relative_precision_is_the_same_for_small_values(name: str) -> None:
     values = _values(name)
     largest = values.abs().amax(dim=1, keepdim=True)
-    smallest = 0.0 if name == "bf16" else 2.0 ** (-20 if name == "8bit square" else -10)
-    covered = (values.abs() > smallest * largest) & (largest > 2.0**-96)
+    covered = (values.abs() > LOWEST[name] * largest) & (largest > 2.0**-94)
     rounded = _rounded(CODECS[name], values)
     error = (rounded - values).abs()[covered] / values.abs()[covered]
-    assert error.max() < PRECISION[name]
+    assert 0.9 * PRECISION[name] < error.max() <= PRECISION[name]
     if name == "8bit square":  # never zero where the block is not: Adam divides by its root
-        assert (rounded > 0).all(dim=1).tolist() == (largest[:, 0] >= 2.0**-96).tolist()
+        assert (rounded > 0).all(dim=1).tolist() == (largest[:, 0] >= 2.0**-94).tolist()
 
 
 @pytest.mark.parametrize("name", list(CODECS))
