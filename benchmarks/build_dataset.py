@@ -32,7 +32,7 @@ import numpy as np
 
 from megalm.data.builder.stdlib_corpus import prepare_recipe, stdlib_documents
 from megalm.data.indexed.dataset import HEADER, MAGIC, IndexedDataset
-from megalm.data.sampling import sample_order
+from megalm.data.sampling import packing, sample_order
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
 from megalm.data.sampling.samples import TrainingSamples
 from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
@@ -203,9 +203,24 @@ def measure_samples(folder: Path) -> None:
             waits.append(time.perf_counter() - start)
     print(f"a step of {STEP_SECONDS} s waits for its batch of 64 x 1024 tokens: {1000 * max(waits):.2f} ms at most")
     start = time.perf_counter()
-    sample_order._permutation(np.random.RandomState(1), 10**9)
+    sample_order.permutation(np.random.RandomState(1), 10**9)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"order of 10^9 samples: {time.perf_counter() - start:.0f} s, {peak:.1f} GB")
+
+
+def measure_packing(documents: int = 40_000_000, length: int = 2048) -> None:
+    """Documents whose lengths are log-normal, of 400 tokens in the median and 830 on average."""
+    lengths = np.exp(np.random.default_rng(0).normal(6.0, 1.2, documents)).astype("<i4") + 1
+    start = time.process_time()
+    state = np.random.RandomState(1)
+    arrays = packing.pack(lengths, length, lambda: sample_order.permutation(state, documents))
+    seconds, size = time.process_time() - start, sum(array.nbytes for array in arrays.values())
+    packed = packing.Packing(packing.Pieces(np.zeros(documents, np.int64), lengths), length, arrays)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(
+        f"{documents:,} documents packed into {len(packed):,} samples of {length}: {seconds:.1f} s, "
+        f"{peak / 1e6:.1f} GB at most, {size / 1e9:.1f} GB kept, {packed.padding_share:.3%} padding"
+    )
 
 
 def main() -> None:
@@ -215,7 +230,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokenizers", action="store_true")
     parser.add_argument("--samples", action="store_true")
+    parser.add_argument("--packing", action="store_true")
     arguments = parser.parse_args()
+    if arguments.packing:
+        measure_packing()
+        return
     if arguments.tokenizers or arguments.samples:
         with tempfile.TemporaryDirectory() as folder:
             (compare_tokenizers if arguments.tokenizers else measure_samples)(Path(folder))

@@ -27,8 +27,10 @@ from options import (
     weights_of,
 )
 
+from megalm.data.analysis.dataset_info import packed_padding
 from megalm.data.builder.builder import BuildOptions, build_files, check_build
 from megalm.data.builder.quality_filters import Filters
+from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.tokenizers.chat_template import load_chat_template
 from megalm.data.tokenizers.tokenizer import describe_eod, load_tokenizer
@@ -150,6 +152,9 @@ def main(
             )
             if report.trained:
                 out.print(f"{prefix}: trained tokens {trained_share(report.trained['tokens'], report.tokens)}")
+            if report.tokens:
+                advice = "train them whole: " if report.trained else ""
+                out.print(f"{prefix}: {advice}data.packing=best_fit has {packed_padding(IndexedDataset(prefix))}")
             if report.inexact_documents:
                 names = ", ".join(report.inexact_names[:3])
                 out.print(f"{report.inexact_documents:,} documents do not decode back exactly, the first: {names}")

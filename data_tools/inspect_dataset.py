@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 from console import one_line_errors, out, reading_bar, run
+from options import packing_of
 from steps import show_step_of_dataset, show_step_of_run
 
 from megalm.cli.find_run import find_run
-from megalm.data.analysis.dataset_info import describe, document_text, statistics, verify
+from megalm.data.analysis.dataset_info import PACKED_LENGTHS, describe, document_text, statistics, verify
 from megalm.data.builder.workspace import tokenizer_files
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.metadata import dataset_paths
@@ -39,10 +40,13 @@ def main(
         str | None, typer.Option("--run", help="with --step: the run, its folder or a name under runs/")
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="with --step PREFIX: train_batch_size")] = None,
-    sequence_length: Annotated[int, typer.Option(min=1, help="with --step PREFIX: data.sequence_length")] = 256,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="data.sequence_length, with --step PREFIX (default 256), or to pack")
+    ] = None,
     stride: Annotated[int | None, typer.Option(min=1, help="with --step PREFIX: data.stride")] = None,
     seed: Annotated[int, typer.Option(min=0, help="with --step PREFIX: train.seed")] = 1234,
     split: Annotated[str | None, typer.Option(help="with --step PREFIX: data.split")] = None,
+    packing: Annotated[str, typer.Option(help="with --step PREFIX: data.packing")] = "stream",
 ) -> None:
     """Print facts about a dataset; exit code 2 if it is damaged or has another tokenizer.
 
@@ -60,11 +64,13 @@ def main(
         if prefix is None:
             raise DataError("give the PREFIX of a dataset, or --run and --step")
         loaded = load_tokenizer(tokenizer) if tokenizer else None
-        facts = describe(prefix, loaded)
+        facts = describe(prefix, loaded, (sequence_length,) if sequence_length else PACKED_LENGTHS)
         if document is not None:
             out.text(document_text(prefix, document, loaded))
         elif step is not None:
-            show_step_of_dataset(prefix, loaded, step, batch_size, sequence_length, stride, seed, split)
+            show_step_of_dataset(
+                prefix, loaded, step, batch_size, sequence_length or 256, stride, seed, split, packing_of(packing)
+            )
         elif scan or around is not None:
             _scan(prefix, loaded, around, window, report)
         else:

@@ -13,6 +13,7 @@ from megalm.data.readers.document_reader import LossPolicy, OnError
 from megalm.data.readers.input_files import KINDS
 from megalm.data.readers.losses import share_of_text
 from megalm.data.readers.records import ReadOptions
+from megalm.data.sampling.samples import PackingKind
 from megalm.errors import DataError
 
 Inputs = Annotated[
@@ -92,6 +93,10 @@ def loss_policy(on_error: str, empty_documents: str, max_loss: str | None) -> Lo
         cast(OnError, _one_of("--empty-documents", empty_documents, get_args(OnError))),
         None if max_loss is None else share_of_text(max_loss, "--max-loss"),
     )
+
+
+def packing_of(value: str) -> PackingKind:
+    return cast(PackingKind, _one_of("--packing", value, get_args(PackingKind)))
 
 
 def dedup_of(value: str) -> Dedup:

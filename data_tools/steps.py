@@ -12,7 +12,7 @@ from megalm.data.analysis.dataset_info import marked_text
 from megalm.data.analysis.sample_sources import TokenSpan, spans_of
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
-from megalm.data.sampling.samples import TrainingSamples, split_documents
+from megalm.data.sampling.samples import PackingKind, TrainingSamples, split_documents
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 
@@ -36,6 +36,7 @@ def show_step_of_dataset(
     stride: int | None,
     seed: int,
     split: str | None,
+    packing: PackingKind,
 ) -> None:
     """Print the samples of a run on one dataset with these settings; the run need not exist."""
     if batch_size is None:
@@ -43,7 +44,7 @@ def show_step_of_dataset(
     dataset = IndexedDataset(prefix, tokenizer.vocab_size if tokenizer else None)
     weights = weights_of(split)
     documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))
-    samples = TrainingSamples(dataset, documents, sequence_length, seed, stride=stride)
+    samples = TrainingSamples(dataset, documents, sequence_length, seed, stride=stride, packing=packing)
     only = BlendedSamples([samples], [MixtureStage(0, (1.0,))])
     _show(spans_of(only, (step - 1) * batch_size, batch_size), tokenizer)
 

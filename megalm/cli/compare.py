@@ -70,6 +70,10 @@ def _seconds(value: float) -> str:
     return f"{'-' if round(value) < 0 else ''}{format_duration(abs(value))}"
 
 
+def _of_dataset(name: str) -> _Line:
+    return _Line(lambda it: it.dataset_losses.get(name), _as(".4f"), per_token=True)
+
+
 # The lines of the table.
 _LINES: dict[str, _Line] = {
     "parameters": _Line(lambda it: it.parameters, _as(","), whole=True),
@@ -191,7 +195,10 @@ class Comparison:
         self._outcome = [compare_runs.results(record) for record in records]
         self._validations_compare = compare_runs.validations_compare(records)
         per_token = compare_runs.measure_of(records) == "loss"
+        self._datasets = sorted({name for outcome in self._outcome for name in outcome.dataset_losses})
         self._lines = {name: line for name, line in _LINES.items() if per_token or not line.per_token}
+        for name in self._datasets if per_token else ():
+            self._lines[f"training loss on {name}, last tenth"] = _of_dataset(name)
         self._evaluations = list(dict.fromkeys(name for outcome in self._outcome for name in outcome.evaluations))
         for name in self._evaluations:
             if per_token or ", loss of " not in name:
@@ -216,14 +223,14 @@ class Comparison:
 
     def as_json(self) -> dict[str, Any]:
         runs = [
-            {"name": name, "settings": self._settings(index), "results": _facts(self._outcome[index])}
+            {"name": name, "settings": self._settings(index), "results": _facts(self._outcome[index], self._datasets)}
             for index, name in enumerate(self._names)
         ]
         return {"runs": runs, "warnings": self.warnings}
 
     def as_csv(self) -> str:
         text = io.StringIO()
-        facts = [_facts(outcome) for outcome in self._outcome]
+        facts = [_facts(outcome, self._datasets) for outcome in self._outcome]
         writer = csv.writer(text, lineterminator="\n")
         evaluations = [found.pop("evaluations") for found in facts]
         writer.writerow(["run", *self._differences, *facts[0], *self._evaluations])
@@ -263,9 +270,10 @@ def _evaluation(results: Results, name: str) -> float | None:
     return results.evaluations.get(name)
 
 
-def _facts(results: Results) -> dict[str, Any]:
+def _facts(results: Results, datasets: Sequence[str]) -> dict[str, Any]:
     """Return the numbers of a run by name; null for those that JSON does not have."""
-    found = {name: value for name, value in vars(results).items() if name != "scatter"}
+    found = {name: value for name, value in vars(results).items() if name not in ("scatter", "dataset_losses")}
+    found |= {f"final_train_loss_of_{name}": results.dataset_losses.get(name) for name in datasets}
     found |= {"tokens_per_parameter": results.tokens_per_parameter, "final_perplexity": results.final_perplexity}
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in found.items()

@@ -187,7 +187,13 @@ class DataSection(Section):
         description="tokens between the starts of samples; default data.sequence_length, less overlaps",
     )
     order: Literal["prefix_stable", "megatron"] = "prefix_stable"
-    document_mask: bool = Field(default=False, description="tokens attend within their own document only")
+    packing: Literal["stream", "best_fit"] = Field(
+        default="stream",
+        description="stream: samples are cut from all documents in a row; best_fit: no document that fits is cut",
+    )
+    document_mask: bool | None = Field(
+        default=None, description="tokens attend within their own document only; null: with data.packing=best_fit"
+    )
     max_epochs: PositiveFloat | None = Field(
         default=None, description="refuse a run that would train on a dataset for more epochs"
     )
@@ -214,6 +220,10 @@ class DataSection(Section):
             return ()
         first = (BlendPart(prefix=self.train, weight=1.0),) if isinstance(self.train, str) else self.train
         return DataStage(from_step=1, blend=first), *(stage for stage in self.stages if stage.blend)
+
+    @property
+    def masks_documents(self) -> bool:
+        return self.packing == "best_fit" if self.document_mask is None else self.document_mask
 
     @property
     def validation_sets(self) -> dict[str, str]:

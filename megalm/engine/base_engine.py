@@ -28,6 +28,7 @@ from megalm.checkpoint.shard_spec import HasFragment
 from megalm.communicator import Communicator
 from megalm.data.sampling.batch_loader import MicroBatch
 from megalm.engine.cpp_extensions import load_async_io
+from megalm.engine.dataset_losses import DatasetLosses
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
@@ -36,7 +37,7 @@ from megalm.engine.optimizer.frozen_weights import FrozenWeights
 from megalm.engine.optimizer.muon import Muon
 from megalm.engine.optimizer.optimizer_state import OptimizerState, ReadFragment
 from megalm.engine.phase_clock import PhaseClock
-from megalm.model.layer_factory import shard_of
+from megalm.model.layer_factory import VocabularyOutput, shard_of
 from megalm.model.model_config import ModelConfig
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import ResolvedRun
@@ -255,11 +256,17 @@ class EngineBase:
         model: the module that DeepSpeed runs, initialized, on the context's device and in the run's precision; under
             ZeRO 3 already divided.
         part: the module whose parameters have canonical names: the model, or its part on this rank.
+        output: of the model; None on a rank without its head.
         extra_settings: added to the run's configuration for `deepspeed.initialize`.
     """
 
     def __init__(
-        self, model: nn.Module, part: nn.Module, context: EngineContext, extra_settings: dict[str, Any] | None = None
+        self,
+        model: nn.Module,
+        part: nn.Module,
+        context: EngineContext,
+        output: VocabularyOutput | None,
+        extra_settings: dict[str, Any] | None = None,
     ) -> None:
         run, groups = context.run, context.groups
         settings = copy.deepcopy(run.deepspeed | (extra_settings or {}))  # DeepSpeed modifies its argument
@@ -268,6 +275,7 @@ class EngineBase:
         self._data = groups.data
         # Every rank of the last stage's tensor group has the same loss: only the first reports it.
         self._reports_loss = groups.tensor.index == 0 and groups.pipeline.index == groups.pipeline.size - 1
+        self._by_dataset = DatasetLosses(output if self._reports_loss else None, context.device)
         self._stage = int(settings["zero_optimization"]["stage"])
         self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
         parameters = dict(part.named_parameters())
@@ -409,15 +417,15 @@ class EngineBase:
             gradients = [parameter.grad for parameter in self._owned if parameter.grad is not None]
             norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
             squares = [torch.stack(norms).square().sum() if norms else torch.zeros((), device=self._device)]
-        self._step_sums.request(self._sum_over_ranks(loss_sum, *squares))
+        self._step_sums.request(self._sum_over_ranks(loss_sum, *squares, *self._by_dataset.sums()))
         self._divisor = divisor
         self._check.arm(self._loss_and_norm)
 
     def _loss_and_norm(self) -> tuple[float, float]:
         """Return loss and gradient norm before clipping; known once DeepSpeed is about to update."""
-        loss_sum, *squares = self._step_sums.read()
+        loss_sum, *others = self._step_sums.read()
         # Each data-parallel replica added its own squares.
-        norm = math.sqrt(squares[0] / self._data.size) if squares else self._state.gradient_norm()
+        norm = self._state.gradient_norm() if self._stage else math.sqrt(others[0] / self._data.size)
         return loss_sum / self._divisor, norm
 
     def _end_of_step(self) -> StepResult:
@@ -431,7 +439,8 @@ class EngineBase:
             verdict = replace(self._check.judge(loss, self._last_norm), refuses=True)
         if verdict is not None and not verdict.refuses:
             self._state.ema.update()
-        return StepResult(loss, self._last_norm, self._state.loss_scale(), verdict)
+        by_dataset = self._by_dataset.means(self._step_sums.read())
+        return StepResult(loss, self._last_norm, self._state.loss_scale(), verdict, by_dataset)
 
     def _count_from(self, counters: dict[str, Any], step: int) -> None:
         engine = self._engine

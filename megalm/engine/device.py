@@ -249,6 +249,7 @@ def pin_batch(batch: GlobalBatch) -> GlobalBatch:
                 pinned(micro.tokens),
                 pinned(micro.labels),
                 None if micro.documents is None else pinned(micro.documents),
+                None if micro.datasets is None else pinned(micro.datasets),
             )
             for micro in batch.micro_batches
         ),

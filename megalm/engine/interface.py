@@ -72,12 +72,14 @@ class StepResult:
         grad_norm: global L2 norm of the gradient before clipping; inf or nan after an overflow.
         loss_scale: 1.0 without loss scaling.
         verdict: the joint verdict of all ranks; None if DeepSpeed skipped the update without asking.
+        dataset_losses: by dataset of a mixture, nats per target of its samples; None without a target in this step.
     """
 
     loss: float
     grad_norm: float
     loss_scale: float
     verdict: UpdateVerdict | None
+    dataset_losses: tuple[float | None, ...] = ()
 
     @property
     def skipped(self) -> bool:

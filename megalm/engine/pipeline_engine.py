@@ -43,7 +43,7 @@ class PipelineEngine(EngineBase):
     """Trains this rank's initialized stage together with the other ranks."""
 
     def __init__(self, model: PipelineStage, context: EngineContext) -> None:
-        super().__init__(model, model.part_of_model(), context, {"pipeline": _SEND_WHOLE})
+        super().__init__(model, model.part_of_model(), context, model.output, {"pipeline": _SEND_WHOLE})
         if not any(table.requires_grad for table in model.tied_modules.parameters()):
             model.tied_comms = {}  # the sum of the tied weight's gradients, which a frozen one has none of
         if self._phases is not None:
@@ -71,13 +71,16 @@ class PipelineEngine(EngineBase):
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over the targets of the *global* batch.
         model.loss_factor = len(micro_batches) * data.size / batch.divisor
         model.loss_sum = 0.0
+        self._by_dataset.begin(batch)
 
         def before_forward(index: int) -> None:
+            self._by_dataset.of(batch.micro_batches[index].datasets)
             _, labels, documents = micro_batches[index]
             self._clock.step, self._clock.micro_batch = step, index * data.size + data.index
             model.context.set(documents, labels)
 
         def before_update() -> None:
+            self._by_dataset.of(None)
             self._arm_check(model.loss_sum, batch.divisor)
 
         engine._train_schedule = lambda: _Schedule(engine, before_forward, before_update, self._left_out)

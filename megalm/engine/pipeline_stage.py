@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from megalm.engine.deepspeed_patches import prints_to_log
 from megalm.model.attention import DocumentMask, document_mask
-from megalm.model.layer_factory import annotate_shard, shard_of
+from megalm.model.layer_factory import VocabularyOutput, annotate_shard, shard_of
 from megalm.model.modules import DropoutClock
 from megalm.model.transformer import LanguageModelHead, StageBuilder
 from megalm.topology import Topology
@@ -166,6 +166,11 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
         for layer in self.forward_funcs:
             if isinstance(layer, BlockLayer):
                 layer.block.compile_graphs()
+
+    @property
+    def output(self) -> VocabularyOutput | None:
+        """From hidden states to the loss, on the last stage."""
+        return self._heads[0].output if self._heads else None
 
     def part_of_model(self) -> nn.Module:
         """Return this rank's modules under their paths in `LanguageModel`: `named_parameters` gives canonical names."""

@@ -44,7 +44,7 @@ class ZeroEngine(EngineBase):
             # Where no input of a block has a gradient, its hooks would run before its backward pass, not after it.
             lowest = lowest_block(context.shape, frozen_parameters(context.shape, train.parameter_groups))
             model.gradient_down_to = lowest if lowest > 0 else None
-        super().__init__(model, model, context)
+        super().__init__(model, model, context, model.head.output)
         if context.run.deepspeed["zero_optimization"].get("offload_param"):
             for parameter in model.parameters():
                 gather = parameter.all_gather_coalesced  # type: ignore[attr-defined]
@@ -71,11 +71,13 @@ class ZeroEngine(EngineBase):
         self._state.release_buffers()
         self._set_learning_rate(learning_rate)
         self._accumulate(len(batch.micro_batches))
+        self._by_dataset.begin(batch)
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
         scale = self._data.size / batch.divisor
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
+            self._by_dataset.of(micro_batch.datasets)
             self._clock.step, self._clock.micro_batch = step, index * self._data.size + self._data.index
             with self._unreduced() if self._whole_gradients and index < last else contextlib.nullcontext():
                 with self._phase("forward"):
@@ -84,6 +86,7 @@ class ZeroEngine(EngineBase):
                     engine.backward(loss_sum * scale, scale_wrt_gas=False)
             total += loss_sum.detach()
             if index == last:
+                self._by_dataset.of(None)
                 self._arm_check(total, batch.divisor)
             with self._phase("update"):
                 engine.step()

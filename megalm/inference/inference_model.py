@@ -18,6 +18,7 @@ from torch import Tensor
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import MANIFEST, Manifest, read_manifest, shape_of
 from megalm.data.sampling.batch_loader import MicroBatch
+from megalm.data.sampling.samples import PackingKind
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
 from megalm.errors import CheckpointError, DataError
 from megalm.huggingface.import_model import find_tokenizer, manifest_facts
@@ -47,6 +48,10 @@ class CheckpointFacts:
     def document_mask(self) -> bool:
         """Whether attention was confined to one document, so that no document follows an end-of-document token."""
         return bool(self.manifest.data.get("data.document_mask", False))
+
+    @property
+    def packing(self) -> PackingKind:
+        return "best_fit" if self.manifest.data.get("data.packing") == "best_fit" else "stream"
 
     @property
     def run_folder(self) -> Path | None:

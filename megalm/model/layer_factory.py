@@ -30,10 +30,14 @@ class VocabularyOutput:
 
     Args:
         compiled: the loss of a chunk runs compiled; its matrix products do not need it.
+
+    Attributes:
+        observe: takes the losses [N] of each token in training, 0 where there is no target.
     """
 
     def __init__(self, compiled: bool = False) -> None:
         self.chunk = torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss
+        self.observe: Callable[[Tensor], None] | None = None
 
     def whole(self, hidden: Tensor) -> Tensor:
         """The residual stream, of which a rank may hold a slice, as [B, T, H], which `loss` and `logits` take."""
@@ -41,7 +45,7 @@ class VocabularyOutput:
 
     def loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int) -> Tensor:
         """[N, H], [V, H], [N] -> fp32 sum over the labels that are not IGNORE; whole logits never exist at once."""
-        return linear_cross_entropy(hidden, weight, labels, chunk_tokens, self.chunk)
+        return linear_cross_entropy(hidden, weight, labels, chunk_tokens, self.chunk, self.observe)
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """[..., H], [V, H] -> [..., V]."""

@@ -22,7 +22,10 @@ IGNORE = -100  # the label of a token that no loss counts, as in torch.nn.functi
 
 
 def chunk_loss(logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Loss sum of a chunk [C, V], and with `gradient` its gradient in the logits' type, else the logits."""
+    """Losses [C] of a chunk [C, V], 0 where a label is IGNORE; with `gradient` that of their sum in the logits' type.
+
+    Without, the logits stand in its place.
+    """
     valid = (labels != IGNORE).unsqueeze(1)
     targets = labels.clamp(min=0).unsqueeze(1)
     # Exponentials are taken once, for their sum and for the gradient: a log-softmax takes them twice.
@@ -31,15 +34,20 @@ def chunk_loss(logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, 
     target = shifted.gather(1, targets)
     exponentials = shifted.exp_()
     total = exponentials.sum(-1, keepdim=True)
-    loss = ((total.log() - target) * valid).sum()
+    losses = ((total.log() - target) * valid).squeeze(1)
     if not gradient:
-        return loss, logits
+        return losses, logits
     gradients = exponentials.mul_(valid / total).to(logits.dtype)
-    return loss, gradients.scatter_(1, targets, ((target.exp() / total - 1) * valid).to(logits.dtype))
+    return losses, gradients.scatter_(1, targets, ((target.exp() / total - 1) * valid).to(logits.dtype))
 
 
 def linear_cross_entropy(
-    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, chunk: ChunkLoss = chunk_loss
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    chunk_tokens: int,
+    chunk: ChunkLoss = chunk_loss,
+    observe: Callable[[Tensor], None] | None = None,
 ) -> Tensor:
     """Sum of cross-entropies of `hidden @ weight.T` against `labels`.
 
@@ -49,33 +57,46 @@ def linear_cross_entropy(
         labels: [N] int64 in [0, V) or IGNORE.
         chunk_tokens: C, the number of tokens whose logits are held at once.
         chunk: `chunk_loss`, compiled or not.
+        observe: takes the losses [N] of a forward pass that has gradients.
 
     Returns:
         fp32 scalar, a sum: divide by the number of labels of the *global* batch.
     """
     if torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, chunk)  # type: ignore[no-untyped-call]  # torch: untyped
-    parts = [chunk(hidden[rows] @ weight.t(), labels[rows], False)[0] for rows in _chunks(len(hidden), chunk_tokens)]
+        return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, chunk, observe)  # type: ignore[no-untyped-call]  # torch: untyped
+    parts = [
+        chunk(hidden[rows] @ weight.t(), labels[rows], False)[0].sum() for rows in _chunks(len(hidden), chunk_tokens)
+    ]
     return torch.stack(parts).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, chunk_tokens: int, chunk: ChunkLoss
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        chunk_tokens: int,
+        chunk: ChunkLoss,
+        observe: Callable[[Tensor], None] | None,
     ) -> Tensor:
+        parts = []
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         # Summed over chunks in fp32: in bf16 each further chunk would lose low bits.
         wide = torch.promote_types(weight.dtype, torch.float32)
         weight_grad = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
         for rows in _chunks(len(hidden), chunk_tokens):
-            loss, logits_grad = chunk(hidden[rows] @ weight.t(), labels[rows], True)
-            total += loss
+            losses, logits_grad = chunk(hidden[rows] @ weight.t(), labels[rows], True)
+            total += losses.sum()
+            parts.append(losses)
             if hidden_grad is not None:
                 torch.mm(logits_grad, weight, out=hidden_grad[rows])
             if weight_grad is not None:
                 _add_product(weight_grad, logits_grad.t(), hidden[rows])
+        if observe is not None:
+            observe(torch.cat(parts))
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return total
@@ -89,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (
             None if hidden_grad is None else hidden_grad * scale.to(hidden_grad.dtype),
             None if weight_grad is None else weight_grad.mul_(scale).to(ctx.weight_dtype),
-            *(None, None, None),
+            *(None, None, None, None),
         )
 
 

@@ -47,6 +47,7 @@ class VocabParallelOutput(VocabularyOutput):
 
     def __init__(self, vocab_size: int, stream: ReplicatedResidual, compiled: bool) -> None:
         self.chunk = self._chunk
+        self.observe = None
         self._vocab_size = vocab_size
         self._stream = stream
         self._group = stream.group
@@ -75,10 +76,10 @@ class VocabParallelOutput(VocabularyOutput):
         exponentials, sums = self._exponentials(logits, maxima, local, held)
         denominators, targets = collectives.sum_over(sums, self._group)
         valid = labels != IGNORE
-        loss = ((denominators.log() - targets) * valid).sum()
+        losses = (denominators.log() - targets) * valid
         if not gradient:
-            return loss, logits
-        return loss, self._gradient(exponentials, denominators, local, held, valid).to(logits.dtype)
+            return losses, logits
+        return losses, self._gradient(exponentials, denominators, local, held, valid).to(logits.dtype)
 
 
 def _local(tokens: Tensor, part: DimRange) -> tuple[Tensor, Tensor]:

@@ -118,7 +118,7 @@ def _without_data(loaded: LoadedConfig) -> LoadedConfig:
     """Return the configuration without names of files, which need not be on this machine."""
     data = loaded.config.data
     stages = tuple(stage.model_copy(update={"blend": ()}) for stage in data.stages if stage.sequence_length)
-    kept = DataSection(sequence_length=data.sequence_length, stages=stages, document_mask=data.document_mask)
+    kept = DataSection(sequence_length=data.sequence_length, stages=stages, document_mask=data.masks_documents)
     # A recipe or a tokenizer may decide the vocabulary, on which nothing here depends.
     return replace(loaded, config=loaded.config.model_copy(update={"data": kept}))
 
@@ -204,9 +204,9 @@ def _small_config(own: ResolvedRun) -> RunConfig:
 def _small_data(data: DataSection) -> DataSection:
     """Return a sequence length that doubles right after the save, if the run's changes."""
     if len(set(data.sequence_lengths)) == 1:
-        return DataSection(sequence_length=_LENGTH, document_mask=data.document_mask)
+        return DataSection(sequence_length=_LENGTH, document_mask=data.masks_documents)
     stages = (DataStage(from_step=3, sequence_length=_LENGTH),)
-    return DataSection(sequence_length=_LENGTH // 2, stages=stages, document_mask=data.document_mask)
+    return DataSection(sequence_length=_LENGTH // 2, stages=stages, document_mask=data.masks_documents)
 
 
 def _small_accumulation(own: ResolvedRun) -> int:

@@ -17,7 +17,7 @@ import torch
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
 from megalm.data.sampling.batch_loader import BatchLoader
-from megalm.data.sampling.samples import IGNORE_INDEX
+from megalm.data.sampling.samples import IGNORE_INDEX, Samples
 from megalm.engine.build import build_engine
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine
@@ -32,7 +32,7 @@ _LEARNING_RATE = 3e-3
 _SHORTEST, _LONGEST = 3, 20  # documents
 
 
-class SyntheticSamples:
+class SyntheticSamples(Samples):
     """Documents with structure to learn, of many lengths; a document's last token has no target.
 
     So the ranks' micro-batches differ in their number of targets.
@@ -143,7 +143,7 @@ def _start(
     shape: ModelConfig,
     initial_weights: bool = True,
 ) -> tuple[Engine, BatchLoader]:
-    samples = SyntheticSamples(run.config.data.sample_length, run.config.data.document_mask)
+    samples = SyntheticSamples(run.config.data.sample_length, run.config.data.masks_documents)
     loader = BatchLoader(samples, batch_layout(run, run.topology.coordinate(comm.rank).data))
     return build_engine(run, shape, device, comm, initial_weights=initial_weights), loader
 

@@ -339,7 +339,7 @@ def memory_case(
     """Return the facts that the memory estimate needs."""
     settings = ds.settings
     # Without flash attention; `fused_attention` has the rule, and a GPU has it where it has bf16.
-    dense_mask = config.model.attention_dropout > 0 and config.data.document_mask
+    dense_mask = config.model.attention_dropout > 0 and config.data.masks_documents
     repeats_keys = device.kind == "cuda" and (dense_mask or precision == "fp32" or not device.bf16)
     sizes = _gathered_sizes(ds, shape, topology)
     return MemoryCase(
@@ -359,7 +359,7 @@ def memory_case(
         offload_activations=config.train.offload_activations,
         embedding_weight_decay=config.train.embedding_weight_decay,
         parameter_groups=config.train.parameter_groups,
-        document_mask=config.data.document_mask,
+        document_mask=config.data.masks_documents,
         on_cpu=device.kind == "cpu",
         checkpoint_copy=config.checkpoint.asynchronous,
         sequence_parallel=config.parallel.sequence,

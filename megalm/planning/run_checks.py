@@ -335,6 +335,22 @@ def stride_makes_samples(case: CheckContext) -> None:
         )
 
 
+def packing_has_no_overlap(case: CheckContext) -> None:
+    data = case.config.data
+    if data.packing == "stream":
+        return
+    if len(set(data.sequence_lengths)) > 1:
+        raise ConfigError(
+            f"data.stages with sequence_length cut samples into parts, and documents that data.packing={data.packing} "
+            "keeps whole; give all stages one length, or data.packing=stream"
+        )
+    if data.stride not in (None, data.sample_length):
+        raise ConfigError(
+            f"data.stride={data.stride} makes windows of a stream overlap, and data.packing={data.packing} has none; "
+            "remove one of them"
+        )
+
+
 def megatron_order_is_plain(case: CheckContext) -> None:
     data = case.config.data
     if data.order != "megatron":
@@ -342,6 +358,7 @@ def megatron_order_is_plain(case: CheckContext) -> None:
     for given, does in (
         (len(data.blends) > 1 or not isinstance(data.train, str | None), "mixes datasets"),
         (data.stride not in (None, data.sample_length), f"has data.stride={data.stride}"),
+        (data.packing != "stream", f"has data.packing={data.packing}"),
     ):
         if given:
             raise ConfigError(
@@ -699,6 +716,7 @@ RULES: tuple[Rule, ...] = (
     stages_follow_each_other,
     lengths_divide_samples,
     stride_makes_samples,
+    packing_has_no_overlap,
     megatron_order_is_plain,
     input_belongs_to_one_dataset,
     one_source_of_validation,

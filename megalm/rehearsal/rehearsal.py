@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megalm.data.sampling.batch_loader import BatchLoader
+from megalm.data.sampling.samples import Samples
 from megalm.engine.build import build_engine
 from megalm.engine.device import pin_batch
 from megalm.engine.distributed import DistributedCommunicator, start_distributed
@@ -54,7 +55,7 @@ class AgreeingCommunicator(DistributedCommunicator):
         return [value * (self.size if operation == dist.ReduceOp.SUM else 1) for value in values]
 
 
-class ZeroSamples:
+class ZeroSamples(Samples):
     """Samples of token 0, without a dataset."""
 
     def __init__(self, length: int, document_mask: bool) -> None:
@@ -141,7 +142,7 @@ def _join(case: RehearsalCase, local: int) -> None:
 def _train(case: RehearsalCase, engine: Engine, record: _Recorder) -> bool:
     """Train and evaluate; return whether the last step's update was applied."""
     run = case.run
-    samples = ZeroSamples(run.config.data.sample_length, run.config.data.document_mask)
+    samples = ZeroSamples(run.config.data.sample_length, run.config.data.masks_documents)
     with BatchLoader(samples, batch_layout(run, run.topology.coordinate(case.rank).data), pin_batch) as batches:
 
         def step(number: int) -> StepResult:

@@ -13,7 +13,7 @@ from itertools import compress
 import numpy as np
 import numpy.typing as npt
 
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, Columns, Row, RowBatch, live_rows
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, LOSS_OF, Columns, Row, RowBatch, live_rows
 
 Numbers = npt.NDArray[np.float64]
 
@@ -42,7 +42,7 @@ class History:
     """The metrics of a run.
 
     Attributes:
-        train: name -> [N]; NaN if a row lacks the number or has NaN.
+        train: name -> [N], also of each loss by dataset (LOSS_OF); NaN if a row lacks the number or has NaN.
         live: [N] whether the row counts; false if a resume, a rollback or another start has withdrawn it.
         evaluations: validation rows that count.
         events: all events.
@@ -61,6 +61,11 @@ class History:
     def wall_seconds(self) -> float | None:
         return None if self.last_time is None else sum(self.seconds.values())
 
+    @property
+    def datasets(self) -> list[str]:
+        """The datasets whose training losses are known."""
+        return sorted(name.removeprefix(LOSS_OF) for name in self.train if name.startswith(LOSS_OF))
+
     def column(self, name: str) -> Numbers:
         """Return a column of the rows that count."""
         return self.train[name][self.live]
@@ -76,11 +81,10 @@ def read_history(batches: Iterable[RowBatch]) -> History:
     for batch in batches:
         trains = np.array([row["kind"] == "train" for row in batch.rows], dtype=np.bool_)
         places = np.flatnonzero(~trains).tolist()
-        found = _numbers(
-            batch.train if batch.train is not None else list(compress(batch.rows, trains)),
-            int(trains.sum()),
-            (*COLUMNS, "time"),
-        )
+        rows = batch.train if batch.train is not None else list(compress(batch.rows, trains))
+        for name in _dataset_columns(rows) - columns.keys():
+            columns[name] = [np.full(count, math.nan)]
+        found = _numbers(rows, int(trains.sum()), (*columns, "time"))
         rest = [batch.rows[place] for place in places]
         for name, parts in columns.items():
             parts.append(found[name])
@@ -102,6 +106,11 @@ def read_history(batches: Iterable[RowBatch]) -> History:
         [row for row in others if row["kind"] == "event"],
         *clock.result(),
     )
+
+
+def _dataset_columns(rows: Sequence[Row] | Columns) -> set[str]:
+    keys = rows if isinstance(rows, dict) else dict.fromkeys(key for row in rows for key in row)
+    return {key for key in keys if key.startswith(LOSS_OF)}
 
 
 def _numbers(rows: Sequence[Row] | Columns, count: int, names: Iterable[str]) -> dict[str, Numbers]:

@@ -4,7 +4,9 @@ Rows have `kind` and `time` (unix seconds), and by kind:
 
 - `train`: step, tokens, samples (number of the next one), loss, lr, grad_norm, loss_scale, tokens_per_second,
   step_seconds, mfu, memory_bytes (peak of rank 0), attempt; with wall_clock_breakdown also rank 0's forward_seconds,
-  backward_seconds and update_seconds, and in a pipeline those of each other instruction (SendActivation_seconds)
+  backward_seconds and update_seconds, and in a pipeline those of each other instruction (SendActivation_seconds); in a
+  mixture loss_of_NAME of each dataset, nats per target of its samples in this step, null without one: weighted by their
+  targets they add up to loss
 - `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and if known
   bits_per_byte, and loss_stderr, the standard error of the loss by the choice of the samples)
 - `event`: event = start | resume | checkpoint | copied | spike | skip | rollback | signal | wall_time | early_stop |
@@ -54,6 +56,7 @@ Row = dict[str, Any]
 Columns = dict[str, npt.NDArray[np.float64]]
 
 METRICS_FILE = "metrics.jsonl"
+LOSS_OF = "loss_of_"  # begins the columns of the training loss by dataset
 
 ATTEMPT_EVENTS = ("start", "resume", "rollback")  # each begins one
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}

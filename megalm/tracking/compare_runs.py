@@ -14,7 +14,7 @@ import numpy as np
 
 from megalm.runs.evaluations import RecordedEvaluation, read_evaluations
 from megalm.runs.metrics_history import History, Numbers, read_history
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, ReadBatches, Row, read_batches
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, LOSS_OF, METRICS_FILE, ReadBatches, Row, read_batches
 from megalm.runs.run_folder import ENVIRONMENT_FILE, parameter_count, read_mapping
 from megalm.tracking.mlflow_mirror.run_facts import settings
 from megalm.utils.formatting import perplexity_of
@@ -45,6 +45,7 @@ class Results:
         attempts: number of attempts begun, including those of rollbacks.
         scatter: name -> median absolute deviation of a per-step number; for the training loss, over the last tenth of
             the steps.
+        dataset_losses: training loss by dataset of a mixture, the mean over the last tenth of the steps.
         evaluations: name -> main number of the newest checkpoint that `megalm evaluate` has evaluated on it; the name
             has the set, the measure and the number of tokens or questions, so equal names compare.
     """
@@ -66,6 +67,7 @@ class Results:
     wall_seconds: float | None
     attempts: int
     scatter: dict[str, float]
+    dataset_losses: dict[str, float] = field(default_factory=dict)
     evaluations: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -165,6 +167,7 @@ def results(run: RunRecord) -> Results:
     steady, end = math.floor(count * _WARM_UP_SHARE), math.floor(count * (1 - _WARM_UP_SHARE))
     speeds = {name: history.column(name)[steady:] for name in ("tokens_per_second", "step_seconds", "mfu")}
     scatter = {name: _scatter(values) for name, values in {**speeds, "loss": history.column("loss")[end:]}.items()}
+    by_dataset = {name: _mean(history.column(LOSS_OF + name)[end:]) for name in history.datasets}
     return Results(
         parameters=run.parameters,
         steps=_whole(last["step"]),
@@ -183,6 +186,7 @@ def results(run: RunRecord) -> Results:
         wall_seconds=history.wall_seconds,
         attempts=sum(row.get("event") in ATTEMPT_EVENTS for row in history.events),
         scatter={name: value for name, value in scatter.items() if value is not None},
+        dataset_losses={name: loss for name, loss in by_dataset.items() if loss is not None},
         evaluations={one.name: one.value for one in run.evaluations},  # by step: the newest counts
     )
 
@@ -295,6 +299,11 @@ def _whole(value: float | None) -> int | None:
 def _median(values: Numbers) -> float | None:
     numbers = values[np.isfinite(values)]
     return float(np.median(numbers)) if len(numbers) else None
+
+
+def _mean(values: Numbers) -> float | None:
+    numbers = values[np.isfinite(values)]
+    return float(numbers.mean()) if len(numbers) else None
 
 
 def _scatter(values: Numbers) -> float | None:

@@ -299,7 +299,6 @@ def _cut(dataset: IndexedDataset, split: str | None) -> tuple[Range, Range | Non
 
 def _training_samples(config: RunConfig, dataset: IndexedDataset, documents: Range, requested: int) -> TrainingSamples:
     data = config.data
-    large = max(len(dataset), len(dataset.tokens) // (data.stride or data.sample_length)) >= KEPT_ORDERS_FROM
     return TrainingSamples(
         dataset,
         documents,
@@ -307,10 +306,17 @@ def _training_samples(config: RunConfig, dataset: IndexedDataset, documents: Ran
         config.train.seed,
         order=data.order,
         requested_samples=requested,
-        document_mask=data.document_mask,
+        document_mask=data.masks_documents,
         stride=data.stride,
-        cache=_cache(data) / "orders" if large else None,
+        cache=_orders(data, dataset),
+        packing=data.packing,
     )
+
+
+def _orders(data: DataSection, dataset: IndexedDataset) -> Path | None:
+    """Return the folder of a dataset's kept orders; None for one whose order is faster made than read."""
+    samples = len(dataset.tokens) // (data.stride or data.sample_length)
+    return _cache(data) / "orders" if max(len(dataset), samples) >= KEPT_ORDERS_FROM else None
 
 
 def _stages(places: DataPlaces, first_sample_of: Callable[[int], int]) -> list[MixtureStage]:
@@ -332,10 +338,13 @@ def _validation_samples(
     ranges: dict[str, tuple[Range, Range | None]],
 ) -> Iterator[tuple[str, ValidationSamples]]:
     """Yield the configured validation sets, or the held-out part of each training dataset."""
+
+    def samples(dataset: IndexedDataset, documents: Range) -> ValidationSamples:
+        cache = _orders(data, dataset)
+        return ValidationSamples(dataset, documents, data.sample_length, data.masks_documents, data.packing, cache)
+
     for name, prefix in places.validation:
-        dataset = opened[prefix]
-        yield name, ValidationSamples(dataset, (0, len(dataset)), data.sample_length, data.document_mask)
+        yield name, samples(opened[prefix], (0, len(opened[prefix])))
     for prefix, (_, documents) in ranges.items():
         if documents is not None:
-            name = VALIDATION if len(ranges) == 1 else Path(prefix).name
-            yield name, ValidationSamples(opened[prefix], documents, data.sample_length, data.document_mask)
+            yield VALIDATION if len(ranges) == 1 else Path(prefix).name, samples(opened[prefix], documents)

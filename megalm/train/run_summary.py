@@ -44,6 +44,8 @@ def data_rows(run: ResolvedRun, data: RunData) -> list[tuple[str, str]]:
         share = f"{planned.samples / data.samples:.1%} of the samples, " if len(parts) > 1 else ""
         seen = f", each token {planned.repetition:.2f} times" if part.stride < part.sequence_length else ""
         text = f"{share}{planned.epochs:.2f} epochs of {part.tokens_per_epoch:,} tokens{seen}"
+        if part.packing == "best_fit":
+            text += f", packed into {part.samples_per_epoch:,.0f} samples with {part.padding_share:.2%} padding"
         if part.dataset.trained is not None:
             text += f", trained {trained_share(part.trained_per_epoch, part.tokens_per_epoch)}"
         rows.append(("data", f"{planned.prefix}: {text}"))
@@ -93,6 +95,11 @@ def data_warnings(run: ResolvedRun, data: RunData) -> list[str]:
                 "data_tools/merge_datasets.py --dedup minhash removes them"
             )
     for part, planned in zip(data.train.parts, data.train.planned(data.samples), strict=True):
+        if part.dataset.trained is not None and part.packing == "stream":
+            warnings.append(
+                f"{planned.prefix} holds conversations, and data.packing=stream cuts them where a sample ends; "
+                "data.packing=best_fit keeps each whole that fits"
+            )
         overlap = stride_warning(part.tokens_per_epoch, part.sequence_length, part.stride, planned.samples)
         if overlap is not None:
             warnings.append(f"{planned.prefix}: {overlap}")
@@ -178,7 +185,7 @@ def opening_facts(
     frozen = frozen_parameters(shape, rules)
     stored = checkpoint_bytes(shape, rules, run.optimizer.muon is not None, config.train.ema_decay is not None)
     still = sum(math.prod(size) for name, size in shape.parameters().items() if name in frozen)
-    tokens = run.stages.tokens(steps)
+    tokens = run.stages.tokens(steps) - data.train.planned_padding(data.samples)
     overlap = f", tensor groups communicate in {run.tensor_chunks} chunks" if run.tensor_chunks > 1 else ""
     rows = [
         ("device", f"{device}; {run.topology.world_size} rank(s), {threads} thread(s) each"),

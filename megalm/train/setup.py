@@ -451,6 +451,7 @@ def _components(
             flops_per_token, plan.shape, frozen=frozen_parameters(plan.shape, config.train.parameter_groups)
         ),
         peak_flops=peak,
+        datasets=tuple(data.train.names),
     )
 
 

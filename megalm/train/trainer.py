@@ -26,7 +26,7 @@ from megalm.nodes.straggler_watch import StragglerWatch
 from megalm.planning.lr_schedule import rate_at
 from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.metrics_log import MetricsWriter, wall_limit
+from megalm.runs.metrics_log import LOSS_OF, MetricsWriter, wall_limit
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_lock import LostFolder, RunLock
 from megalm.train.console import RunConsole
@@ -62,6 +62,7 @@ class TrainerComponents:
     limits: TimeLimits
     flops_per_token: Callable[[int], float]  # by sequence length
     peak_flops: float  # of all ranks together
+    datasets: tuple[str, ...] = ()  # their names, of a mixture
     diagnostics: StepDiagnostics | None = None  # where the run asks for measurements
     stragglers: StragglerWatch | None = None  # where there are several ranks
 
@@ -87,10 +88,10 @@ class MetricsRecorder:
         if self.parts.metrics is not None:
             self.parts.metrics.row("event", event=name, step=position.step, attempt=position.attempt, **fields)
 
-    def step(self, position: TrainingProgress, result: StepResult, rate: float, seconds: float) -> None:
-        """Record the step that `position` has just reached, which took `seconds`."""
+    def step(self, position: TrainingProgress, result: StepResult, rate: float, tokens: int, seconds: float) -> None:
+        """Record the step that `position` has just reached, which took `seconds` for `tokens`."""
         parts = self.parts
-        tokens_per_second = position.stage.tokens / seconds
+        tokens_per_second = tokens / seconds
         mfu = parts.flops_per_token(position.stage.sequence_length) * tokens_per_second / parts.peak_flops
         if result.skipped:
             self.event(position, "skip", reason="gradient overflow", loss_scale=result.loss_scale)
@@ -112,6 +113,7 @@ class MetricsRecorder:
                 mfu=mfu,
                 memory_bytes=parts.engine.peak_memory_bytes(),
                 attempt=position.attempt,
+                **{LOSS_OF + name: loss for name, loss in zip(parts.datasets, result.dataset_losses, strict=False)},
                 **self._phases(),
             )
         if mfu > 1 and not self._peak_is_reported:
@@ -264,6 +266,7 @@ class Trainer:
             stages = [parts.run.stages.at(step + ahead) for ahead in range(1 + PREFETCHED_BATCHES)]
             batch = parts.batches.batch(position.samples, [(each.samples, each.parts) for each in stages])
         data_seconds = time.perf_counter() - start
+        tokens = stages[0].tokens - batch.padding
         result = parts.engine.train_step(batch, step, rate)
         seconds = time.perf_counter() - start
         if watch is not None:
@@ -275,10 +278,10 @@ class Trainer:
                 self._roll_back()
                 return False
             if verdict.action == "stop":
-                self._stop_at(verdict, result, report)
-        self._advance()
+                self._stop_at(verdict, result, report, tokens)
+        self._advance(tokens)
         with self._phase("logging"):
-            self.record.step(self.position, result, rate, seconds)
+            self.record.step(self.position, result, rate, tokens, seconds)
         if watch is not None:
             for straggler in watch.exchange(step):
                 self.event("straggler", **straggler.fields())
@@ -289,11 +292,11 @@ class Trainer:
         """Mark a phase of the step where a profile may see it."""
         return nullcontext() if self.parts.diagnostics is None else phase_of_step(name)
 
-    def _advance(self) -> None:
+    def _advance(self, tokens: int) -> None:
         position = self.position
         position.step += 1
         position.samples += position.stage.samples
-        position.tokens += position.stage.tokens
+        position.tokens += tokens
         position.evaluation = None
 
     def _report_spike(self, verdict: Verdict, result: StepResult, rate: float) -> Path | None:
@@ -324,7 +327,7 @@ class Trainer:
         parts.reporter.info(f"step {step}: {finding}: {verdict.action}{f'; {report}' if report else ''}")
         return report
 
-    def _stop_at(self, verdict: Verdict, result: StepResult, report: Path | None) -> NoReturn:
+    def _stop_at(self, verdict: Verdict, result: StepResult, report: Path | None, tokens: int) -> NoReturn:
         """End the run; save its state as suspect.
 
         Raises:
@@ -333,7 +336,7 @@ class Trainer:
         step, first = self.position.step + 1, self.position.samples
         end = first + self.position.stage.samples
         if not result.refused:
-            self._advance()
+            self._advance(tokens)
         if self._saved_step != self.position.step:
             self._save("suspect", f"the guard stopped the run at step {step}: {verdict.finding}")
         self._log_completed_saves(wait=True)

@@ -41,9 +41,10 @@ def _case(overrides: tuple[str, ...], micro_batch: int = 2, precision: str = "fp
     return Case("zero1.json", precision, overrides, common | settings)
 
 
+PACKED = ("data.packing=best_fit",)  # a mixture, under a document mask, with padding
 # Under a document mask targets are missing at random places: no two micro-batches have equally many.
 CASES = {
-    "gpt2 masked": _case((*GPT2, "data.document_mask=true")),
+    "gpt2 masked": _case((*GPT2, *PACKED)),
     "gpt2 dropout": _case((*GPT2, *DROPOUT)),
     "gpt2 dropout recomputed": _case((*GPT2, *DROPOUT, "train.checkpoint_activations_every=2", *LONG)),
     "llama masked recomputed": _case((*LLAMA, "data.document_mask=true", "train.recompute=norms")),
@@ -79,7 +80,7 @@ FOUR_RANKS = {
     "pp2 dp2 gpt2": _case((*GPT2, *DROPOUT, "data.document_mask=true")),
     "pp2 dp2 llama": _case(LLAMA),
     "pp2 dp2 bf16": _case(GPT2, precision="bf16"),
-    "pp2 tp2 gpt2": _case((*GPT2, "data.document_mask=true")),
+    "pp2 tp2 gpt2": _case((*GPT2, *PACKED)),
     "pp2 tp2 sequence": _case((*LLAMA, "model.tie_word_embeddings=true", "train.recompute=mlp")),
     "pp4 frozen": _case((*GPT2, *FOUR_LAYERS, frozen("embedding.*", "layers.[013].*", "final_norm.*"))),
     "pp2 tp2 frozen sequence": _case((*LLAMA, frozen("embedding.*", "layers.[01].*", "*.attention.key.*", "*.up.*"))),

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 5
 MODELS = {
-    "gpt2": ("model.style=gpt2", "model.tie_word_embeddings=true", "data.document_mask=true"),
+    "gpt2": ("model.style=gpt2", "model.tie_word_embeddings=true", "data.packing=best_fit"),
     "gpt2 untied": ("model.style=gpt2",),
     # and a batch and a sequence length that grow
     "llama gqa": (

@@ -40,7 +40,7 @@ pytestmark = pytest.mark.distributed
 
 STEPS = 20
 REFERENCE = Case("zero1.json")
-GPT2 = ("model.style=gpt2", "data.document_mask=true")
+GPT2 = ("model.style=gpt2", "data.packing=best_fit")  # a mixture, under a document mask, with padding
 CASES = {
     "zero0": Case("zero1.json", settings={"zero_optimization": {"stage": 0}}),
     "zero1": Case("zero1.json"),

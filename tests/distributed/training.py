@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.trained_tokens import trained_path
 from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
-from megalm.data.sampling.samples import TrainingSamples
+from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
+from megalm.data.sampling.samples import Samples, TrainingSamples
 from megalm.engine.build import build_engine
 from megalm.engine.interface import JudgeUpdate
 from megalm.model.model_config import ModelConfig, build_model_config
@@ -102,13 +104,7 @@ def start(
     rank_folder = folder / f"rank-{comm.rank}"
     rank_folder.mkdir(exist_ok=True)
     run = resolved(case, comm.size, rank_folder, "cuda" if device.type == "cuda" else "cpu")
-    samples = TrainingSamples(
-        IndexedDataset(prefix),
-        (0, 200),
-        run.config.data.sample_length,
-        seed=5,
-        document_mask=run.config.data.document_mask,
-    )
+    samples = training_samples(run, IndexedDataset(prefix))
     batch, data_rank = run.batch, run.topology.coordinate(comm.rank).data
     layout = BatchLayout(batch.global_batch, batch.micro_batch, data_rank, batch.data_parallel)
     loader = BatchLoader(samples, layout)
@@ -116,9 +112,22 @@ def start(
     return engine, run, loader
 
 
+def training_samples(run: ResolvedRun, dataset: IndexedDataset) -> Samples:
+    """All documents; with best-fit packing a mixture of two parts of them, twice as much of the first."""
+    data = run.config.data
+    make = partial(TrainingSamples, dataset, sequence_length=data.sample_length, seed=5)
+    if data.packing == "stream":
+        return make((0, 200), document_mask=data.masks_documents)
+    parts = [make(part, document_mask=data.masks_documents, packing="best_fit") for part in ((0, 120), (120, 200))]
+    return BlendedSamples(parts, [MixtureStage(0, (2, 1))])
+
+
 def steps(engine: Any, run: ResolvedRun, loader: BatchLoader, first: int, last: int) -> Trace:
-    """Optimizer steps first..last (counted from 1), and the state after them."""
-    losses, norms = [], []
+    """Optimizer steps first..last (counted from 1), and the state after them.
+
+    Of a mixture the losses by dataset follow on those of the steps.
+    """
+    losses, norms, by_dataset = [], [], []
     for step in range(first, last + 1):
         stage = run.stages.at(step)
         batch = loader.batch(run.stages.samples(step - 1), [(stage.samples, stage.parts)])
@@ -126,7 +135,13 @@ def steps(engine: Any, run: ResolvedRun, loader: BatchLoader, first: int, last: 
         assert not result.skipped, step
         losses.append(result.loss)
         norms.append(result.grad_norm)
-    return Trace(losses, norms, snapshot(engine))
+        assert len(result.dataset_losses) == len(batch.dataset_targets)
+        if batch.dataset_targets:
+            own = [loss or 0.0 for loss in result.dataset_losses]
+            mean = np.dot(own, batch.dataset_targets) / batch.target_count
+            np.testing.assert_allclose(mean, result.loss, rtol=1e-6)
+            by_dataset += own
+    return Trace(losses + by_dataset, norms, snapshot(engine))
 
 
 def train_cases(

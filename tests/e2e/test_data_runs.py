@@ -6,13 +6,17 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megalm.data.builder.builder import build_files
+from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.train.step_lookup import samples_of_step
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import ROOT, Finished, finish, pretrain, rows, train_rows, write_json
 
@@ -89,6 +93,16 @@ def test_the_mixture_and_its_repetition_are_told(story: Story) -> None:
     assert re.search(r"data +from step 7: code 100\.0%\n", story.second.stdout)
 
 
+def test_the_training_loss_by_dataset(story: Story) -> None:
+    found = train_rows(story.folder)
+    assert all({"loss_of_web", "loss_of_code"} <= row.keys() for row in found)
+    assert [row["loss_of_web"] is None for row in found] == [row["step"] >= 7 for row in found]
+    for row in found[6:]:
+        assert row["loss_of_code"] == pytest.approx(row["loss"], rel=1e-6)
+    for row in found[:6]:  # every sample has as many targets
+        assert 0.75 * row["loss_of_web"] + 0.25 * row["loss_of_code"] == pytest.approx(row["loss"], rel=1e-6)
+
+
 def test_each_validation_set_has_rows_and_the_total_counts(story: Story) -> None:
     found = [row for row in rows(story.folder) if row["kind"] == "eval" and row["step"] == 4]
     assert [row["dataset"] for row in found] == ["held", "seen", "validation"]
@@ -129,6 +143,28 @@ def test_the_documents_of_any_step(story: Story) -> None:
     assert {(sample, dataset) for sample, dataset, *_ in later} == {(sample, "code") for sample in range(112, 128)}
     last = pieces(story.folder, 10)
     assert {(sample, dataset) for sample, dataset, *_ in last} == {(sample, "code") for sample in range(136, 144)}
+
+
+def test_packed_documents_are_whole_also_at_another_length(story: Story, small_data: SmallData, tmp_path: Path) -> None:
+    own = ("run.name=packed", f"data.train={story.folder / 'web'}", f"data.tokenizer={small_data.tokenizer}")
+    own = (*own, "data.packing=best_fit", "data.split=95,5", "schedule.warmup_steps=0")
+    for steps, length in ((2, 64), (4, 96)):
+        resume = ("--resume", "auto") if steps == 4 else ()
+        words = small_data.changed(*own, f"train.steps={steps}", f"data.sequence_length={length}", *resume)
+        finished = finish(tmp_path, pretrain(*words))
+        assert finished.code == 0, finished.explain()
+        assert re.search(r"data +.*web: .* samples with \d\.\d\d% padding\n", finished.stdout)
+    folder, seen = tmp_path / "runs" / "packed", Counter[tuple[int, int]]()
+    lengths = IndexedDataset(story.folder / "web").sequence_lengths
+    found = [samples_of_step(folder, step) for step in range(1, 5)]
+    for number, read in enumerate(found):
+        for piece in read.pieces:
+            rest = lengths[piece.document] - piece.first
+            assert number >= 2 or piece.end - piece.first in (65, rest), "to its document's end, or a full sample"
+            seen.update((piece.document, token) for token in range(piece.first + 1, piece.end))
+    assert set(seen.values()) == {1}, "no label twice"
+    labels = [sum(piece.end - piece.first for piece in read.pieces) - 16 for read in found]
+    assert [row["tokens"] for row in train_rows(tmp_path)] == np.cumsum(labels).tolist(), "without padding"
 
 
 def test_what_is_consumed_may_not_change(story: Story, small_data: SmallData) -> None:

@@ -21,10 +21,12 @@ from megalm.data.indexed.token_counts import Tell, count_tokens, no_tell
 from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.readers.input_files import sha256_of
 from megalm.data.readers.losses import Losses
+from megalm.data.sampling.packing import expected_padding
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 
 HASHED_DOCUMENTS = 4096
+PACKED_LENGTHS = (1024, 4096)  # sequence lengths for which to tell the padding of best-fit packing
 RECORDED = (
     "text_bytes",
     "empty_documents",
@@ -38,8 +40,13 @@ RECORDED = (
 MARKS = "«", "»"  # around what is trained of a conversation
 
 
-def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str, str]:
+def describe(
+    prefix: str | Path, tokenizer: Tokenizer | None = None, packed_lengths: Sequence[int] = PACKED_LENGTHS
+) -> dict[str, str]:
     """Return name -> value of the facts in the index and PREFIX.json, without reading the tokens.
+
+    Args:
+        packed_lengths: sequence lengths for which to tell the padding of best-fit packing.
 
     Raises:
         DataError: the dataset cannot be opened, or was built with another tokenizer than `tokenizer`.
@@ -56,6 +63,7 @@ def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str
     }
     if len(lengths):
         facts["tokens per sequence"] = f"{lengths.min():,} to {lengths.max():,}, median {np.median(lengths):,.0f}"
+        facts["best-fit packing"] = packed_padding(dataset, packed_lengths)
     check_trained(dataset)
     if dataset.trained is not None:
         facts["trained tokens"] = trained_share(dataset.trained.count(), len(dataset.tokens))
@@ -76,6 +84,16 @@ def describe(prefix: str | Path, tokenizer: Tokenizer | None = None) -> dict[str
         if lost := Losses.from_report(sidecar.get("losses", {})).lines():
             facts["unreadable input"] = "; ".join(lost)
     return facts
+
+
+def packed_padding(dataset: IndexedDataset, sequence_lengths: Sequence[int] = PACKED_LENGTHS) -> str:
+    """Return a phrase on what data.packing=best_fit costs and cuts at these lengths."""
+    lengths = dataset.sequence_lengths
+    shares = [(length, expected_padding(lengths, length), np.mean(lengths > length + 1)) for length in sequence_lengths]
+    return "; ".join(
+        f"at {length:,} tokens {padding:.2%} padding, {longer:.1%} of the documents are longer"
+        for length, padding, longer in shares
+    )
 
 
 def _recorded_eod(recorded: dict[str, Any], tokenizer: Tokenizer | None) -> str:

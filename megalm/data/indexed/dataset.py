@@ -119,6 +119,12 @@ class IndexedDataset:
         start = int(self.sequence_pointers[index]) // self.dtype.itemsize
         return range(start, start + int(self.sequence_lengths[index]))
 
+    def begins_sequence(self, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+        """Return [n] whether the tokens at these positions of `tokens` are the first of their sequence."""
+        offsets = positions * self.dtype.itemsize
+        last = np.searchsorted(self.sequence_pointers, offsets, side="right") - 1
+        return np.asarray(self.sequence_pointers[last] == offsets)
+
     def read(self, positions: npt.NDArray[np.int64] | range) -> npt.NDArray[np.int64]:
         """Return the tokens at these positions of `tokens`.
 

@@ -25,11 +25,15 @@ PREFETCHED_BATCHES = 2
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """tokens, labels: int64 [b, T], IGNORE_INDEX where a label is not a target; documents: int32 [b, T], if masked."""
+    """tokens, labels: int64 [b, T], IGNORE_INDEX where a label is not a target; documents: int32 [b, T], if masked.
+
+    datasets: int64 [b], the number of each sample's dataset in a mixture of several.
+    """
 
     tokens: npt.NDArray[np.int64]
     labels: npt.NDArray[np.int64]
     documents: npt.NDArray[np.int32] | None
+    datasets: npt.NDArray[np.int64] | None = None
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,15 @@ class GlobalBatch:
         target_count: number of target labels in the complete global batch, over all ranks, known before any forward
             pass.
         sample_range: [first, end) of the samples in the complete global batch.
+        padding: number of positions that hold no token, in these samples.
+        dataset_targets: number of targets by dataset, likewise of the complete global batch; () without a mixture.
     """
 
     micro_batches: tuple[MicroBatch, ...]
     target_count: int
     sample_range: tuple[int, int]
+    padding: int = 0
+    dataset_targets: tuple[int, ...] = ()
 
     @property
     def divisor(self) -> int:
@@ -180,8 +188,13 @@ def _assemble(samples: Samples, layout: BatchLayout, first: int, end: int, parts
         _micro_batch(samples, [sample_and_part(offset) for offset in layout.offsets(micro)], end, parts)
         for micro in range(layout.micro_batches)
     )
-    targets = sum(samples.target_count(index) for index in range(first, end))
-    return GlobalBatch(micro_batches, targets, (first, end))
+    targets = [samples.target_count(index) for index in range(first, end)]
+    by_dataset: tuple[int, ...] = ()
+    if samples.dataset_count > 1:
+        datasets = [samples.dataset_of(index) for index in range(first, end)]
+        by_dataset = tuple(np.bincount(datasets, targets, samples.dataset_count).astype(int).tolist())
+    padding = sum(samples.padding(index) for index in range(first, end))
+    return GlobalBatch(micro_batches, sum(targets), (first, end), padding, by_dataset)
 
 
 def _micro_batch(samples: Samples, places: list[tuple[int, int]], end: int, parts: int) -> MicroBatch:
@@ -191,6 +204,7 @@ def _micro_batch(samples: Samples, places: list[tuple[int, int]], end: int, part
     tokens = np.zeros(shape, dtype=np.int64)
     labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     documents = np.zeros(shape, dtype=np.int32) if samples.document_mask else None
+    datasets = np.zeros(len(places), dtype=np.int64) if samples.dataset_count > 1 else None
     read = lru_cache(maxsize=1)(samples.sample)  # parts of a sample follow each other
     numbers = lru_cache(maxsize=1)(samples.documents)
     for row, (index, part) in enumerate(places):
@@ -199,4 +213,6 @@ def _micro_batch(samples: Samples, places: list[tuple[int, int]], end: int, part
             tokens[row], labels[row] = (values[here] for values in read(index))
             if documents is not None:
                 documents[row] = numbers(index)[here]
-    return MicroBatch(tokens, labels, documents)
+            if datasets is not None:
+                datasets[row] = samples.dataset_of(index)
+    return MicroBatch(tokens, labels, documents, datasets)

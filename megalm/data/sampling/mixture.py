@@ -7,17 +7,19 @@ again before its epoch ends. k: sample number, M: datasets.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from megalm.data.sampling.index_cache import ArrayCache, Arrays
 from megalm.data.sampling.sample_order import Int64s
-from megalm.data.sampling.samples import TrainingSamples, hash_of
+from megalm.data.sampling.samples import Samples, TrainingSamples, hash_of
 from megalm.errors import ConfigError
 
 BLOCK_SAMPLES = 1 << 16
@@ -68,7 +70,7 @@ def interleave(
     return chosen
 
 
-class BlendedSamples:
+class BlendedSamples(Samples):
     """The samples of a mixture of one or more datasets, with the interface of a single dataset's samples.
 
     Args:
@@ -87,7 +89,7 @@ class BlendedSamples:
         self.sequence_length, self.document_mask = parts[0].sequence_length, parts[0].document_mask
         self.lengths_before: tuple[tuple[int, int], ...] = ()  # (sequence length, its samples) before each change
         self._cache = cache or ArrayCache(None)
-        self._shares = [np.array(stage.weights) / sum(stage.weights) for stage in stages]
+        self._shares = [_sample_shares(stage.weights, parts) for stage in stages]
         used = [np.flatnonzero(share).tolist() for share in self._shares]
         self._alone = [one[0] if len(one) == 1 else None for one in used]  # a stage's dataset, if it has only one
         # Counts [M] at the start of (stage, block) and at the start of each stage, filled on demand.
@@ -120,6 +122,12 @@ class BlendedSamples:
         dataset, number = self.locate(index)
         return self.parts[dataset].target_count(number)
 
+    def padding(self, index: int) -> int:
+        if all(part.packing == "stream" for part in self.parts):
+            return 0
+        dataset, number = self.locate(index)
+        return self.parts[dataset].padding(number)
+
     def consumed(self, samples: int) -> list[DatasetUsage]:
         """Return each dataset's usage in the first `samples`, counted exactly."""
         stage, offset = self._stage_of(samples)
@@ -132,6 +140,29 @@ class BlendedSamples:
         for stage, share, end in zip(self.stages, self._shares, ends, strict=True):
             counts += share * max(0, min(end, samples) - stage.first)
         return self._usage(np.round(counts))
+
+    @property
+    def names(self) -> list[str]:
+        """A short name of each dataset, without two that are equal: the last part of its prefix, or more of it."""
+        prefixes = [Path(part.dataset.prefix).parts for part in self.parts]
+        longest = max(map(len, prefixes))
+        for count in range(1, longest + 1):
+            names = [re.sub(r"[^\w.-]", "_", "_".join(parts[-count:])) for parts in prefixes]
+            if len(set(names)) == len(names):
+                return names
+        return [f"{name}-{number}" for number, name in enumerate(names, start=1)]
+
+    @property
+    def dataset_count(self) -> int:
+        return len(self.parts)
+
+    def dataset_of(self, index: int) -> int:
+        return self.locate(index)[0]
+
+    def planned_padding(self, samples: int) -> int:
+        """Return about how many positions of the first `samples` hold no token."""
+        usage = zip(self.parts, self.planned(samples), strict=True)
+        return round(sum(planned.samples * part.sequence_length * part.padding_share for part, planned in usage))
 
     def recut(self, consumed: int, sequence_length: int) -> BlendedSamples:
         """Return samples of another length that continue after `consumed` of these, mixed by the weights at that point.
@@ -189,7 +220,7 @@ class BlendedSamples:
                 part.dataset.prefix,
                 int(count),
                 int(count) / part.samples_per_epoch,
-                int(count) * part.sequence_length / part.tokens_per_epoch,
+                int(count) / part.samples_per_epoch * (part.sequence_length / part.stride),
             )
             for part, count in zip(self.parts, counts, strict=True)
         ]
@@ -250,6 +281,15 @@ def _mixed_on(shares: npt.NDArray[np.float64], counts: Int64s, block: int, end: 
     for number in range(block, end):
         interleave(shares, number * BLOCK_SAMPLES, counts, BLOCK_SAMPLES)
     return {"counts": counts}
+
+
+def _sample_shares(weights: Sequence[float], parts: Sequence[TrainingSamples]) -> npt.NDArray[np.float64]:
+    """Return the shares of the samples [M] that give these shares of the tokens."""
+    padding = np.array([part.padding_share for part in parts])
+    if not padding.any():
+        return np.array(weights) / sum(weights)
+    samples = np.array(weights) / (1 - padding)
+    return np.asarray(samples / samples.sum())
 
 
 def _check(parts: Sequence[TrainingSamples], stages: Sequence[MixtureStage]) -> None:

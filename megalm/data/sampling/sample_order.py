@@ -205,7 +205,7 @@ class PrefixStableStream:
 
     def _shuffled_documents(self, epoch: int) -> DocumentTable:
         def make() -> Arrays:
-            order = _permutation(_random_state(self._seed, epoch, 0), self._range[1] - self._range[0])
+            order = permutation(random_state(self._seed, epoch, 0), self._range[1] - self._range[0])
             order = (order + self._range[0]).astype(order.dtype)
             return {"documents": order, "starts": document_starts(self._dataset, order)}
 
@@ -216,8 +216,8 @@ class PrefixStableStream:
     def _shuffled_samples(self, epoch: int) -> npt.NDArray[np.integer]:
         count = self.first_sample(epoch + 1) - self.first_sample(epoch)
         facts = (ORDER_VERSION, "samples", count, self._seed, epoch)
-        state = _random_state(self._seed, epoch, 1)
-        return self._cache.get(facts, lambda: {"samples": _permutation(state, count)})["samples"]
+        state = random_state(self._seed, epoch, 1)
+        return self._cache.get(facts, lambda: {"samples": permutation(state, count)})["samples"]
 
 
 class RecutStream:
@@ -242,7 +242,7 @@ class RecutStream:
         counts = (ends - begins) // length
         inside = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
         starts = np.repeat(begins, counts) + inside * length
-        self._starts: Int64s = starts[_permutation(_random_state(seed, rest.epoch, 2), len(starts))]
+        self._starts: Int64s = starts[permutation(random_state(seed, rest.epoch, 2), len(starts))]
         self._end = self._first_after * length
         self.skipped_tokens = int((ends - begins - counts * length).sum()) + max(0, self._end - rest.end)
         self.repeated_tokens = max(0, rest.end - self._end)
@@ -291,13 +291,13 @@ class MegatronStream:
         return Place(*self._table.locate(int(self._shuffle[index]) * self._length, self._length + 1))
 
 
-def _permutation(state: np.random.RandomState, count: int) -> npt.NDArray[np.integer]:
+def permutation(state: np.random.RandomState, count: int) -> npt.NDArray[np.integer]:
     """Return [count] the result of `state.permutation(count)`, in half the memory."""
     order: npt.NDArray[np.integer] = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
     state.shuffle(order)
     return order
 
 
-def _random_state(seed: int, epoch: int, purpose: int) -> np.random.RandomState:
+def random_state(seed: int, epoch: int, purpose: int) -> np.random.RandomState:
     words = [seed & 0xFFFFFFFF, seed >> 32, epoch, purpose]
     return np.random.RandomState(np.array(words, dtype=np.uint32))

@@ -2,11 +2,13 @@
 
 Legend: L sequence length, T tokens of one epoch, n any number of tokens. A sample reads L + 1 tokens: L inputs
 and, shifted by one, L labels; adjacent samples share one token, so that every token is a label.
-Samples are cut from the dataset's *sequences*; megalm's datasets have one sequence per document.
+Samples are cut from the dataset's *sequences*; megalm's datasets have one sequence per document. With best-fit packing
+(packing.py) a sample reads at most L + 1 tokens instead, of whole documents where these fit, and is padded.
 """
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -21,6 +23,7 @@ from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.metadata import check_trained
 from megalm.data.indexed.trained_tokens import Bools
 from megalm.data.sampling.index_cache import ArrayCache
+from megalm.data.sampling.packing import PackedStream, Packing, pack_documents
 from megalm.data.sampling.sample_order import (
     DocumentTable,
     Int64s,
@@ -34,6 +37,7 @@ from megalm.errors import ConfigError, DataError
 
 IGNORE_INDEX = -100  # a label that is not a target
 Order = Literal["prefix_stable", "megatron"]
+PackingKind = Literal["stream", "best_fit"]
 Number = TypeVar("Number", bound=np.generic)
 
 
@@ -51,6 +55,18 @@ class Samples(Protocol):
 
     def target_count(self, index: int) -> int:
         """Return the sample's number of target labels, without reading tokens."""
+
+    def padding(self, index: int) -> int:
+        """Return the number of the sample's positions that hold no token."""
+        return 0
+
+    @property
+    def dataset_count(self) -> int:
+        return 1
+
+    def dataset_of(self, index: int) -> int:
+        """Return the number of the dataset that the sample comes from."""
+        return 0
 
 
 def split_documents(number_of_sequences: int, weights: Sequence[float]) -> list[Range]:
@@ -70,14 +86,19 @@ def split_documents(number_of_sequences: int, weights: Sequence[float]) -> list[
     return list(pairwise(bounds))
 
 
-class _Windows(ABC):
+class _Windows(Samples, ABC):
     """Samples as runs of a dataset's tokens; short ones are padded with token 0 and labels IGNORE_INDEX."""
 
     def __init__(
-        self, dataset: IndexedDataset, document_range: Range, sequence_length: int, document_mask: bool
+        self,
+        dataset: IndexedDataset,
+        document_range: Range,
+        sequence_length: int,
+        document_mask: bool,
+        packing: PackingKind,
     ) -> None:
         self.dataset, self.document_range, self.sequence_length = dataset, document_range, sequence_length
-        self.document_mask = document_mask
+        self.document_mask, self.packing = document_mask, packing
         self.tokens_per_epoch = int(dataset.sequence_lengths[slice(*document_range)].sum(dtype=np.int64))
         if self.tokens_per_epoch < 2:
             raise DataError(
@@ -112,19 +133,27 @@ class _Windows(ABC):
     def target_count(self, index: int) -> int:
         if self.all_are_targets:
             return self._label_count(index)
+        if self.document_mask and self.dataset.trained is None and (packed := self._packed(index)) is not None:
+            packing, number = packed
+            return packing.size(number) - packing.piece_count(number)
         return int(np.count_nonzero(self._targets(self.place(index))))
 
     @property
     def all_are_targets(self) -> bool:
         """Whether every label is a target, so that their number is known without a sample's place."""
-        return not self.document_mask and self.dataset.trained is None
+        return not self.document_mask and self.dataset.trained is None and self.packing == "stream"
 
     def _targets(self, place: Place) -> Bools:
         """Return [n - 1] whether each label is a target."""
         targets = np.ones(len(place.positions) - 1, dtype=np.bool_)
         if self.dataset.trained is not None:
             targets &= self.dataset.trained.at(place.positions[1:])
-        return targets & ~_starts(place) if self.document_mask else targets
+        if self.document_mask:
+            targets &= ~_starts(place)
+        elif self.packing == "best_fit":  # the rest of a document begins with a label of the sample before it
+            joints = np.flatnonzero(_starts(place))
+            targets[joints] &= self.dataset.begins_sequence(place.positions[joints + 1])
+        return targets
 
     def _count_trained(self) -> int:
         start, end = self.document_range
@@ -133,7 +162,16 @@ class _Windows(ABC):
         return self.dataset.trained.count(first, self.dataset.sequence_positions(end - 1).stop)
 
     def _label_count(self, index: int) -> int:
-        return self.sequence_length
+        """Return how many of the sample's positions hold a token."""
+        packed = self._packed(index)
+        return self.sequence_length if packed is None else packed[0].size(packed[1]) - 1
+
+    def padding(self, index: int) -> int:
+        return self.sequence_length - self._label_count(index)
+
+    def _packed(self, index: int) -> tuple[Packing, int] | None:
+        """Return the packing that a sample comes from, and its number there; None for a window of a stream."""
+        return None
 
     def _padded(self, row: npt.NDArray[Number], value: int) -> npt.NDArray[Number]:
         missing = self.sequence_length - len(row)
@@ -150,6 +188,9 @@ class TrainingSamples(_Windows):
 
     megatron: Megatron-LM's order for `requested_samples`; it changes with that number.
 
+    packing="best_fit": the samples of one packing, shuffled anew each epoch. It depends on the seed only, so the first
+    samples never depend on the number requested. Every token but the first of a document is a label once per epoch.
+
     Args:
         stride: tokens from the start of one sample to that of the next; default L. Less makes samples overlap, and
             every token is then seen L / stride times per epoch (see `stride_warning`).
@@ -157,7 +198,7 @@ class TrainingSamples(_Windows):
 
     Raises:
         DataError: the range has too few tokens for one sample.
-        ConfigError: megatron without `requested_samples`, or with a stride.
+        ConfigError: megatron without `requested_samples`, or with a stride; best-fit packing with one of these.
     """
 
     def __init__(
@@ -171,8 +212,9 @@ class TrainingSamples(_Windows):
         document_mask: bool = False,
         stride: int | None = None,
         cache: Path | None = None,
+        packing: PackingKind = "stream",
     ) -> None:
-        super().__init__(dataset, document_range, sequence_length, document_mask)
+        super().__init__(dataset, document_range, sequence_length, document_mask, packing)
         self.stride = sequence_length if stride is None else stride
         if not 0 < self.stride <= sequence_length or (order == "megatron" and self.stride != sequence_length):
             raise ConfigError(
@@ -180,8 +222,16 @@ class TrainingSamples(_Windows):
                 "data.order=megatron allows only data.sequence_length"
             )
         self._seed, self._cache = seed, cache
-        self._stream: PrefixStableStream | RecutStream | MegatronStream
-        if order == "megatron":
+        self._stream: PrefixStableStream | RecutStream | MegatronStream | PackedStream
+        if packing == "best_fit":
+            if order == "megatron" or self.stride != sequence_length:
+                raise ConfigError(
+                    "data.packing=best_fit cuts no document that fits a sample: it has no data.stride and no "
+                    "data.order=megatron"
+                )
+            whole = pack_documents(dataset, document_range, sequence_length, seed, ArrayCache(cache))
+            self._stream = PackedStream(whole, seed, ArrayCache(cache))
+        elif order == "megatron":
             if requested_samples is None:
                 raise ConfigError("data.order=megatron: its order depends on the number of samples, which is missing")
             self._stream = MegatronStream(
@@ -194,7 +244,9 @@ class TrainingSamples(_Windows):
         dataset.expect_random_reads()
         requested = requested_samples if order == "megatron" else None
         facts = [dataset.fingerprint, document_range, sequence_length, seed, order, requested]
-        self.fingerprint = hash_of(*facts, *([] if stride in (None, sequence_length) else [stride]), "v1")
+        facts += [] if stride in (None, sequence_length) else [stride]
+        facts += [] if packing == "stream" else [packing]
+        self.fingerprint = hash_of(*facts, "v1")
 
     def recut(self, consumed: int, sequence_length: int) -> TrainingSamples:
         """Return samples of another length that continue after `consumed` of these, with the rest of the epoch.
@@ -214,9 +266,15 @@ class TrainingSamples(_Windows):
             self._seed,
             document_mask=self.document_mask,
             cache=self._cache,
+            packing=self.packing,
         )
-        assert isinstance(after._stream, PrefixStableStream)
-        after._stream = RecutStream(after._stream, self._stream.rest_of_epoch(consumed), sequence_length, self._seed)
+        if isinstance(self._stream, PackedStream):
+            assert isinstance(after._stream, PackedStream)
+            after._stream = self._stream.recut(consumed, after._stream.whole, sequence_length)
+        else:
+            assert isinstance(after._stream, PrefixStableStream)
+            rest = self._stream.rest_of_epoch(consumed)
+            after._stream = RecutStream(after._stream, rest, sequence_length, self._seed)
         after.fingerprint = hash_of(self.fingerprint, "recut", consumed, sequence_length)
         return after
 
@@ -228,20 +286,34 @@ class TrainingSamples(_Windows):
 
     @property
     def samples_per_epoch(self) -> float:
-        return self.tokens_per_epoch / self.stride
+        return self.tokens_per_epoch / self.stride if self.whole is None else len(self.whole)
+
+    @property
+    def padding_share(self) -> float:
+        """The part of the positions of an epoch's samples that holds no token, 0 to 1."""
+        return 0.0 if self.whole is None else self.whole.padding_share
+
+    @property
+    def whole(self) -> Packing | None:
+        """The packing of an epoch."""
+        return self._stream.whole if isinstance(self._stream, PackedStream) else None
 
     def epoch_of(self, index: int) -> int:
         """Return the number of complete epochs that the samples before `index` have used."""
-        return index * self.stride // self.tokens_per_epoch
+        return index * self.stride // self.tokens_per_epoch if self.whole is None else index // len(self.whole)
 
     def place(self, index: int) -> Place:
         return self._stream.place(index)
+
+    def _packed(self, index: int) -> tuple[Packing, int] | None:
+        return self._stream.locate(index) if isinstance(self._stream, PackedStream) else None
 
 
 class ValidationSamples(_Windows):
     """Fixed consecutive windows over a range of sequences, in file order; the last one is padded.
 
-    Every token but the first is a target once (except, with `document_mask`, the first of each document).
+    Every token but the first is a target once (except, with `document_mask`, the first of each document). With best-fit
+    packing the samples of one packing instead.
 
     Raises:
         DataError: the range has fewer than two tokens.
@@ -253,13 +325,23 @@ class ValidationSamples(_Windows):
         document_range: Range,
         sequence_length: int,
         document_mask: bool = False,
-        windows: Int64s | None = None,
+        packing: PackingKind = "stream",
+        cache: Path | None = None,
     ) -> None:
-        super().__init__(dataset, document_range, sequence_length, document_mask)
+        super().__init__(dataset, document_range, sequence_length, document_mask, packing)
         self._table = DocumentTable(dataset, np.arange(*document_range))
-        count = -(-(self.tokens_per_epoch - 1) // sequence_length)
-        self._windows = np.arange(count) if windows is None else windows
-        self.fingerprint = hash_of(dataset.fingerprint, document_range, sequence_length, self._windows.tolist(), "v1")
+        self._packing: Packing | None = None
+        if packing == "best_fit":
+            self._packing = pack_documents(dataset, document_range, sequence_length, None, ArrayCache(cache))
+            count = len(self._packing)
+        else:
+            count = -(-(self.tokens_per_epoch - 1) // sequence_length)
+        self._choose(np.arange(count))
+
+    def _choose(self, windows: Int64s) -> None:
+        self._windows = windows
+        facts = [self.dataset.fingerprint, self.document_range, self.sequence_length, windows.tolist()]
+        self.fingerprint = hash_of(*facts, *([] if self.packing == "stream" else [self.packing]), "v1")
 
     def __len__(self) -> int:
         return len(self._windows)
@@ -268,10 +350,8 @@ class ValidationSamples(_Windows):
         """Return `count` evenly spaced windows, always the same ones; all windows if there are no more."""
         if count >= len(self):
             return self
-        chosen = (2 * np.arange(count) + 1) * len(self) // (2 * count)
-        part = ValidationSamples(
-            self.dataset, self.document_range, self.sequence_length, self.document_mask, self._windows[chosen]
-        )
+        part = copy.copy(self)
+        part._choose(self._windows[(2 * np.arange(count) + 1) * len(self) // (2 * count)])
         if self.dataset.trained is not None and not any(map(part.target_count, range(count))):
             raise DataError(
                 f"{self.dataset.prefix}: no token of the {count} samples that evaluate.max_samples chooses is trained; "
@@ -280,9 +360,16 @@ class ValidationSamples(_Windows):
         return part
 
     def place(self, index: int) -> Place:
+        if self._packing is not None:
+            return self._packing.place(int(self._windows[index]))
         return Place(*self._table.locate(self._first(index), self._label_count(index) + 1))
 
+    def _packed(self, index: int) -> tuple[Packing, int] | None:
+        return None if self._packing is None else (self._packing, int(self._windows[index]))
+
     def _label_count(self, index: int) -> int:
+        if self._packing is not None:
+            return super()._label_count(index)
         return min(self.sequence_length, self.tokens_per_epoch - 1 - self._first(index))
 
     def _first(self, index: int) -> int:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import orjson
 
 from megalm.errors import ConfigError, MegalmError
-from megalm.runs.metrics_log import METRICS_FILE, Row, plain, read_metrics
+from megalm.runs.metrics_log import LOSS_OF, METRICS_FILE, Row, plain, read_metrics
 from megalm.tracking.mlflow_mirror import run_facts
 from megalm.tracking.mlflow_mirror.description import description
 from megalm.tracking.mlflow_mirror.sink import FAILED, FINISHED, KILLED, RUNNING, Sink, TakeBack, milliseconds
@@ -366,5 +366,5 @@ def metrics_of(row: Row) -> list[MetricValue]:
 
 def _section(row: Row, name: str) -> str:
     if row["kind"] == "train":
-        return _SECTIONS.get(name, _SECTION_OF_THE_REST)
+        return "train" if name.startswith(LOSS_OF) else _SECTIONS.get(name, _SECTION_OF_THE_REST)
     return "eval" if row.get("dataset") in (None, "validation") else f"eval/{Path(str(row['dataset'])).name}"

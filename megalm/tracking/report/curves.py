@@ -10,7 +10,7 @@ from itertools import groupby
 import numpy as np
 
 from megalm.runs.metrics_history import History, Numbers
-from megalm.runs.metrics_log import Row
+from megalm.runs.metrics_log import LOSS_OF, Row
 from megalm.tracking.compare_runs import TOTAL
 from megalm.tracking.report.svg_chart import Chart, Point, Scale, label, running_median, thinned
 
@@ -67,7 +67,11 @@ def charts(history: History) -> list[Chart]:
     others = [row for row in history.events if row.get("event") in MARKED] + history.evaluations
     last = max([float(steps.max(initial=0.0)), *(float(event_step(row)) for row in others)])
     across = Scale(0.0, max(1.0, last))
-    found = [_loss_chart(history, across), *(_chart(history, curve, across) for curve in _CURVES)]
+    found = [
+        _loss_chart(history, across),
+        _datasets_chart(history, across),
+        *(_chart(history, curve, across) for curve in _CURVES),
+    ]
     shown = [chart for chart in found if chart is not None]
     ticks = _x_ticks(history, across)
     for chart in shown:
@@ -99,6 +103,31 @@ def _loss_chart(history: History, across: Scale) -> Chart | None:
         chart.legend.append((f"line {look}", "validation" if name == TOTAL else f"validation on {name}"))
     chart.notes = _above(step, loss, up)
     return chart
+
+
+def _datasets_chart(history: History, across: Scale) -> Chart | None:
+    """Return the chart of the training loss by dataset, as running medians; None without a mixture."""
+    curves = {name: curve for name in history.datasets if (curve := _dataset_curve(history, name))}
+    shown = dict(list(curves.items())[:_MOST_SETS])
+    up = robust_scale(np.empty(0), np.empty(0), list(shown.values()))
+    if up is None:
+        return None
+    chart = Chart("Loss by dataset", "nats per token", across, up)
+    for number, (name, curve) in enumerate(shown.items()):
+        chart.draw([curve], f"set-{number}")
+        chart.legend.append((f"line set-{number}", f"training on {name}, running median"))
+    if len(curves) > len(shown):
+        chart.notes = [f"{len(curves) - len(shown)} more are in metrics.jsonl."]
+    return chart
+
+
+def _dataset_curve(history: History, name: str) -> list[Point]:
+    """Return (step, loss): running medians, or each step of a short run."""
+    step, loss = history.column("step"), history.column(LOSS_OF + name)
+    at, values = running_median(step, loss, _MEDIAN_POINTS)
+    if not len(at):
+        at, values = step[np.isfinite(loss)], loss[np.isfinite(loss)]
+    return list(zip(at.tolist(), values.tolist(), strict=True))
 
 
 def _chart(history: History, curve: _Curve, across: Scale) -> Chart | None:

@@ -49,7 +49,8 @@ def identity_of(run: ResolvedRun, shape: ModelConfig, identity: DataIdentity, co
         "data.split": data.split,
         "data.stride": None if data.stride == data.sample_length else data.stride,
         "data.order": data.order,
-        "data.document_mask": data.document_mask,
+        "data.packing": data.packing,
+        "data.document_mask": data.masks_documents,
         "train.seed": run.config.train.seed,
         "data.mixture": identity.samples.mixture(consumed),
     }
@@ -62,12 +63,16 @@ _FINAL_SHARE = 0.1
 _ITEMS = {
     "data.order": "order",
     "data.stride": "order",
+    "data.packing": "order",
     "data.document_mask": "order",
     "train.seed": "order",
     "order": "order",
     "dataset": "dataset",
     "tokenizer": "tokenizer",
 }
+
+# What checkpoints of earlier releases do not state.
+_UNSTATED = {"data.packing": "stream"}
 
 # Compared elsewhere: samples can be cut to another length, and the order's fingerprint covers the mixture.
 _COMPARED_ELSEWHERE = ("data.sequence_length", "data.mixture")
@@ -197,7 +202,7 @@ def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> d
     sections = {"model": then.model, "data": then.data, "fingerprints": then.fingerprints.model_dump()}
     for section, stored in sections.items():
         for name, value in now[section].items():
-            was = stored.get(name)
+            was = stored.get(name, _UNSTATED.get(name))
             if was == value or name in _COMPARED_ELSEWHERE or _may_grow(name, then, now):
                 continue
             thing = "model" if section == "model" else _ITEMS.get(name, "dataset")

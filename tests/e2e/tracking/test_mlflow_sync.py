@@ -338,7 +338,9 @@ def test_more_rows_than_one_request_takes(run_dir: Path) -> None:
 
 def test_odd_names_and_values_do_not_stop_the_rest(run_dir: Path) -> None:
     with MetricsWriter(run_dir / "metrics.jsonl") as writer:
-        writer.row("train", step=1, loss=math.nan, grad_norm=math.inf, note="text", flag=True, **{"a%b": 1.0})
+        writer.row(
+            "train", step=1, loss=math.nan, grad_norm=math.inf, note="text", flag=True, **{"a%b": 1.0}, loss_of_web=2.5
+        )
         writer.row("eval", step=1, loss=2.0, dataset="/data/news é")
         writer.row("event", event="skip", step=1, count=3)
     sent = sync(run_dir)
@@ -347,7 +349,9 @@ def test_odd_names_and_values_do_not_stop_the_rest(run_dir: Path) -> None:
     assert metrics["train/optimizer/grad_norm"] > 1e300
     assert metrics["train/speed/a_b"] == 1.0
     assert metrics["eval/news _/loss"] == 2.0
-    assert set(metrics) == {"train/loss", "train/optimizer/grad_norm", "train/speed/a_b", "eval/news _/loss"}
+    assert metrics["train/loss_of_web"] == 2.5
+    own = {"train/loss", "train/loss_of_web", "train/optimizer/grad_norm"}
+    assert set(metrics) == own | {"train/speed/a_b", "eval/news _/loss"}
 
 
 def test_validation_sets_of_one_run_are_series_of_their_own(run_dir: Path) -> None:

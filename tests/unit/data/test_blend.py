@@ -32,6 +32,18 @@ def parts(make_dataset: MakeDataset) -> list[TrainingSamples]:
     return [TrainingSamples(make_dataset(row), (0, len(row)), 10, seed=7) for row in lengths]
 
 
+def test_datasets_have_short_names_of_their_own(make_dataset: MakeDataset, tmp_path: Path) -> None:
+    def names(*prefixes: str) -> list[str]:
+        parts = [TrainingSamples(make_dataset([20 + number]), (0, 1), 10, seed=7) for number in range(len(prefixes))]
+        for part, prefix in zip(parts, prefixes, strict=True):
+            part.dataset.prefix = prefix
+        return BlendedSamples(parts, [MixtureStage(0, (1,) * len(parts))]).names
+
+    assert names("data/web", "data/my code") == ["web", "my_code"]
+    assert names("/a/web", "/b/web") == ["a_web", "b_web"]
+    assert names("a b", "a_b") == ["a_b-1", "a_b-2"]
+
+
 def test_the_furthest_behind_is_next() -> None:
     """By hand, for weights 1/2, 1/3, 1/6: w * max(k, 1) - count, the first one on ties."""
     counts = np.zeros(3, dtype=np.int64)

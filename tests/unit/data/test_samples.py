@@ -200,7 +200,7 @@ def test_cached_orders_are_the_same_and_mend_themselves(make_dataset: MakeDatase
 def test_permutations_are_numpy_s_own() -> None:
     """Half the memory, the same numbers: a change breaks every run that is resumed."""
     for count in (1, 2, 1000):
-        ours = sample_order._permutation(np.random.RandomState(3), count)
+        ours = sample_order.permutation(np.random.RandomState(3), count)
         assert ours.tolist() == np.random.RandomState(3).permutation(count).tolist()
 
 

@@ -91,6 +91,22 @@ def test_results_are_the_last_the_best_and_the_median(tmp_path: Path) -> None:
     assert (found.mfu, found.wall_seconds) == (0.25, 100.0)
 
 
+def test_losses_by_dataset_are_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [write_run(tmp_path, name, 1e-3, 8, [3.0] * 4) for name in ("a", "b")]
+    for folder, loss in zip(folders, (2.0, 1.5), strict=True):
+        more = {"kind": "train", "tokens": 320, "loss": 3.0, "attempt": 1, "time": 1050.0}
+        append(folder, {**more, "step": 5, "loss_of_web": loss, "loss_of_code": None})
+    assert [results(read_run(folder)).dataset_losses for folder in folders] == [{"web": 2.0}, {"web": 1.5}]
+    with pytest.raises(SystemExit):
+        main(["compare", *map(str, folders), "--plot", str(tmp_path / "plot.png")])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "on web" in line)
+    assert_names(line, "2.0000", "1.5000")
+    with pytest.raises(SystemExit):
+        main(["compare", *map(str, folders), "--json"])
+    found = json.loads(capsys.readouterr().out)["runs"]
+    assert [run["results"]["final_train_loss_of_web"] for run in found] == [2.0, 1.5]
+
+
 def test_a_resume_takes_back_rows_and_its_pause_is_no_wall_time(tmp_path: Path) -> None:
     folder = write_run(tmp_path, "a", 1e-3, 8, [5.0, 4.0, 1.0, 0.5])
     again = {"kind": "train", "step": 3, "tokens": 192, "loss": 3.0, "attempt": 2}

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_runs import history_of
 
-from megalm.runs.metrics_history import CHECKPOINTS, REST, TRAINING, VALIDATION
-from megalm.runs.metrics_log import live_rows
+from megalm.runs.metrics_history import CHECKPOINTS, REST, TRAINING, VALIDATION, read_history
+from megalm.runs.metrics_log import RowBatch, live_rows
 
 STEPS = st.integers(0, 8)
 ROWS = st.one_of(
@@ -39,6 +40,17 @@ def test_numbers_that_are_none_or_missing_are_nan() -> None:
     train = history_of([row]).train
     assert train["loss"].tolist() == [math.inf]
     assert all(math.isnan(train[name][0]) for name in ("grad_norm", "memory_bytes", "lr"))
+
+
+def test_losses_by_dataset_are_columns_from_their_first_row_on() -> None:
+    rows = [{"kind": "train", "step": step, "loss": 3.0} for step in range(1, 4)]
+    rows[1]["loss_of_web"] = 2.5
+    rows[2] |= {"loss_of_web": None, "loss_of_code": 1.5}
+    for history in (history_of(rows), read_history(RowBatch([row]) for row in rows)):
+        assert history.datasets == ["code", "web"]
+        np.testing.assert_array_equal(history.column("loss_of_web"), [math.nan, 2.5, math.nan])
+        np.testing.assert_array_equal(history.column("loss_of_code"), [math.nan, math.nan, 1.5])
+    assert history_of(rows[:1]).datasets == []
 
 
 def test_each_second_goes_to_one_kind_of_work_and_pauses_to_none() -> None:

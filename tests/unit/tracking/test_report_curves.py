@@ -120,6 +120,21 @@ def test_only_what_was_recorded_has_a_chart() -> None:
     assert [chart.name for chart in charts(history_of([validation(5, 3.0)]))] == ["Loss"]
 
 
+@pytest.mark.parametrize("steps", [4, 40])
+def test_losses_by_dataset_are_lines_of_their_own_chart(steps: int) -> None:
+    names = [f"d{number}" for number in range(7)]
+    mixed = [
+        train_row(step, 3.0, **{f"loss_of_{name}": number + 1 / step for number, name in enumerate(names)})
+        for step in range(1, steps + 1)
+    ]
+    (chart,) = (chart for chart in charts(history_of(mixed)) if chart.name == "Loss by dataset")
+    assert len(chart.lines) == len(chart.legend) == 5
+    assert_names(chart.legend[1][1], "d1")
+    assert_names(chart.notes[0], 2, "metrics.jsonl")
+    plain = charts(history_of([train_row(step, 3.0) for step in range(1, steps + 1)]))
+    assert "Loss by dataset" not in [chart.name for chart in plain]
+
+
 def test_a_validation_set_of_another_level_is_in_the_frame() -> None:
     rows = [train_row(step, 3.0 + step % 2 / 10) for step in range(1, 200)]
     (loss, *_) = charts(history_of([*rows, validation(199, 8.0, dataset="hard"), validation(199, 3.1)]))

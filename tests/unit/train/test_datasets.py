@@ -17,9 +17,11 @@ from megalm.config.loading import SAVED_CONFIG, config_to_yaml, load_run_config
 from megalm.data.builder.builder import BuildOptions, build_files
 from megalm.data.indexed import foreign_checks
 from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.trained_tokens import trained_path
 from megalm.data.indexed.writer import IndexedDatasetWriter
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from megalm.errors import ConfigError, DataError
+from megalm.model.model_config import build_model_config
 from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.planning.run_plan import make_plan
 from megalm.train.datasets import (
@@ -30,7 +32,7 @@ from megalm.train.datasets import (
     rebuild_data,
     validation_loaders,
 )
-from megalm.train.resume.compatibility import DataIdentity, incompatibilities
+from megalm.train.resume.compatibility import DataIdentity, identity_of, incompatibilities
 from megalm.train.run_summary import data_rows, data_warnings, planned_data
 from tests.messages import assert_names
 from tests.unit.data.test_build_files import ENDS, chat_json
@@ -222,6 +224,43 @@ def test_a_stride_reaches_the_samples_and_is_told_loudly(tmp_path: Path) -> None
     assert len({plain[1].train.order_fingerprint(1), data.train.order_fingerprint(1)}) == 2
     same = opened(*where, "data.stride=1024")[1].train.order_fingerprint(1)
     assert same == plain[1].train.order_fingerprint(1)
+
+
+def test_packing_reaches_all_samples_and_tells_its_padding(web: str, tmp_path: Path) -> None:
+    train, packing = f"data.train={write(tmp_path / 'own', [7] * 600)}", "data.packing=best_fit"
+    run, data = opened(train, packing, "data.split=9,1")
+    assert run.config.data.masks_documents
+    assert (data.train.document_mask, data.train.parts[0].packing) == (True, "best_fit")
+    assert {samples.packing for samples in data.validation.values()} == {"best_fit"}
+    ((_, told),) = data_rows(run, data)
+    assert_names(told, 540, "25.00%")
+    assert planned_data(run)[0] == [("data", told)]
+    off = resolved(train, packing, "data.document_mask=false")
+    assert (off.config.data.masks_documents, resolved(train).config.data.masks_documents) == (False, False)
+    for prefix, marked in ((web, True), (write(tmp_path / "plain", [40] * 60), False)):
+        if marked:
+            trained_path(prefix).write_bytes(b"\x0f" * 300)
+        suggested = [
+            data_warnings(*opened(f"data.train={prefix}", words)) for words in ("data.order=prefix_stable", packing)
+        ]
+        assert [len(warnings) for warnings in suggested] == [marked, 0]
+        if marked:
+            assert_names(suggested[0][0], web, "data.packing=stream", packing)
+
+
+def test_packing_is_part_of_what_a_checkpoint_knows(web: str) -> None:
+    def facts(*words: str) -> dict[str, dict[str, Any]]:
+        run, data = opened(f"data.train={web}", *words)
+        shape = build_model_config(run.config.model, 257, 8)
+        return {**identity_of(run, shape, DataIdentity(data.train, "t"), 100), "model": {}}
+
+    before = facts()
+    del before["data"]["data.packing"]  # as earlier releases
+    then = Manifest.from_json({**before, "step": 5, "files": {}, "tensors": {}})
+    assert incompatibilities(then, facts()) == {}
+    (found,) = incompatibilities(then, facts("data.packing=best_fit")).items()
+    assert found[0] == "order"
+    assert_names(" ".join(found[1]), "data.packing", "stream", "best_fit", "data.document_mask")
 
 
 @pytest.mark.parametrize("blended", [False, True])

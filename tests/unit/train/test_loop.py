@@ -16,6 +16,7 @@ import pytest
 from megalm.checkpoint.checkpointer import Saved
 from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
+from megalm.data.sampling.batch_loader import GlobalBatch
 from megalm.engine.interface import JudgeUpdate, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.planning.lr_schedule import ScheduleSegment
@@ -46,30 +47,32 @@ class Engine:
         self.meanwhile: dict[int, Callable[[], object]] = {}  # what somebody does during a step
         self.applied: list[int] = []  # batches
 
-    def train_step(self, batch: int, step: int, learning_rate: float) -> StepResult:
+    def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
+        number = batch.sample_range[0] // 16 + 1
         self.rates[step] = learning_rate
         self.meanwhile.get(step, lambda: None)()
         if step == self.stop_at:
             self.stop.signal = 15
-        loss = self.losses.get(batch // 16 + 1, 1.0)
+        loss = self.losses.get(number, 1.0)
         verdict = self.judge(loss, 0.5)
         if not math.isfinite(loss):
             verdict = replace(verdict, refuses=True)
         if not verdict.refuses:
-            self.applied.append(batch // 16 + 1)
-        return StepResult(loss, 0.5, 1.0, verdict)
+            self.applied.append(number)
+        return StepResult(loss, 0.5, 1.0, verdict, (None, loss))
 
     def peak_memory_bytes(self) -> int:
         return 1
 
 
 class Batches:
-    def __init__(self) -> None:
+    def __init__(self, padding: int = 0) -> None:
+        self.padding = padding
         self.read: list[tuple[int, int]] = []  # first sample and size
 
-    def batch(self, first_sample: int, sizes: Sequence[tuple[int, int]]) -> int:
+    def batch(self, first_sample: int, sizes: Sequence[tuple[int, int]]) -> GlobalBatch:
         self.read.append((first_sample, sizes[0][0]))
-        return first_sample
+        return GlobalBatch((), 16, (first_sample, first_sample + sizes[0][0]), self.padding)
 
 
 class Evaluator:
@@ -166,7 +169,7 @@ class Story:
         stop = StopRequest(3600)
         guard = SpikeGuard(run.config.guard)
         self.engine = Engine(options.get("losses", {}), stop, options.get("stop_at"), guard.judge)
-        self.checkpoints, self.sampler, self.batches = Checkpoints(), Sampler(), Batches()
+        self.checkpoints, self.sampler, self.batches = Checkpoints(), Sampler(), Batches(options.get("padding", 0))
         self.incidents, self.metrics = Incidents(), folder / "metrics.jsonl"
         position = options.get("position", TrainingProgress(run.stages.at(1)))
         position.schedule = RunSchedule((ScheduleSegment(1, 0, run.schedule),))
@@ -188,12 +191,22 @@ class Story:
                 limits=options.get("limits", TimeLimits()),
                 flops_per_token=lambda length: 1.0,
                 peak_flops=options.get("peak_flops", 1e12),
+                datasets=options.get("datasets", ()),
             ),
             position,
         )
 
     def events(self) -> list[str]:
         return [row["event"] for row in read_metrics(self.metrics) if row["kind"] == "event"]
+
+
+def test_padding_is_no_token_and_a_mixture_has_a_loss_of_each_dataset(tmp_path: Path) -> None:
+    story = Story(tmp_path, padding=96, datasets=("web", "code"), steps=3)
+    assert story.loop.fit() == EXIT_DONE
+    rows = [row for row in read_metrics(story.metrics) if row["kind"] == "train"]
+    assert [row["tokens"] for row in rows] == [4000, 8000, 12000]
+    assert [row["tokens_per_second"] * row["step_seconds"] for row in rows] == pytest.approx([4000] * 3)
+    assert [(row["loss_of_web"], row["loss_of_code"]) for row in rows] == [(None, 1.0)] * 3
 
 
 def test_intervals_and_the_end(tmp_path: Path) -> None:
