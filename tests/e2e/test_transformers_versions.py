@@ -36,7 +36,7 @@ VERSIONS = {
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megalm-tests"
 UNKNOWN_THERE = {"4.46.3": "qwen3"}  # came with 4.51
 MODELS = ("llama-gqa-tied", "qk-norm", "gpt2")
-TEXTS = ["Once", "def f(x):\n    return x  # caf\u00e9\n", " \t 1234567890"]
+TEXTS = ["Once", "def f(x):\n    return x  # na\u00efve\n", " \t 1234567890"]
 TRANSLATION = """
 import contextlib, io, json, re, sys
 import torch, transformers

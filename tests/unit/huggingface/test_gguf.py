@@ -173,7 +173,7 @@ def test_llama_cpp_has_the_same_ids_and_logits(
     _, model = write(name, tmp_path, tokenizer_files[kind])
     theirs = llama_cpp.Llama(str(tmp_path / "out" / GGUF_FILE), n_ctx=40, logits_all=True, verbose=False, n_threads=1)
     lines = list(dict.fromkeys(line for text in source_texts for line in text.split("\n") if line))[:3000]
-    lines += ["caf\u00e9 \U0001f600 \u4e2d\u6587", "   indented\twith tab  ", "=" * 50]
+    lines += ["na\u00efve \U0001f600 \u4e2d\u6587", "   indented\twith tab  ", "=" * 50]
     for line, ids in zip(lines, ours.encode_batch(lines), strict=True):
         assert theirs.tokenize(line.encode(), add_bos=False, special=False) == ids.tolist(), line
     assert theirs.token_eos() == ours.eod_id

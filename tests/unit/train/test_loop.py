@@ -86,6 +86,8 @@ class Evaluator:
 
 
 class Checkpoints:
+    copies = None
+
     def __init__(self) -> None:
         self.saved: list[int] = []
         self.positions: dict[int, TrainingProgress] = {}
