@@ -319,7 +319,7 @@ class EngineBase:
             units = self._state.units_of("momentum_buffer", groups.data.size)
             inner.lay_out(units, groups, is_copied=self._stage == 0)
         self._check.measure = self._state.gradient_squares
-        self._first_counters = self.counters()
+        self._first_counters = self._counters(self._state.optimizer_step())
 
     def fragments(self) -> Iterator[HasFragment]:
         yield from self._state.fragments()
@@ -328,8 +328,11 @@ class EngineBase:
     def counters(self) -> dict[str, Any]:
         # Without ZeRO, a pipeline stage whose parameters are all frozen counts no updates.
         (optimizer_step,) = self._comm.max([float(self._state.optimizer_step())])
+        return self._counters(int(optimizer_step))
+
+    def _counters(self, optimizer_step: int) -> dict[str, Any]:
         return {
-            "optimizer_step": int(optimizer_step),
+            "optimizer_step": optimizer_step,
             "skipped_steps": self._engine.skipped_steps,
             "loss_scaler": self._state.loss_scaler(),
         }

@@ -46,7 +46,14 @@ CONTROL = {
     ("megalm/engine/distributed.py", "DistributedCommunicator.max"): "refusals, measured times",
     ("megalm/engine/distributed.py", "DistributedCommunicator.sum"): "bytes of a validation text, measured speeds",
     ("megalm/engine/distributed.py", "DistributedCommunicator._reduce"): "what `max` and `sum` give the loop",
+    ("megalm/engine/base_engine.py", "EngineBase.counters"): "the updates that a checkpoint counts",
     ("megalm/engine/base_engine.py", "EngineBase.refused_gradients"): "a report",
+    (
+        "megalm/engine/pipeline_engine.py",
+        "PipelineEngine.__init__",
+    ): "which stages send no gradients: only of frozen ones, "
+    "whose cases in test_pipeline_training.py wait forever without",
+    ("megalm/engine/pipeline_engine.py", "PipelineEngine._without_gradients"): "the same",
     (
         "megalm/engine/base_engine.py",
         "UpdateCheck._admits",
