@@ -123,15 +123,13 @@ def test_text_and_choices_of_every_good_checkpoint(folder: Path, small_data: Sma
     assert "just so" in left_out
     told = [line.split() for line in finished.stdout.splitlines() if line[:4].strip() in ("4", "8", "12")]
     assert [line[0] for line in told] == ["4", "12", "4", "12"]
-    assert [next(word for word in line if word in ("text", "q.jsonl")) for line in told] == ["text"] * 2 + [
-        "q.jsonl"
-    ] * 2
+    assert [next(word for word in line if word in ("text", "q")) for line in told] == ["text"] * 2 + ["q"] * 2
     recorded = [json.loads(line) for line in (tmp_path / "runs/mine/evaluations.jsonl").read_text().splitlines()]
     early, answers, late, last_answers = recorded[-4:]
     assert (early["documents"], early["text_bytes"]) == (3, sum(len(text.encode()) for text in texts[:3]))
     assert late["loss"] < early["loss"], "it learns"
     assert late["targets"] == sum(map(len, load_tokenizer(small_data.tokenizer).encode_batch(texts[:3])))
-    assert last_answers["questions"] == len(questions)
+    assert (last_answers["task"], last_answers["questions"]) == ("q", len(questions))
     assert last_answers["accuracy"] > 0.6, "Python's own text is likelier than noise"
     assert answers["step"] == 4
 
