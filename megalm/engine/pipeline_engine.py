@@ -33,6 +33,8 @@ from megalm.engine.base_engine import EngineBase, EngineContext, padded
 from megalm.engine.interface import StepResult
 from megalm.engine.phase_clock import PhaseClock
 from megalm.engine.pipeline_stage import PipelineStage
+from megalm.model.model_config import lowest_block
+from megalm.model.parameter_groups import frozen_parameters
 
 # By default each rank of a tensor group sends a part of the hidden states, assuming that all hold the same. With
 # parallel.sequence they hold different slices.
@@ -57,7 +59,8 @@ class PipelineEngine(EngineBase):
         self._shape: torch.Size | None = None  # of a micro-batch's tokens
         self._clock = model.context.clock
         self._pipeline = context.groups.pipeline
-        self._left_out = self._without_gradients()
+        frozen = frozen_parameters(context.shape, context.run.config.train.parameter_groups)
+        self._left_out = self._without_gradients(lowest_block(context.shape, frozen))
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         model, engine, data = self._model, self._engine, self._data
@@ -110,16 +113,14 @@ class PipelineEngine(EngineBase):
         dist.broadcast(logits, src=self._pipeline.ranks[-1], group=self._pipeline.process_group)
         return logits.cpu().numpy()
 
-    def _without_gradients(self) -> tuple[type[PipeInstruction], ...]:
+    def _without_gradients(self, first_trained: int) -> tuple[type[PipeInstruction], ...]:
         """Return the instructions that nobody needs on this stage: gradients below the lowest parameter that trains.
 
-        Collective in the pipeline.
+        Args:
+            first_trained: the lowest block with a backward pass.
         """
         pipeline, instructions = self._pipeline, self._engine._INSTRUCTION_MAP
-        trains = torch.zeros(pipeline.size, device=self._device)
-        trains[pipeline.index] = any(parameter.requires_grad for parameter in self._model.part_of_model().parameters())
-        dist.all_reduce(trains, group=pipeline.process_group)
-        lowest = int(trains.nonzero()[0])
+        lowest = self._model.stage_of(first_trained)
         if pipeline.index > lowest or lowest == 0:
             return ()
         if pipeline.index < lowest:

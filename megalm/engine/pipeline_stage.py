@@ -9,6 +9,7 @@ come from the `MicroBatchContext`, which the engine sets before each forward pas
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -146,6 +147,7 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
         # module's output, and would clear those already computed for the head.
         layers.append(self._output)
         # Read by _partition_layers, which the base class calls in its constructor.
+        self._blocks = tuple(blocks)
         self._bounds = [0, *(first + sum(blocks[: stage + 1]) for stage in range(len(blocks) - 1)), len(layers)]
         grid = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
         with prints_to_log(), torch.no_grad():  # it broadcasts the tied weight, which autograd would record
@@ -166,6 +168,11 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
         for layer in self.forward_funcs:
             if isinstance(layer, BlockLayer):
                 layer.block.compile_graphs()
+
+    def stage_of(self, block: int) -> int:
+        """Return the stage of a block; the last one for what comes after all blocks."""
+        ends = accumulate(self._blocks)
+        return next((stage for stage, end in enumerate(ends) if block < end), self.num_stages - 1)
 
     @property
     def output(self) -> VocabularyOutput | None:

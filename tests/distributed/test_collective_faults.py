@@ -49,12 +49,6 @@ CONTROL = {
     ("megalm/engine/base_engine.py", "EngineBase.counters"): "the updates that a checkpoint counts",
     ("megalm/engine/base_engine.py", "EngineBase.refused_gradients"): "a report",
     (
-        "megalm/engine/pipeline_engine.py",
-        "PipelineEngine.__init__",
-    ): "which stages send no gradients: only of frozen ones, "
-    "whose cases in test_pipeline_training.py wait forever without",
-    ("megalm/engine/pipeline_engine.py", "PipelineEngine._without_gradients"): "the same",
-    (
         "megalm/engine/base_engine.py",
         "UpdateCheck._admits",
     ): "asks whether any rank refuses; test_update_check.py has that",
