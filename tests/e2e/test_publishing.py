@@ -113,6 +113,7 @@ def test_training_goes_on_from_an_imported_model(folder: Path, small_data: Small
     assert "| starts from | the weights of base, step-00000000 |" in (folder / "second/README.md").read_text()
 
 
+@pytest.mark.slow
 def test_an_import_with_more_tokens_trains_resumes_and_is_exported(folder: Path, small_data: SmallData) -> None:
     added = ["<tool>", "<|user|>"]
     (folder / "more.txt").write_text("\n".join(added))

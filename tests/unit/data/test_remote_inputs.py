@@ -92,6 +92,7 @@ def test_the_dataset_is_that_of_the_same_files_on_a_disk(local: Path, tmp_path: 
     assert s3_server.files_holding(tmp_path, "a-secret-access-key") == []
 
 
+@pytest.mark.slow
 def test_workers_read_by_themselves(local: Path, tmp_path: Path) -> None:
     assert _build([TEXT], tmp_path / "remote", workers=2) == _build([str(local)], tmp_path / "local")
 
