@@ -15,6 +15,7 @@ pytestmark = pytest.mark.e2e
 STEPS = 120_000  # more than the 20 MB from which a file counts as long
 
 
+@pytest.mark.slow
 def test_long_runs_are_compared(tmp_path: Path) -> None:
     for name, loss in (("a", 3.0), ("b", 2.5)):
         (folder := tmp_path / "runs" / name).mkdir(parents=True)

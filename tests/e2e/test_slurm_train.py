@@ -355,6 +355,7 @@ def test_trains_stops_and_goes_on(slurm: SlurmCluster, small_data: SmallData, tm
     assert f"step {stopped}," in log
 
 
+@pytest.mark.slow
 def test_a_requeued_job_goes_on_with_what_it_did(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
     """Its line says to start at step 2, where another attempt has been further already."""
     words = ("train.steps=4", "run.name=mine", "schedule.kind=constant")
