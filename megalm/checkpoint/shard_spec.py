@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 if TYPE_CHECKING:  # planning reads checkpoints without torch
+    from collections.abc import Callable
+
     from torch import Tensor
 
 # The fp32 master, moments of Adam or Muon, a moving average of the master: a parameter has what its optimizer keeps.
@@ -44,6 +46,18 @@ class HasFragment(Protocol):
 
     @property
     def tensor(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class FragmentOnAccess:
+    """A fragment that is read when its tensor is asked for, so that a checkpoint does not hold them all in memory."""
+
+    key: FragmentKey
+    read: Callable[[], Tensor]
+
+    @property
+    def tensor(self) -> Tensor:
+        return self.read()
 
 
 @dataclass(frozen=True)

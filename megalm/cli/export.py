@@ -79,13 +79,14 @@ def command(
     if to is Format.gguf:
         from megalm.gguf.export_gguf import GGUF_FILE, check_gguf, export_gguf, gguf_bytes, gguf_tensors
 
-        note = check_gguf(plan)
+        described = check_gguf(plan)
+        note = described.note
         if dry_run:
             _list({GGUF_FILE: gguf_bytes(plan)}, note)
             return
         verify(reader)
         with ProgressBar("writing", len(gguf_tensors(plan.shape))) as counter:
-            size = export_gguf(plan, title, counter.advance)
+            size = export_gguf(plan, described, title, counter.advance)
     else:
         if dry_run:
             _list(planned_files(plan, largest, title))

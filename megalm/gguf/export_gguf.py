@@ -66,21 +66,23 @@ def gguf_tensors(shape: ModelConfig) -> dict[str, tuple[str, ...]]:
     return found
 
 
-def check_gguf(plan: ExportPlan) -> str:
-    """Check what an export as GGUF needs; return what the user should know of its tokenizer.
+def check_gguf(plan: ExportPlan) -> GGUFTokenizer:
+    """Check what an export as GGUF needs; return its tokenizer.
 
     Raises:
         ConfigError: the package gguf is not installed.
         DataError: llama.cpp would give other ids than the run's tokenizer.
     """
     require_extra("gguf", "--to gguf")
-    return to_gguf(plan.tokenizer, plan.shape.vocab_size).note
+    made = to_gguf(plan.tokenizer, plan.shape.vocab_size)
+    return made if plan.template is None else replace(made, template=plan.template.template)
 
 
-def export_gguf(plan: ExportPlan, name: str, advance: Callable[[], None]) -> int:
+def export_gguf(plan: ExportPlan, tokenizer: GGUFTokenizer, name: str, advance: Callable[[], None]) -> int:
     """Write the plan's target folder with one GGUF file, complete or absent; return the bytes of all tensors.
 
     Args:
+        tokenizer: of `check_gguf`.
         name: of the model.
         advance: called after each tensor is written.
 
@@ -89,9 +91,6 @@ def export_gguf(plan: ExportPlan, name: str, advance: Callable[[], None]) -> int
         ConfigError: the target is no longer free.
         DataError: the disk is full.
     """
-    tokenizer = to_gguf(plan.tokenizer, plan.shape.vocab_size)
-    if plan.template is not None:
-        tokenizer = replace(tokenizer, template=plan.template.template)
 
     def fill(folder: Path) -> int:
         return write_gguf(plan.reader, plan.shape, tokenizer, folder / GGUF_FILE, plan.dtype, name, advance)

@@ -206,12 +206,12 @@ def to_shape(config: Config, ignored: Collection[str] = ()) -> ModelConfig:
             "without it the imported model would be another one"
         )
     config = {key: value for key, value in config.items() if key not in ignored}
-    unknown = [f"{key}={config[key]!r}" for key in _unknown(config, family)]
-    if problems := [*_problems(config, family), *unknown]:
+    unknown = _unknown(config, family)
+    if problems := [*_problems(config, family), *(f"{key}={config[key]!r}" for key in unknown)]:
         offer = " (--ignore-key KEY ignores an unknown key of which you know that it changes nothing)"
         raise DataError(
             f"config.json has settings that megalm's model does not support: {'; '.join(problems)}"
-            f"{offer if any(key not in _DECISIVE for key in _unknown(config, family)) else ''}"
+            f"{offer if any(key not in _DECISIVE for key in unknown) else ''}"
         )
     values: dict[str, Any] = {
         field: default if config.get(key) is None else config[key]

@@ -1,14 +1,38 @@
-"""Watches the process that a helper process belongs to, and ends the helper some time after it."""
+"""Starts a process beside the one that trains; watches from there the one it belongs to, and ends some time later."""
 
 from __future__ import annotations
 
 import os
 import select
+import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import psutil
+
+from megalm.utils.child_process import child_command, child_environment
+
+# It must take nothing of what training computes with.
+_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS")
+
+
+def start_beside(module: str, words: Sequence[str], log_file: Path) -> subprocess.Popen[bytes]:
+    """Start `main` of `module` in a process of one thread and without GPUs, which this process's signals do not reach.
+
+    Its standard input is a pipe: `stdin_is_closed` tells it when this process has closed that, or has ended.
+    """
+    environment = child_environment() | dict.fromkeys(_THREAD_VARIABLES, "1") | {"CUDA_VISIBLE_DEVICES": ""}
+    with open(log_file, "ab") as log:
+        return subprocess.Popen(
+            child_command(module, words),
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
 
 
 class ParentWatch(threading.Thread):

@@ -24,9 +24,8 @@ from megalm.checkpoint.discovery import BEST, Entry, complete_checkpoints, list_
 from megalm.checkpoint.manifest import MANIFEST
 from megalm.checkpoint.retention import Retention
 from megalm.errors import EXIT_DONE, EXIT_FAILED, CheckpointError
-from megalm.utils.child_process import child_command, child_environment
 from megalm.utils.file_lock import take_lock
-from megalm.utils.parent_watch import ParentWatch, stdin_is_closed
+from megalm.utils.parent_watch import ParentWatch, start_beside, stdin_is_closed
 from megalm.utils.progress import ProgressBar, sizes
 from megalm.utils.remote_files import lasting_problem, pause_seconds, short_reason
 from megalm.utils.stop_signals import STOP_SIGNALS
@@ -40,7 +39,6 @@ _STATUS_SECONDS = 1.0  # between two writes of the bytes done
 _RESTART_SECONDS = 60.0
 # How long it keeps copying after its training process has ended.
 AFTER_TRAINING_SECONDS = 600.0
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 
 logger = logging.getLogger(__name__)
 
@@ -231,16 +229,7 @@ def start_copies(request: CopyRequest) -> CopyHandle:
 
 def _start_process(request: CopyRequest) -> subprocess.Popen[bytes]:
     words = [*request.words(), "--parent-pid", str(os.getpid())]
-    environment = child_environment() | dict.fromkeys(_THREAD_VARIABLES, "1") | {"CUDA_VISIBLE_DEVICES": ""}
-    with open(request.run_dir / LOG_FILE, "ab") as log:
-        return subprocess.Popen(
-            child_command(_MODULE, words),
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
+    return start_beside(_MODULE, words, request.run_dir / LOG_FILE)
 
 
 def follow(request: CopyRequest, parent: ParentWatch) -> None:

@@ -7,27 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from megalm.checkpoint.shard_spec import FragmentKey, HasFragment
+from megalm.checkpoint.shard_spec import FragmentKey, FragmentOnAccess, HasFragment
 from megalm.model.layer_factory import ShardedAxis
 from megalm.parallel.process_groups import AxisGroup
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A fragment that is read on access: in low precision its fp32 values are a copy."""
-
-    key: FragmentKey
-    read: Callable[[], Tensor]
-
-    @property
-    def tensor(self) -> Tensor:
-        return self.read()
 
 
 class FrozenWeights:
@@ -55,7 +42,7 @@ class FrozenWeights:
         for name in self._parameters:
             key = self._part(name)
             if self._shards[name].is_owner and key.count:
-                yield _Part(key, partial(self._read, key))
+                yield FragmentOnAccess(key, partial(self._read, key))
 
     @torch.no_grad()
     def load(self, read: Callable[[FragmentKey], Tensor]) -> None:

@@ -18,7 +18,7 @@ import deepspeed.comm as ds_comm
 import torch
 from torch import Tensor, nn
 
-from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, HasFragment
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, FragmentOnAccess, HasFragment
 from megalm.engine.nvme_offload import SwappedStates
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.engine.optimizer.weight_ema import WeightEma
@@ -43,18 +43,6 @@ class OwnedRange:
 
     def key(self, kind: FragmentKind) -> FragmentKey:
         return FragmentKey(self.name, kind, self.shard.shape, self.start, self.stop, self.shard.rectangle)
-
-
-@dataclass(frozen=True)
-class _ReadFragment:
-    """A fragment read on access, so that a checkpoint does not hold them all in memory."""
-
-    key: FragmentKey
-    read: Callable[[], Tensor]
-
-    @property
-    def tensor(self) -> Tensor:
-        return self.read()
 
 
 class OptimizerState:
@@ -105,9 +93,9 @@ class OptimizerState:
                 values = partial(self._values, owned, kind)
                 if self._swapped is not None and self._swapped.holds(flat):
                     is_last = (owned, kind) == own[-1]
-                    yield _ReadFragment(owned.key(kind), partial(self._swapped.read, flat, values, is_last))
+                    yield FragmentOnAccess(owned.key(kind), partial(self._swapped.read, flat, values, is_last))
                 elif self._packed is not None and kind in ("exp_avg", "exp_avg_sq"):
-                    yield _ReadFragment(owned.key(kind), partial(self._packed.read, flat, owned.offset, kind))
+                    yield FragmentOnAccess(owned.key(kind), partial(self._packed.read, flat, owned.offset, kind))
                 else:
                     yield Fragment(owned.key(kind), values())
 

@@ -27,10 +27,9 @@ from megalm.tracking.mlflow_mirror.mlflow_sink import MlflowSink, Sent
 from megalm.tracking.mlflow_mirror.sink import Feed, Sink
 from megalm.tracking.mlflow_mirror.system_metrics import FOLDER, NodeSampler
 from megalm.utils.addresses import hide_credentials
-from megalm.utils.child_process import child_command, child_environment
 from megalm.utils.file_lock import HeldLock, take_lock
 from megalm.utils.formatting import printable
-from megalm.utils.parent_watch import ParentWatch, stdin_is_closed
+from megalm.utils.parent_watch import ParentWatch, start_beside, stdin_is_closed
 from megalm.utils.process_setup import require_extra
 from megalm.utils.stop_signals import STOP_SIGNALS
 
@@ -44,7 +43,6 @@ _LONGEST_BACK_OFF_SECONDS = 30.0
 _DEADLINE_SECONDS = 60.0
 # Slurm sends a job's signals to all its processes; the mirror ignores them, since it must still report the run's end.
 _SIGNALS_OF_THE_JOB = (*STOP_SIGNALS, signal.SIGUSR2)
-_THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ARROW_NUM_THREADS")
 
 logger = logging.getLogger(__name__)
 
@@ -83,19 +81,9 @@ def start_mirror(
     words = [str(run_dir), "--parent-pid", str(os.getpid()), "--since", str(time.time())]
     words += ["--follow"] if feeds_trackers else []
     words += ["--sample-node", str(node)] if system_metrics else []
-    environment = child_environment() | dict.fromkeys(_THREAD_VARIABLES, "1") | {"CUDA_VISIBLE_DEVICES": ""}
     log_file = run_dir / LOG_FILE if feeds_trackers else run_dir / FOLDER / f"node-{node}.log"
     log_file.parent.mkdir(exist_ok=True)
-    with open(log_file, "ab") as log:
-        process = subprocess.Popen(
-            child_command(_MODULE, words),
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    return MirrorHandle(process)
+    return MirrorHandle(start_beside(_MODULE, words, log_file))
 
 
 def sync(run_dir: str | os.PathLike[str], deadline_seconds: float = 30.0) -> Sent:

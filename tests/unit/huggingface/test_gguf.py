@@ -40,8 +40,7 @@ def write(
     checkpoint = save_model(folder / "run" / "checkpoints", shape, model, spec)
     plan = plan_export(CheckpointReader(checkpoint), folder / "out", dtype, None)
     written = []
-    check_gguf(plan)
-    size = export_gguf(plan, "a name", lambda: written.append(1))
+    size = export_gguf(plan, check_gguf(plan), "a name", lambda: written.append(1))
     assert len(written) == len(gguf_tensors(shape))
     assert 0 < (folder / "out" / GGUF_FILE).stat().st_size - size < 200_000
     return shape, model
