@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import threading
+import time
+from collections.abc import Callable
 
 import pytest
 from torch.distributed import TCPStore
@@ -33,8 +35,13 @@ def agent(monkeypatch: pytest.MonkeyPatch) -> TCPStore:
     return store
 
 
-def starts(*ranks: int, limit_seconds: float | None = 30.0, notices: list[str] | None = None) -> dict[int, object]:
-    """What comes of the start of these ranks of four: a meeting or an error each."""
+def starts(
+    *ranks: int,
+    limit_seconds: float | None = 30.0,
+    notices: list[str] | None = None,
+    before_last: Callable[[], None] = lambda: None,
+) -> dict[int, object]:
+    """What comes of the start of these ranks of four, a meeting or an error each; `before_last` runs before the last's."""
     results: dict[int, object] = {}
 
     def start(rank: int) -> None:
@@ -47,6 +54,8 @@ def starts(*ranks: int, limit_seconds: float | None = 30.0, notices: list[str] |
 
     threads = [threading.Thread(target=start, args=(rank,)) for rank in ranks]
     for thread in threads:
+        if thread is threads[-1]:
+            before_last()
         thread.start()
     for thread in threads:
         thread.join(60)
@@ -86,15 +95,20 @@ def test_every_start_counts_whichever_agent_began_it(agent: TCPStore, monkeypatc
 def test_missing_ranks_are_named_again_and_again_and_end_the_job(
     agent: TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rendezvous, "_FIRST_NOTICE_SECONDS", 0.2)
-    monkeypatch.setattr(rendezvous, "_LAST_WORD_SECONDS", 1.0)
+    # A machine without name servers waits five seconds for a name whenever a rank connects: rank 0 starts when the
+    # others have, and the others wait for it longer than that.
+    def others_have_arrived() -> None:
+        while not agent.check(["arrivals"]) or agent.get("arrivals").count(b"\n") < 2:
+            time.sleep(0.01)
+
+    for name, seconds in (("FIRST_NOTICE", 0.1), ("LONGEST_PAUSE", 0.1), ("LAST_WORD", 1.0), ("SPEAKER_LEAD", 30.0)):
+        monkeypatch.setattr(rendezvous, f"_{name}_SECONDS", seconds)
     notices: list[str] = []
-    # A look-up of names, in which a rank may wait for five seconds, is no missing rank.
-    results = starts(0, 1, 2, limit_seconds=8.0, notices=notices)
+    results = starts(1, 2, 0, limit_seconds=8.0, notices=notices, before_last=others_have_arrived)
     assert isinstance(results[0], TrainingError)
     assert_names(results[0], "3 of 4", "rank 3 on n2", "train.start_timeout_seconds", "--exclude=n2")
     assert len(notices) >= 2
-    assert_names(notices[0], "3 of 4", "rank 3 on n2", "train.start_timeout_seconds")
+    assert_names(notices[-1], "3 of 4", "rank 3 on n2", "train.start_timeout_seconds")
     assert isinstance(results[1], OtherRankFailed)
     assert isinstance(results[2], OtherRankFailed), "one rank speaks"
 
