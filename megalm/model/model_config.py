@@ -7,15 +7,49 @@ counts its parameters and memory, and a test compares the two.
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from megalm.config.schema import ModelSection, ModelStyle, Recompute
+from megalm.config.schema import (
+    Activation,
+    LayerChoice,
+    ModelSection,
+    ModelStyle,
+    NormKind,
+    NormPlacement,
+    PositionKind,
+    Recompute,
+    RopeScaling,
+)
+
+# What a style stands for; each setting can be stated beside it.
+STYLES: Mapping[ModelStyle, Mapping[str, Any]] = {
+    "gpt2": {
+        "normalization": "layer_norm",
+        "position_embedding_type": "learned_absolute",
+        "hidden_act": "gelu_pytorch_tanh",
+        "gated_mlp": False,
+        **dict.fromkeys(("qkv_bias", "attention_output_bias", "mlp_bias", "tie_word_embeddings"), True),
+    },
+    "llama": {
+        "normalization": "rms_norm",
+        "position_embedding_type": "rope",
+        "hidden_act": "silu",
+        "gated_mlp": True,
+        **dict.fromkeys(("qkv_bias", "attention_output_bias", "mlp_bias", "tie_word_embeddings"), False),
+    },
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model section with every default resolved."""
+    """The model section with every default resolved.
+
+    Attributes:
+        no_rope_layers: numbers of the layers that do not rotate queries and keys.
+        full_attention_layers: numbers of the layers without the sliding window.
+    """
 
     style: ModelStyle
     vocab_size: int
@@ -27,23 +61,55 @@ class ModelConfig:
     intermediate_size: int
     max_position_embeddings: int
     tie_word_embeddings: bool
-    rope_theta: float
+    normalization: NormKind
+    norm_placement: NormPlacement
     norm_epsilon: float
-    qk_norm: bool
+    norm_zero_centered: bool
+    qk_norm: bool | Literal["whole"]
+    position_embedding_type: PositionKind
+    rope_theta: float
+    rope_local_theta: float | None
+    rope_scaling: RopeScaling | None
+    partial_rotary_factor: float
+    no_rope_layers: tuple[int, ...]
+    sliding_window: int | None
+    full_attention_layers: tuple[int, ...]
+    attention_scale: float | None
+    attn_logit_softcapping: float | None
+    attention_sinks: bool
+    qkv_bias: bool
+    attention_output_bias: bool
+    mlp_bias: bool
+    hidden_act: Activation
+    gated_mlp: bool
+    parallel_residual: bool
+    embedding_scale: float | None
+    final_logit_softcapping: float | None
     dropout: float
     attention_dropout: float
     initializer_range: float
 
+    @property
+    def rotary_dim(self) -> int:
+        """The leading dimensions of a head that rotate."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def rotates(self, layer: int) -> bool:
+        return self.position_embedding_type == "rope" and layer not in self.no_rope_layers
+
+    def window(self, layer: int) -> int | None:
+        """The tokens that a token of this layer attends to, itself included; None: all."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every parameter of the unsharded model, in the model's order."""
-        gpt2 = self.style == "gpt2"
         shapes: dict[str, tuple[int, ...]] = {"embedding.tokens.weight": (self.vocab_size, self.hidden_size)}
-        if gpt2:
+        if self.position_embedding_type == "learned_absolute":
             shapes["embedding.positions.weight"] = (self.max_position_embeddings, self.hidden_size)
+        block = self._block_parameters()
         for layer in range(self.num_hidden_layers):
-            for name, shape in self._block_parameters(bias=gpt2).items():
-                shapes[f"layers.{layer}.{name}"] = shape
-        shapes |= self._norm("final_norm", bias=gpt2)
+            shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
+        shapes |= self._norm("final_norm")
         if not self.tie_word_embeddings:
             shapes["head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
@@ -51,36 +117,35 @@ class ModelConfig:
     def parameter_count(self) -> int:
         return sum(math.prod(shape) for shape in self.parameters().values())
 
-    def _norm(self, name: str, bias: bool) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (self.hidden_size,)}
-        return shapes | ({f"{name}.bias": (self.hidden_size,)} if bias else {})
+    def _norm(self, name: str) -> dict[str, tuple[int, ...]]:
+        kinds = ("weight", "bias") if self.normalization == "layer_norm" else ("weight",)
+        return {f"{name}.{kind}": (self.hidden_size,) for kind in kinds}
 
-    def _block_parameters(self, bias: bool) -> dict[str, tuple[int, ...]]:
+    def _block_parameters(self) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.hidden_size, self.intermediate_size
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
-        linears = {
-            "attention.query": (queries, hidden),
-            "attention.key": (keys, hidden),
-            "attention.value": (keys, hidden),
-            "attention.output": (hidden, queries),
-        }
-        mlp = {"mlp.up": (inner, hidden), "mlp.down": (hidden, inner)}
-        if self.style == "llama":
-            mlp = {"mlp.gate": (inner, hidden), **mlp}
 
-        def with_bias(items: dict[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-            shapes: dict[str, tuple[int, ...]] = {}
-            for name, shape in items.items():
-                shapes[f"{name}.weight"] = shape
-                if bias:
-                    shapes[f"{name}.bias"] = shape[:1]
-            return shapes
+        def linear(name: str, outputs: int, inputs: int, bias: bool) -> dict[str, tuple[int, ...]]:
+            return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
 
-        shapes = self._norm("attention_norm", bias) | with_bias(linears)
+        before, after = self.norm_placement != "post", self.norm_placement != "pre"
+        shapes = self._norm("attention_norm") if before else {}
+        if self.attention_sinks:
+            shapes["attention.sinks"] = (self.num_attention_heads,)
+        shapes |= linear("attention.query", queries, hidden, self.qkv_bias)
+        shapes |= linear("attention.key", keys, hidden, self.qkv_bias)
+        shapes |= linear("attention.value", keys, hidden, self.qkv_bias)
+        shapes |= linear("attention.output", hidden, queries, self.attention_output_bias)
         if self.qk_norm:
-            shapes |= {"attention.query_norm.weight": (self.head_dim,), "attention.key_norm.weight": (self.head_dim,)}
-        return shapes | self._norm("mlp_norm", bias) | with_bias(mlp)
+            widths = (queries, keys) if self.qk_norm == "whole" else (self.head_dim, self.head_dim)
+            shapes |= {f"attention.{name}_norm.weight": (width,) for name, width in zip(("query", "key"), widths)}
+        shapes |= self._norm("attention_output_norm") if after else {}
+        shapes |= self._norm("mlp_norm") if before else {}
+        shapes |= linear("mlp.gate", inner, hidden, self.mlp_bias) if self.gated_mlp else {}
+        shapes |= linear("mlp.up", inner, hidden, self.mlp_bias)
+        shapes |= linear("mlp.down", hidden, inner, self.mlp_bias)
+        return shapes | (self._norm("mlp_output_norm") if after else {})
 
 
 def build_model_config(model: ModelSection, vocab_size: int, sequence_length: int) -> ModelConfig:
@@ -90,18 +155,28 @@ def build_model_config(model: ModelSection, vocab_size: int, sequence_length: in
         vocab_size: the tokenizer's, used where `model.vocab_size` is not set, padded to `model.vocab_multiple`.
         sequence_length: tokens in a sample; the default of `max_position_embeddings`.
     """
-    gpt2 = model.style == "gpt2"
+    of_style = {
+        name: default if (own := getattr(model, name)) is None else own for name, default in STYLES[model.style].items()
+    }
     multiple = model.vocab_multiple or 1
-    swiglu_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
+    gated_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
     resolved = {
         "vocab_size": model.vocab_size or math.ceil(vocab_size / multiple) * multiple,
         "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
         "head_dim": model.head_dim or model.hidden_size // model.num_attention_heads,
-        "intermediate_size": model.intermediate_size or (4 * model.hidden_size if gpt2 else swiglu_size),
+        "intermediate_size": model.intermediate_size or (gated_size if of_style["gated_mlp"] else 4 * model.hidden_size),
         "max_position_embeddings": model.max_position_embeddings or sequence_length,
-        "tie_word_embeddings": gpt2 if model.tie_word_embeddings is None else model.tie_word_embeddings,
+        "rope_scaling": model.rope_scaling,
+        "no_rope_layers": _layers(model.no_rope_layers, model.num_hidden_layers),
+        "full_attention_layers": _layers(model.full_attention_layers, model.num_hidden_layers),
     }
-    return ModelConfig(**model.model_dump(exclude={"vocab_multiple"}) | resolved)
+    return ModelConfig(**model.model_dump(exclude={"vocab_multiple"}) | of_style | resolved)
+
+
+def _layers(choice: LayerChoice | None, count: int) -> tuple[int, ...]:
+    if isinstance(choice, int):
+        return tuple(range(choice - 1, count, choice))
+    return tuple(sorted(choice or ()))
 
 
 def flops_per_token(shape: ModelConfig, sequence_length: int, frozen: Set[str] = frozenset()) -> int:
