@@ -175,7 +175,9 @@ def test_flex_mask_is_the_dense_one(length: int) -> None:
     expected = _with_gradients(
         lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=dense), inputs
     )
-    found = _with_gradients(lambda q, k, v: flex_attention(q, k, v, block_mask=flex_blocks(documents, documents)), inputs)
+    found = _with_gradients(
+        lambda q, k, v: flex_attention(q, k, v, block_mask=flex_blocks(documents, documents)), inputs
+    )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
 
@@ -240,9 +242,7 @@ def test_flex_gradients_equal_the_dense_formula() -> None:
     documents = _documents(300).cuda()
     inputs = [x.cuda() for x in _inputs(300, torch.float32)]
     mask, blocks = _seen(PLAIN, 300, documents.cpu()).cuda(), flex_blocks(documents, documents)
-    expected = _with_gradients(
-        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), inputs
-    )
+    expected = _with_gradients(lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), inputs)
     compiled = torch.compile(flex_attention, dynamic=False)
     found = _with_gradients(lambda q, k, v: compiled(q, k, v, block_mask=blocks), inputs)
     for one, other in zip(found, expected, strict=True):
