@@ -26,6 +26,7 @@ from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
 from megalm.planning.diagnostics import profiled_steps
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
+from megalm.planning.model_checks import MODEL_RULES
 from megalm.planning.training_stages import TrainingStages
 from megalm.rank_environment import JOB_FIELDS
 from megalm.utils.addresses import public_address
@@ -117,7 +118,7 @@ def with_steps(case: CheckContext, stages: TrainingStages, parameters: int) -> t
     return loaded, [notice]
 
 
-# --- run and optimizer groups ----------------------------------------------------------------------------------------------------
+# --- run and optimizer groups ----------------------------------------------------------------------------------------
 
 
 def run_name(case: CheckContext) -> None:
