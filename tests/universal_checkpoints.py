@@ -7,6 +7,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 
@@ -20,7 +22,7 @@ CONFIG: dict[str, Any] = {
     "max_position_embeddings": 64,
 }
 SAVED, STEPS, RATE = "global_step3", 3, 1e-3
-State = dict[str, dict[str, torch.Tensor]]  # kind -> name in transformers -> values
+State = dict[str, dict[str, npt.NDArray[np.float32]]]  # kind -> name in transformers -> values
 
 
 def write_config(folder: Path, vocab_size: int, **changes: Any) -> Path:
@@ -98,7 +100,7 @@ def train_and_save(
             values = {"master": safe_get_full_fp32_param(parameter)}
             values |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in ("exp_avg", "exp_avg_sq")}
             for kind, tensor in values.items():
-                state[kind][name] = tensor.detach().clone()
+                state[kind][name] = tensor.detach().numpy().copy()
         states.append(state)
         if comm.is_main:
             words = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.data.tokenizers.tokenizer import load_tokenizer
@@ -22,8 +22,8 @@ pytest.importorskip("transformers")
 pytestmark = pytest.mark.distributed
 
 CASES = {
-    1: {"zero1-bf16": (1, "bf16"), "zero2": (2, "fp32")},
-    2: {"zero1": (1, "fp32"), "zero2": (2, "fp32"), "zero3": (3, "fp32"), "zero3-bf16": (3, "bf16")},
+    1: {"zero1-bf16": (1, "bf16"), "zero3": (3, "fp32")},
+    2: {"zero1": (1, "fp32"), "zero2": (2, "fp32"), "zero3": (3, "fp32")},
 }
 
 
@@ -44,6 +44,6 @@ def test_weights_moments_and_step_are_deepspeeds_bit_for_bit(ranks: int, tmp_pat
             ((name, size),) = tensor.parts
             for kind in ("master", *MOMENTS):
                 found = reader.read_parameter(name, size, kind)
-                assert torch.equal(found, state[kind][tensor.name].view(size)), (folder.name, name, kind)
+                np.testing.assert_array_equal(found.numpy(), state[kind][tensor.name], f"{folder.name} {name} {kind}")
                 assert found.count_nonzero(), (folder.name, name, kind)
     assert json.loads(config.read_text())["num_key_value_heads"] == made.shape.num_key_value_heads
