@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,13 @@ CONFIG: dict[str, Any] = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+PRECISIONS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16": {"bf16": {"enabled": True}},
+    "fp16": {"fp16": {"enabled": True, "initial_scale_power": 8, "hysteresis": 1}},
+}
 SAVED, STEPS, RATE = "global_step3", 3, 1e-3
+SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 State = dict[str, dict[str, npt.NDArray[np.float32]]]  # kind -> name in transformers -> values
 
 
@@ -41,6 +48,9 @@ def build(config: Path, stage: int, precision: str = "fp32", grouped: bool = Tru
     """
     import deepspeed
     import transformers
+    from deepspeed.accelerator import get_accelerator
+
+    get_accelerator().is_fp16_supported = lambda: True  # on a CPU it is slow, but works
 
     torch.manual_seed(0)
     stated = json.loads(config.read_text())
@@ -60,28 +70,29 @@ def build(config: Path, stage: int, precision: str = "fp32", grouped: bool = Tru
         "gradient_clipping": 1.0,
         "zero_allow_untested_optimizer": True,
         "zero_optimization": {"stage": stage},
-        **({} if precision == "fp32" else {precision: {"enabled": True}}),
+        **PRECISIONS[precision],
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 
-def train_step(engine: Any, tokens: torch.Tensor, labels: torch.Tensor) -> float:
-    """One step on [B, T] tokens and labels; the loss before it."""
+def train_step(engine: Any, tokens: torch.Tensor, labels: torch.Tensor, factor: float = 1.0) -> float:
+    """One step on [B, T] tokens and labels, on the loss times a factor; the loss before it."""
     logits = engine(input_ids=tokens).logits
     loss = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
-    engine.backward(loss)
+    engine.backward(loss * factor)
     engine.step()
     return float(loss.detach())
 
 
 def train_and_save(
     comm: Any, device: torch.device, config: Path, runs: dict[Path, tuple[int, str]], grouped: bool
-) -> list[State]:
+) -> list[tuple[State, dict[str, Any]]]:
     """Train a run in each folder, at a ZeRO stage in a precision, and make its checkpoint universal.
 
     Returns:
-        the state of each, as DeepSpeed itself says it; if `grouped` none, for of groups after the first it knows none.
+        the state and counters of each, as DeepSpeed itself says it; if `grouped` no state, for it knows only that of
+        the first group.
     """
     from deepspeed.checkpoint import ds_to_universal
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -93,7 +104,8 @@ def train_and_save(
         for step in range(STEPS):
             generator = torch.Generator().manual_seed(100 * step + comm.rank)
             tokens = torch.randint(0, vocab_size, (2, 25), generator=generator)
-            train_step(engine, tokens[:, :-1], tokens[:, 1:])
+            overflows = precision == "fp16" and step == 1  # and DeepSpeed skips the step
+            train_step(engine, tokens[:, :-1], tokens[:, 1:], math.inf if overflows else 1.0)
         engine.save_checkpoint(str(folder), tag=SAVED)
         state: State = {"master": {}, "exp_avg": {}, "exp_avg_sq": {}}
         for name, parameter in () if grouped else engine.module.named_parameters():
@@ -101,7 +113,13 @@ def train_and_save(
             values |= {kind: safe_get_full_optimizer_state(parameter, kind) for kind in ("exp_avg", "exp_avg_sq")}
             for kind, tensor in values.items():
                 state[kind][name] = tensor.detach().numpy().copy()
-        states.append(state)
+        scaler = vars(engine.optimizer.loss_scaler)
+        counters = {
+            "optimizer_step": STEPS - engine.skipped_steps,
+            "skipped_steps": engine.skipped_steps,
+            "loss_scaler": {key: scaler[key] for key in SCALER} if precision == "fp16" else {},
+        }
+        states.append((state, counters))
         if comm.is_main:
             words = {"num_extract_workers": 1, "num_merge_workers": 1, "keep_temp_folder": False, "strict": True}
             places = {"input_folder": str(folder / SAVED), "output_folder": str(folder / f"{SAVED}_universal")}

@@ -49,7 +49,7 @@ def command(
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(help="A universal checkpoint's config.json, or its folder. Default: MODEL's own."),
+        typer.Option(help="A universal checkpoint's config.json, or its folder. Default: MODEL's own, or above it."),
     ] = None,
     weights_only: Annotated[
         bool,

@@ -73,7 +73,12 @@ def is_universal(path: Path) -> bool:
 
 
 def refuse_unconverted(path: Path) -> None:
-    """Raises: CheckpointError: the folder is a checkpoint of DeepSpeed that is not universal yet."""
+    """Raises: CheckpointError: the folder is a checkpoint of DeepSpeed that is not universal yet.
+
+    The Trainer of transformers saves such a one inside a Hugging Face model's folder, which is not refused.
+    """
+    if (path / "config.json").exists():
+        return
     latest = path / "latest"
     tag = latest.read_text(encoding="utf-8", errors="replace").strip() if latest.is_file() else ""
     folder = path / tag if _FOLDER_NAME.fullmatch(tag) else path
@@ -90,7 +95,8 @@ class UniversalCheckpoint:
 
     Args:
         path: the checkpoint, or the folder with its `latest_universal`.
-        config: the model's config.json, or the folder that has it; None: the checkpoint's own.
+        config: the model's config.json, or the folder that has it; None: in the checkpoint's folder, or the one above,
+            where the Trainer of transformers writes it.
         ignored_keys: keys of config.json that the user knows to change nothing.
         weights_only: moments and counters are not read and may be missing.
 
@@ -209,7 +215,11 @@ def _parameters(zero: Path) -> dict[str, Path]:
 
 
 def _config_file(folder: Path, config: Path | None) -> Path:
-    file = folder / "config.json" if config is None else config / "config.json" if config.is_dir() else config
+    if config is None:
+        own, above = folder / "config.json", folder.resolve().parent / "config.json"
+        file = own if own.is_file() or not above.is_file() else above
+    else:
+        file = config / "config.json" if config.is_dir() else config
     if not file.is_file():
         raise DataError(
             f"{file} does not exist, and tensors do not tell a model's heads, rotary base or norm epsilon; name the "

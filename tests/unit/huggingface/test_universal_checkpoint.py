@@ -20,6 +20,7 @@ from megalm.checkpoint.shard_spec import WEIGHTS, WEIGHTS_AND_MOMENTS
 from megalm.cli.import_ import command
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.errors import CheckpointError, ConfigError, DataError
+from megalm.huggingface import torch_file
 from megalm.huggingface.config_json import to_config
 from megalm.huggingface.export_tokenizer import write_tokenizer
 from megalm.huggingface.export_weights import to_hf
@@ -248,6 +249,16 @@ def test_no_file_can_run_a_command(name: str, protocol: int, place: Path, tmp_pa
     assert (tmp_path / "ran").exists()
 
 
+def test_the_second_lock_holds_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch builds nothing that is unsafe, even if it were listed here."""
+    monkeypatch.setattr(torch_file, "ALLOWED", torch_file.ALLOWED | {"posix.system"})
+    torch.save({"param": _Runs(f"touch {tmp_path}/ran")}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError) as refused:
+        load_torch_file(tmp_path / "a.pt")
+    assert_names(refused.value, tmp_path / "a.pt")
+    assert not (tmp_path / "ran").exists()
+
+
 def test_only_listed_names_are_built(tmp_path: Path) -> None:
     """torch's own list is longer; and what is not a zip is not opened at all."""
     torch.save({"a": torch.ones(2).to_sparse(), "b": torch.device("cpu")}, tmp_path / "a.pt")
@@ -264,6 +275,8 @@ def test_options_that_do_not_fit_are_refused(place: Path, tmp_path: Path) -> Non
     with pytest.raises(DataError) as no_config:
         command(place, tmp_path / "new")
     assert_names(no_config.value, place / "config.json", "--config")
+    shutil.copy(tmp_path / "hf/config.json", tmp_path)
+    assert UniversalCheckpoint(place).config_folder == tmp_path
     with pytest.raises(ConfigError) as pretrained:
         command(tmp_path / "hf", tmp_path / "new", config=tmp_path / "hf", weights_only=True)
     assert_names(pretrained.value, "--config", "--weights-only", tmp_path / "hf")
@@ -282,4 +295,8 @@ def test_options_that_do_not_fit_are_refused(place: Path, tmp_path: Path) -> Non
     with pytest.raises(CheckpointError) as unconverted:
         command(tmp_path / "raw", tmp_path / "new")
     assert_names(unconverted.value, "deepspeed.checkpoint.ds_to_universal", raw, f"{raw}_universal")
+    shutil.copy(tmp_path / "hf/config.json", tmp_path / "raw")
+    with pytest.raises(DataError) as pretrained_too:  # where the Trainer of transformers saves both
+        command(tmp_path / "raw", tmp_path / "new")
+    assert_names(pretrained_too.value, "model.safetensors")
     assert not (tmp_path / "new").exists()
