@@ -169,12 +169,11 @@ class UniversalCheckpoint:
         if head is None or table is None:
             return
         try:
-            rows, own = (_tensor(folder / _file("master")) for folder in (head, table))
-        except CheckpointError:
-            return  # the embedding's problem is named with the other files'
-        own = own.reshape(-1)
-        rounded = (own, own.bfloat16().float(), own.half().float())
-        if not any(torch.equal(rows.reshape(-1), each) for each in rounded):
+            rows, own = (_tensor(folder / _file("master")).reshape(-1) for folder in (head, table))
+        except CheckpointError as error:
+            yield str(error)
+            return
+        if not any(torch.equal(rows, each) for each in (own, own.bfloat16().float(), own.half().float())):
             yield f"{HEAD} differs from {embedding.name}, but tie_word_embeddings is true"
 
 

@@ -138,6 +138,10 @@ def test_a_tied_head_of_lower_precision_is_the_embedding(tmp_path: Path) -> None
     with pytest.raises(CheckpointError) as refused:
         opened(place)
     assert_names(refused.value, "lm_head.weight", "model.embed_tokens.weight", "tie_word_embeddings")
+    (head / "fp32.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError) as unread:
+        opened(place)
+    assert_names(unread.value, head / "fp32.pt")
 
 
 NORM = "zero/model.norm.weight"
