@@ -89,6 +89,7 @@ NormPlacement = Literal["pre", "post", "both"]
 PositionKind = Literal["learned_absolute", "rope", "none"]
 Activation = Literal["gelu", "gelu_pytorch_tanh", "silu", "relu2"]
 Recompute = Literal["none", "norms", "attention", "mlp", "full"]
+RouterScores = Literal["softmax", "sigmoid"]
 ScheduleKind = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
 WarmupKind = Literal["linear", "log"]
 StepConvention = Literal["standard", "deepspeed"]
@@ -192,6 +193,29 @@ class ModelSection(Section):
         default=None, description="gelu, its tanh form, silu (swish), or squared ReLU (relu2)"
     )
     gated_mlp: bool | None = Field(default=None, description="down(act(gate x) * up x), else down(act(up x))")
+    num_experts: Annotated[int, Field(ge=2)] | None = Field(
+        default=None, description="MLPs of a layer, of which a router gives each token a few; null: one MLP"
+    )
+    num_experts_per_token: PositiveInt = 2
+    moe_intermediate_size: PositiveInt | None = Field(
+        default=None, description="of an expert; null: intermediate_size, which layers without experts have"
+    )
+    num_shared_experts: NonNegativeInt = Field(
+        default=0, description="experts of every token, as one MLP of so many times moe_intermediate_size (DeepSeek)"
+    )
+    moe_layers: LayerChoice | None = Field(
+        default=None, description="layers with experts: numbers from 0, or n: every n-th layer; null: all"
+    )
+    num_dense_layers: NonNegativeInt = Field(default=0, description="the first layers, which have one MLP (DeepSeek)")
+    router_scores: RouterScores = Field(
+        default="softmax", description="of the experts: a softmax over them, or a sigmoid of each (DeepSeek-V3)"
+    )
+    norm_topk_prob: bool = Field(
+        default=True, description="the weights of a token's experts add up to 1 (Mixtral), else they are the scores"
+    )
+    routed_scaling_factor: PositiveFloat = Field(
+        default=1.0, description="multiplies the weights of a token's experts (DeepSeek)"
+    )
     parallel_residual: bool = Field(
         default=False, description="attention and MLP both read the block's input (GPT-NeoX)"
     )
@@ -422,6 +446,15 @@ class TrainSection(Section):
         default=0.0,
         description="coefficient of log(Z)^2, which training minimises beside the loss; usual is 1e-4. Z: the sum that "
         "the softmax divides by. Losses are shown without it",
+    )
+    router_aux_loss: NonNegativeFloat = Field(
+        default=1e-2,
+        description="coefficient of the loss that balances the experts' load in each sequence; losses are shown "
+        "without it",
+    )
+    router_z_loss: NonNegativeFloat = Field(
+        default=0.0,
+        description="coefficient of log(Z)^2 of the router's logits, which keeps them small; usual is 1e-3",
     )
     loss_chunk_tokens: PositiveInt | None = Field(
         default=None,

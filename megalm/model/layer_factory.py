@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,36 @@ class VocabularyOutput:
         return self.rule.capped(hidden @ weight.t())
 
 
+@dataclass(frozen=True)
+class RouterLosses:
+    """Coefficients of what training minimises of routers beside the loss: `balance_losses` and `z_losses` of moe.py."""
+
+    balance: float = 0.0
+    z: float = 0.0
+
+
+class ResidualStream(Protocol):
+    """How the ranks that share a layer hold the residual stream [B, S, H]; `ranks` is their number."""
+
+    ranks: int
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """The stream as [B, T, H], of which each rank makes a part of the use."""
+
+    def join(self, addend: Tensor) -> Tensor:
+        """The sum of the ranks' addends [B, T, H], as the stream."""
+
+
+class _UndividedStream:
+    ranks = 1
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+    def join(self, addend: Tensor) -> Tensor:
+        return addend
+
+
 class LayerFactory:
     """The unsharded layers of a one-rank model. Weights are left empty: `initialize` fills them by name.
 
@@ -66,6 +96,7 @@ class LayerFactory:
 
     Attributes:
         slices: number of slices of the residual stream's sequence, which must divide its length.
+        router_losses: of layers with experts.
     """
 
     def __init__(self, clock: DropoutClock, compiled: bool = False, float8: bool = False, z_loss: float = 0.0) -> None:
@@ -73,6 +104,7 @@ class LayerFactory:
         self.clock = clock
         self.compiled = compiled
         self.z_loss = z_loss
+        self.router_losses = RouterLosses()
         self._linear = Float8Linear if float8 else nn.Linear
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
@@ -86,6 +118,14 @@ class LayerFactory:
     def projection(self) -> Projection:
         """Applies the column layers of one input."""
         return lambda hidden, *columns: tuple(column(hidden) for column in columns)
+
+    def stacked(self, size: tuple[int, ...], divided: int) -> nn.Parameter:
+        """One matrix for each expert, [E, out, in], of which one dimension may be divided."""
+        return nn.Parameter(torch.empty(size))
+
+    def stream(self) -> ResidualStream:
+        """The residual stream, for what is computed from all of it."""
+        return _UndividedStream()
 
     def embedding(self, rows: int, width: int) -> nn.Embedding:
         """A lookup table [rows, width]; its rows may be divided."""

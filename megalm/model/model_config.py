@@ -21,6 +21,7 @@ from megalm.config.schema import (
     PositionKind,
     Recompute,
     RopeScaling,
+    RouterScores,
 )
 
 # What a style stands for; each setting can be stated beside it.
@@ -42,6 +43,9 @@ STYLES: Mapping[ModelStyle, Mapping[str, Any]] = {
 }
 
 
+_STACKED = 3  # dimensions of a parameter that holds one matrix for each expert
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The model section with every default resolved.
@@ -49,6 +53,8 @@ class ModelConfig:
     Attributes:
         no_rope_layers: numbers of the layers that do not rotate queries and keys.
         full_attention_layers: numbers of the layers without the sliding window.
+        moe_intermediate_size: of an expert; None without experts.
+        moe_layers: numbers of the layers with experts.
     """
 
     style: ModelStyle
@@ -82,6 +88,14 @@ class ModelConfig:
     mlp_bias: bool
     hidden_act: Activation
     gated_mlp: bool
+    num_experts: int | None
+    num_experts_per_token: int
+    moe_intermediate_size: int | None
+    num_shared_experts: int
+    moe_layers: tuple[int, ...]
+    router_scores: RouterScores
+    norm_topk_prob: bool
+    routed_scaling_factor: float
     parallel_residual: bool
     embedding_scale: float | None
     final_logit_softcapping: float | None
@@ -104,15 +118,16 @@ class ModelConfig:
     @property
     def kinds_of_layers(self) -> int:
         """The number of kinds of blocks, which compute otherwise."""
-        return len({(self.rotates(layer), self.window(layer)) for layer in range(self.num_hidden_layers)})
+        layers = range(self.num_hidden_layers)
+        return len({(self.rotates(layer), self.window(layer), layer in self.moe_layers) for layer in layers})
 
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every parameter of the unsharded model, in the model's order."""
         shapes: dict[str, tuple[int, ...]] = {"embedding.tokens.weight": (self.vocab_size, self.hidden_size)}
         if self.position_embedding_type == "learned_absolute":
             shapes["embedding.positions.weight"] = (self.max_position_embeddings, self.hidden_size)
-        block = self._block_parameters()
         for layer in range(self.num_hidden_layers):
+            block = self._block_parameters(layer in self.moe_layers)
             shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
         shapes |= self._norm("final_norm")
         if not self.tie_word_embeddings:
@@ -122,11 +137,19 @@ class ModelConfig:
     def parameter_count(self) -> int:
         return sum(math.prod(shape) for shape in self.parameters().values())
 
+    def active_parameter_count(self) -> int:
+        """Of what one token is computed with: all parameters but the experts that it is not sent to."""
+        return sum(math.prod(self.active(shape)) for shape in self.parameters().values())
+
+    def active(self, size: tuple[int, ...]) -> tuple[int, ...]:
+        """What a token uses of a parameter of this size: of stacked experts, its own."""
+        return (self.num_experts_per_token, *size[1:]) if len(size) == _STACKED else size
+
     def _norm(self, name: str) -> dict[str, tuple[int, ...]]:
         kinds = ("weight", "bias") if self.normalization == "layer_norm" else ("weight",)
         return {f"{name}.{kind}": (self.hidden_size,) for kind in kinds}
 
-    def _block_parameters(self) -> dict[str, tuple[int, ...]]:
+    def _block_parameters(self, experts: bool) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.hidden_size, self.intermediate_size
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
@@ -149,9 +172,19 @@ class ModelConfig:
             }
         shapes |= self._norm("attention_output_norm") if after else {}
         shapes |= self._norm("mlp_norm") if before else {}
-        shapes |= linear("mlp.gate", inner, hidden, self.mlp_bias) if self.gated_mlp else {}
-        shapes |= linear("mlp.up", inner, hidden, self.mlp_bias)
-        shapes |= linear("mlp.down", hidden, inner, self.mlp_bias)
+        mlp = "mlp"
+        if experts:
+            assert self.num_experts is not None
+            assert self.moe_intermediate_size is not None
+            count, size = self.num_experts, self.moe_intermediate_size
+            shapes["mlp.router.weight"] = (count, hidden)
+            shapes |= {"mlp.experts.gate": (count, size, hidden)} if self.gated_mlp else {}
+            shapes |= {"mlp.experts.up": (count, size, hidden), "mlp.experts.down": (count, hidden, size)}
+            mlp, inner = "mlp.shared", self.num_shared_experts * size
+        if inner:
+            shapes |= linear(f"{mlp}.gate", inner, hidden, self.mlp_bias) if self.gated_mlp else {}
+            shapes |= linear(f"{mlp}.up", inner, hidden, self.mlp_bias)
+            shapes |= linear(f"{mlp}.down", hidden, inner, self.mlp_bias)
         return shapes | (self._norm("mlp_output_norm") if after else {})
 
 
@@ -167,18 +200,25 @@ def build_model_config(model: ModelSection, vocab_size: int, sequence_length: in
     }
     multiple = model.vocab_multiple or 1
     gated_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
-    inner = gated_size if of_style["gated_mlp"] else 4 * model.hidden_size
+    inner = model.intermediate_size or (gated_size if of_style["gated_mlp"] else 4 * model.hidden_size)
+    with_experts = (
+        range(model.num_hidden_layers)
+        if model.moe_layers is None
+        else _layers(model.moe_layers, model.num_hidden_layers)
+    )
     resolved = {
         "vocab_size": model.vocab_size or math.ceil(vocab_size / multiple) * multiple,
         "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
         "head_dim": model.head_dim or model.hidden_size // model.num_attention_heads,
-        "intermediate_size": model.intermediate_size or inner,
+        "intermediate_size": inner,
+        "moe_intermediate_size": model.num_experts and (model.moe_intermediate_size or inner),
+        "moe_layers": tuple(it for it in with_experts if model.num_experts and it >= model.num_dense_layers),
         "max_position_embeddings": model.max_position_embeddings or sequence_length,
         "rope_scaling": model.rope_scaling,
         "no_rope_layers": _layers(model.no_rope_layers, model.num_hidden_layers),
         "full_attention_layers": _layers(model.full_attention_layers, model.num_hidden_layers),
     }
-    return ModelConfig(**model.model_dump(exclude={"vocab_multiple"}) | of_style | resolved)
+    return ModelConfig(**model.model_dump(exclude={"vocab_multiple", "num_dense_layers"}) | of_style | resolved)
 
 
 # What manifests of the first releases do not state: their models are what `style` says.
@@ -187,6 +227,8 @@ _CHOICES = (
     *("rope_scaling", "partial_rotary_factor", "no_rope_layers", "sliding_window", "full_attention_layers"),
     *("attention_scale", "attn_logit_softcapping", "attention_sinks", "qkv_bias", "attention_output_bias", "mlp_bias"),
     *("hidden_act", "gated_mlp", "parallel_residual", "embedding_scale", "final_logit_softcapping"),
+    *("num_experts", "num_experts_per_token", "moe_intermediate_size", "num_shared_experts", "moe_layers"),
+    *("router_scores", "norm_topk_prob", "routed_scaling_factor"),
 )
 
 
@@ -230,8 +272,9 @@ def _flops_of_products(shape: ModelConfig, sequence_length: int, frozen: Set[str
     lowest = min((_depth(name) for name in sizes.keys() - frozen), default=(math.inf, 1))
     linear = others = 0
     for name, size in sizes.items():
-        if name.startswith("layers.") and len(size) == 2:
-            linear += (2 + 2 * (name not in frozen) + 2 * (lowest < _depth(name))) * math.prod(size)
+        if name.startswith("layers.") and len(size) >= 2:
+            products = math.prod(shape.active(size))
+            linear += (2 + 2 * (name not in frozen) + 2 * (lowest < _depth(name))) * products
     for layer in range(shape.num_hidden_layers):
         others += (6 if lowest < (layer, _ATTENTION) else 2) * _attention_products(shape, layer, sequence_length)
     head = "embedding.tokens.weight" if shape.tie_word_embeddings else "head.weight"
@@ -250,7 +293,7 @@ def _attention_products(shape: ModelConfig, layer: int, length: int) -> int:
 _ATTENTION = 3
 _DEPTHS = {"attention_norm": 0, "query": 1, "key": 1, "value": 1, "query_norm": 2, "key_norm": 2, "sinks": 3}
 _DEPTHS |= {"output": 4, "attention_output_norm": 5}
-_DEPTHS |= {"mlp_norm": 6, "gate": 7, "up": 7, "down": 8, "mlp_output_norm": 9}
+_DEPTHS |= {"mlp_norm": 6, "router": 7, "gate": 7, "up": 7, "down": 8, "mlp_output_norm": 9}
 
 
 def _depth(name: str) -> tuple[float, int]:
@@ -279,18 +322,19 @@ def recomputed_flops_per_token(
         frozen: names of parameters that do not train: blocks below all others have no backward pass.
         tiles: the MLP is computed in tiles, each of which is computed again whole.
     """
-    sizes = {name: math.prod(dims) for name, dims in shape.parameters().items() if len(dims) == 2}
+    sizes = {name: math.prod(shape.active(dims)) for name, dims in shape.parameters().items() if len(dims) >= 2}
 
     def matrices(part: str) -> int:
-        return sum(count for name, count in sizes.items() if name.startswith(f"layers.0.{part}."))
+        return sum(count for name, count in sizes.items() if name.startswith(f"{part}."))
 
-    projections, output, mlp, down = map(matrices, ("attention", "attention.output", "mlp", "mlp.down"))
-    if shape.norm_placement != "pre":  # the norm after it reads the product
-        output = down = 0
-    tiled = mlp if tiles else 0
-    mlp_again = tiled or mlp - down
     total = 0
     for layer in range(lowest_block(shape, frozen), shape.num_hidden_layers):
+        parts = ("attention", "attention.output", "mlp", "mlp.down")
+        projections, output, mlp, down = (matrices(f"layers.{layer}.{part}") for part in parts)
+        if shape.norm_placement != "pre":  # the norm after it reads the product
+            output = down = 0
+        tiled = mlp if tiles else 0
+        mlp_again = tiled or mlp - down
         attention = projections + _attention_products(shape, layer, sequence_length)
         by_kind: dict[Recompute, int] = {
             "none": tiled,

@@ -231,7 +231,7 @@ class _Tiles(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, tiles: TokenTiles, *parameters: Tensor) -> Tensor:
         ctx.save_for_backward(hidden)
         ctx.tiles = tiles
-        if _in_backward():  # a whole block's recomputation, which reads what is saved and nothing else
+        if in_backward():  # a whole block's recomputation, which reads what is saved and nothing else
             return torch.empty_like(hidden)
         return tiles.forward(hidden)
 
@@ -242,6 +242,7 @@ class _Tiles(torch.autograd.Function):
         return hidden_gradient, None, *others
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
+    """Whether this is the backward pass, which computes some of the forward pass again."""
     task: int = torch._C._current_graph_task_id()
     return task != -1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -24,15 +25,20 @@ from megalm.model.layer_factory import LayerFactory, VocabularyOutput, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import ACTIVATIONS, DropoutClock, RotaryEmbedding, norm
+from megalm.model.moe import MixtureOfExperts
 from megalm.model.recomputation import KEEP_ALL, Recomputation, TokenTiles, of_recomputed_norm, recomputed
 
 
 class MLP(nn.Module):
-    """The feed-forward part of a block: down(act(up(x))), or gated (Shazeer, 2020), down(act(gate(x)) * up(x))."""
+    """The feed-forward part of a block: down(act(up(x))), or gated (Shazeer, 2020), down(act(gate(x)) * up(x)).
 
-    def __init__(self, shape: ModelConfig, layers: LayerFactory) -> None:
+    Args:
+        inner: its size, F; None: the model's.
+    """
+
+    def __init__(self, shape: ModelConfig, layers: LayerFactory, inner: int | None = None) -> None:
         super().__init__()
-        hidden, inner = shape.hidden_size, shape.intermediate_size
+        hidden, inner = shape.hidden_size, inner or shape.intermediate_size
         bias = shape.mlp_bias
         self.activation = ACTIVATIONS[shape.hidden_act]
         self.project = layers.projection()
@@ -84,13 +90,18 @@ class Block(nn.Module):
         self.attention_output_norm = norm_if(after)
         self.attention_dropout = layers.dropout(shape.dropout, layer, "attention_output", sharded=False)
         self.mlp_norm = norm_if(before)
-        self.mlp = MLP(shape, layers)
+        self.mlp = self._mlp(shape, layers) if layer - 1 in shape.moe_layers else MLP(shape, layers)
         self.mlp_output_norm = norm_if(after)
         self.mlp_dropout = layers.dropout(shape.dropout, layer, "mlp_output", sharded=False)
         chunk = recomputation.mlp_chunk_tokens
         tokens = None if chunk is None else max(1, chunk // layers.slices)
         of_mlp = [module for module in (self.mlp_norm, self.mlp, self.mlp_output_norm) if module is not None]
         self._tiles = None if tokens is None else TokenTiles(of_mlp, tokens)
+
+    @staticmethod
+    def _mlp(shape: ModelConfig, layers: LayerFactory) -> MixtureOfExperts:
+        size = shape.num_shared_experts * (shape.moe_intermediate_size or 0)
+        return MixtureOfExperts(shape, layers, MLP(shape, layers, size) if size else None)
 
     def forward(self, hidden: Tensor, mask: AttentionMask | None, cache: KeyValueCache | None = None) -> Tensor:
         """[B, T, H] -> [B, T, H], recomputed in part if the block is to be; `run` recomputes it whole too."""
@@ -115,11 +126,13 @@ class Block(nn.Module):
     def compile_graphs(self, **options: Any) -> None:
         """Compile the block as one graph, or each half as one where the backward pass recomputes a half.
 
-        Of an MLP in tiles a tile is a graph.
+        Of an MLP in tiles a tile is a graph; experts run as they are.
         """
         compiled = partial(torch.compile, dynamic=False, **options)
         if self._tiles is not None:
             self._tiles.compile(**options)
+            self._compiled_halves = compiled(self._attention_half), self._mlp_half
+        elif isinstance(self.mlp, MixtureOfExperts):
             self._compiled_halves = compiled(self._attention_half), self._mlp_half
         elif self._recompute in ("attention", "mlp"):
             self._compiled_halves = compiled(self._attention_half), compiled(self._mlp_half)
@@ -409,25 +422,33 @@ class LanguageModel(nn.Module):
 
 # Initial weights are a function of (seed, canonical name), so that every layout starts from the same model.
 
-_RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight")
+_RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight", "mlp.experts.down", "mlp.shared.down.weight")
 
 
 def initial_weight(name: str, size: tuple[int, ...], shape: ModelConfig, seed: int) -> Tensor:
     """The full, unsharded fp32 weight `name` on the CPU.
 
     Norm gains are 1, biases and sinks 0 and matrices normal with `initializer_range`. The projections that write to the
-    residual stream are divided by sqrt(2 x layers), as in GPT-2 (Radford et al., 2019).
+    residual stream are divided by sqrt(2 x layers), as in GPT-2 (Radford et al., 2019). Of stacked experts each has a
+    name of its own, that of the whole with its number.
     """
+    if ".mlp.experts." in name and len(size) > 2:
+        return torch.stack([initial_weight(f"{name}.{expert}", size[1:], shape, seed) for expert in range(size[0])])
     if name.endswith((".bias", ".sinks")):
         return torch.zeros(size)
     if "norm" in name:
         return torch.zeros(size) if shape.norm_zero_centered else torch.ones(size)
     std = shape.initializer_range
-    if name.endswith(_RESIDUAL_OUTPUTS):
+    if _of_all_experts(name).endswith(_RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * shape.num_hidden_layers)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(size, generator=generator).mul_(std)
+
+
+def _of_all_experts(name: str) -> str:
+    """The parameter that holds an expert `layers.0.mlp.experts.down.7`."""
+    return re.sub(r"(\.mlp\.experts\.\w+)\.\d+$", r"\1", name)
 
 
 @torch.no_grad()

@@ -127,6 +127,7 @@ class ReplicatedResidual:
 
     def __init__(self, group: AxisGroup) -> None:
         self.group = group
+        self.ranks = group.size
         self.slices = group.size if self.is_sequence_sharded else 1
 
     def whole(self, hidden: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megalm.model.layer_factory import AnyModule, LayerFactory, Rectangle, ShardedAxis, annotate_shard
+from megalm.model.layer_factory import AnyModule, LayerFactory, Rectangle, ResidualStream, ShardedAxis, annotate_shard
 from megalm.model.loss import LogitRule
 from megalm.model.modules import DropoutClock, PositionEmbedding, RMSNorm, position_ids
 from megalm.parallel import collectives
@@ -120,6 +120,16 @@ class TensorLayers(LayerFactory):
 
     def projection(self) -> ColumnProjection:
         return ColumnProjection(self._products)
+
+    def stacked(self, size: tuple[int, ...], divided: int) -> nn.Parameter:
+        part = whole_parts(size[divided], size[divided], self._group.size, self._group.index)
+        held = (part.size if dimension == divided else length for dimension, length in enumerate(size))
+        parameter = nn.Parameter(torch.empty(*held))
+        _annotate(parameter, size, divided, part)
+        return parameter
+
+    def stream(self) -> ResidualStream:
+        return self._stream
 
     def embedding(self, rows: int, width: int) -> nn.Embedding:
         part = vocabulary_rows(rows, self._group.size, self._group.index)
