@@ -502,7 +502,8 @@ def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]
     """
     shapes = share.parameters()
     dimensions = {name: len(shape) for name, shape in shapes.items()}
-    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay, case.muon)
+    multiplier = case.shape.width_multiplier
+    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay, case.muon, multiplier)
     groups = {key: names for key, names in optimizer_groups(keys).items() if not key.frozen}
     return {key: [math.prod(shapes[name]) for name in names] for key, names in groups.items()} or {NO_GROUP: [1]}
 

@@ -116,6 +116,9 @@ class Attention(nn.Module):
         queries = shape.num_attention_heads * shape.head_dim
         keys = shape.num_key_value_heads * shape.head_dim
         self.head_dim = shape.head_dim
+        # What attention_scale is beside the kernels' own.
+        scale = shape.attention_scale
+        self.query_factor = 1.0 if scale is None else scale * math.sqrt(shape.head_dim)
         self.dropout_rate = shape.attention_dropout
         self.clock = clock
         self.place = layers.place(layer, "attention", sharded=True)
@@ -132,6 +135,8 @@ class Attention(nn.Module):
         """[B, T, H] -> [B, T, H]; without a mask every token sees all before it, including those in the cache."""
         query, key, value = map(self._heads, self.project(hidden, self.query, self.key, self.value))
         query, key = self.query_norm(query), self.key_norm(key)  # [B, T, N, D], [B, T, K, D]
+        if self.query_factor != 1:
+            query = query * self.query_factor
         if self.rope is not None:
             start = 0 if cache is None else len(cache)
             query, key = self.rope(query, start), self.rope(key, start)

@@ -170,6 +170,15 @@ def rotary_needs_even_heads(case: CheckContext) -> None:
         )
 
 
+def one_attention_scale(case: CheckContext) -> None:
+    model = case.config.model
+    if model.mup_base_width is not None and model.attention_scale is not None:
+        raise ConfigError(
+            f"model.mup_base_width={model.mup_base_width} sets the attention scale to 1/head_dim, and "
+            f"model.attention_scale={model.attention_scale:g} to another; remove one of them"
+        )
+
+
 def sequence_fits_positions(case: CheckContext) -> None:
     length, positions = case.config.data.sample_length, case.config.model.max_position_embeddings
     if positions is not None and length > positions:
@@ -705,6 +714,7 @@ RULES: tuple[Rule, ...] = (
     hidden_divides_into_heads,
     heads_divide_into_groups,
     rotary_needs_even_heads,
+    one_attention_scale,
     sequence_fits_positions,
     parameter_groups_match,
     some_parameters_train,

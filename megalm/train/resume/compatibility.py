@@ -80,7 +80,7 @@ _FINGERPRINT_SHOWN = 12  # digits
 # Model settings that determine the weights' shapes or meaning: `resume.allow` cannot change them.
 _SHAPES = (
     *("style", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm"),
+    *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm", "mup_base_width"),
 )
 
 
@@ -219,13 +219,17 @@ def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> d
 
 
 def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed: Sequence[str]) -> None:
-    """Raise CheckpointError if `resume.allow` does not name every difference."""
-    refused = {thing: words for thing, words in found.items() if thing not in allowed}
+    """Raise CheckpointError if `resume.allow` does not name every difference, or if one is never allowed.
+
+    No shape shows that another `mup_base_width` makes another model of the same weights.
+    """
+    never = any(words.startswith("mup_base_width ") for words in found.get("model", ()))
+    refused = {thing: words for thing, words in found.items() if thing not in allowed or (thing == "model" and never)}
     if refused:
         differences = "; ".join(f"{thing} ({', '.join(words)})" for thing, words in refused.items())
         advice = f"restore the setting, or allow the change with resume.allow=[{','.join([*allowed, *refused])}]"
         if any(words.split()[0] in _SHAPES for words in refused.get("model", ())):
-            advice = "restore the setting: the shapes of a model cannot change"
+            advice = "restore the setting: the shapes of a model, and what its weights mean, cannot change"
         raise CheckpointError(f"{path} was trained with another {differences}; {advice}")
 
 
