@@ -500,7 +500,8 @@ def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
     narrow = weight * case.element_bytes if case.element_bytes < 4 else 0
     hidden_gradient = case.tokens * hidden * case.element_bytes
     forward, backward = logits + (narrow if case.on_cpu else 0), narrow + hidden_gradient
-    return hidden_gradient + 4 * weight + max(forward, backward)
+    scaled = hidden_gradient if case.shape.width_multiplier != 1 else 0  # beside the hidden states that the head gets
+    return hidden_gradient + 4 * weight + max(forward + scaled, backward)
 
 
 def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]]:
