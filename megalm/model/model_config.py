@@ -88,7 +88,7 @@ class ModelConfig:
     dropout: float
     attention_dropout: float
     initializer_range: float
-    mup_base_width: int | None = None
+    mup_base_width: int | None
 
     @property
     def width_multiplier(self) -> float:
@@ -196,6 +196,7 @@ _CHOICES = (
     *("rope_scaling", "partial_rotary_factor", "no_rope_layers", "sliding_window", "full_attention_layers"),
     *("attention_scale", "attn_logit_softcapping", "attention_sinks", "qkv_bias", "attention_output_bias", "mlp_bias"),
     *("hidden_act", "gated_mlp", "parallel_residual", "embedding_scale", "final_logit_softcapping"),
+    "mup_base_width",
 )
 
 
