@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,7 +21,6 @@ from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.config.loading import parse_override
 from megalm.config.schema import DocumentedSection
 from megalm.cost_model.gpu_specs import gpu_by_name, known_gpus
-from megalm.data.sampling.samples import Samples
 from megalm.errors import EXIT_FAILED, ConfigError
 from megalm.planning.largest_model import FitRequest, free_stem, largest_model, refuse_existing
 from megalm.planning.lr_schedule import ScheduleSegment
@@ -35,6 +34,9 @@ from megalm.utils.atomic_files import refuse_overwriting_inputs, writing_to
 from megalm.utils.formatting import parse_bytes
 from megalm.utils.progress import ProgressBar, percent
 from megalm.utils.terminal import echo
+
+if TYPE_CHECKING:
+    from megalm.data.sampling.samples import Samples
 
 # Turns a run into its continuation after a checkpoint: with its last step, and with all its schedules.
 Continuation = Callable[[ResolvedRun], tuple[ResolvedRun, tuple[ScheduleSegment, ...]]]

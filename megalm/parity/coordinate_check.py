@@ -131,17 +131,17 @@ def check_coordinates(
     run: ResolvedRun,
     samples: Samples,
     vocab_size: int,
-    widths: Sequence[int] = WIDTHS,
+    widths: Sequence[int] = (),
     advance: Callable[[float], None] = lambda part: None,
 ) -> CoordinateCheck:
     """Train the run's model in small at each width, with its optimizer, rates by parameter and peak learning rate.
 
     Args:
         samples: of at least `LENGTH` tokens, with ids below `vocab_size`.
-        widths: the first is the base width of a run with `model.mup_base_width`.
+        widths: by default `WIDTHS`; the first is the base width of a run with `model.mup_base_width`.
         advance: called with the share of the work that is done since the last call.
     """
-    measured = []
+    widths, measured = widths or WIDTHS, []
     for width in widths:
         shape, part = shape_at(run, width, widths[0], vocab_size), width / sum(widths) / STEPS
         measured.append(_sizes(run, shape, samples, partial(advance, part)))
@@ -190,11 +190,13 @@ def shape_at(run: ResolvedRun, width: int, base: int, vocab_size: int) -> ModelC
     return build_model_config(section, vocab_size, LENGTH)
 
 
-def train_steps(run: ResolvedRun, model: LanguageModel, samples: Samples, rates: Sequence[float]) -> Iterator[float]:
+def train_steps(
+    run: ResolvedRun, model: LanguageModel, shape: ModelConfig, samples: Samples, rates: Sequence[float]
+) -> Iterator[float]:
     """Take a step in fp32 at each of the learning rates, by the run's optimizer; yield the step's loss per token."""
     train = run.config.train.model_copy(update={"optimizer_state": "fp32"})
     run = replace(run, config=run.config.model_copy(update={"train": train}))
-    groups = parameter_groups(model, run, model.head.width_multiplier)
+    groups = parameter_groups(model, run, shape.width_multiplier)
     optimizer = build_optimizer(groups, run, offload=False)
     if isinstance(optimizer, Muon):
         _lay_out(optimizer, model)
@@ -239,7 +241,7 @@ def _sizes(
     initialize(model, shape, run.config.train.seed)
     tokens, _ = _batch(samples, STEPS * _BATCH, _PROBE)
     before = activations(model, shape, tokens)
-    for _ in train_steps(run, model, samples, [run.schedule.peak_learning_rate] * STEPS):
+    for _ in train_steps(run, model, shape, samples, [run.schedule.peak_learning_rate] * STEPS):
         advance()
     after = activations(model, shape, tokens)
     return {
