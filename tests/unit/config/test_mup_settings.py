@@ -16,11 +16,6 @@ from tests.messages import assert_names
 
 Start = Callable[..., ResolvedRun]
 SIZES = ("model.hidden_size=256", "model.num_hidden_layers=2", "model.tie_word_embeddings=false")
-    "model.hidden_size=256",
-    "model.num_hidden_layers=2",
-    "model.tie_word_embeddings=false",
-    "data.sequence_length=64",
-)
 MUON = {"type": "Muon", "params": {"muon_lr": 2e-2, "lr": 1e-3}}
 
 

@@ -14,6 +14,7 @@ from megalm.huggingface.export_model import FoldedReader, export_checkpoint, pla
 from megalm.model.model_config import ModelConfig
 from megalm.model.transformer import LanguageModel
 from tests.huggingface_models import SIZES, random_model, save_model
+from tests.messages import assert_names
 
 # Multipliers that are no powers of two, and heads of which the root is none.
 SECTIONS: dict[str, dict[str, Any]] = {
@@ -60,6 +61,7 @@ def test_transformers_computes_the_same(name: str, tmp_path: Path) -> None:
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens()).logits, model(tokens()), rtol=1e-5, atol=1e-5)
+    assert_names((tmp_path / "out" / "README.md").read_text(), "maximal-update", 12)
 
 
 def test_a_gguf_file_computes_the_same(tmp_path: Path) -> None:
