@@ -1,6 +1,6 @@
 """Which learning rate is the best at each width, with and without the maximal-update parametrisation.
 
-    python -m benchmarks.mup_transfer [--widths 64,128,256] [--steps 200]
+    python -m benchmarks.mup_transfer [--widths 64,128,256] [--rates 2.5e-4,...] [--steps 200]
 
 Trains the coordinate check's small model (two layers, four heads) on the bytes of Python's standard library, the same
 batches at every width and rate, and prints the mean loss per byte of the last tenth of the steps as Markdown.
@@ -27,7 +27,7 @@ from megalm.parity.coordinate_check import LENGTH, shape_at, train_steps
 from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.runs.run_settings import read_settings
 
-RATES = tuple(1e-3 * 2**power for power in range(7))
+RATES = ",".join(f"{2.5e-4 * 2**power:g}" for power in range(9))
 BYTES = 256
 
 
@@ -61,14 +61,14 @@ def final_loss(run: ResolvedRun, width: int, base: int, rate: float, steps: int,
     return sum(losses[-tenth:]) / tenth
 
 
-def table(widths: list[int], steps: int) -> Iterator[str]:
+def table(widths: list[int], learning_rates: list[float], steps: int) -> Iterator[str]:
     samples = Windows(b"\n".join(path.read_bytes() for path in source_files().values()))
-    yield "| parametrisation | width | " + " | ".join(f"{rate:g}" for rate in RATES) + " |"
-    yield "|" + "---|" * (len(RATES) + 2)
+    yield "| parametrisation | width | " + " | ".join(f"{rate:g}" for rate in learning_rates) + " |"
+    yield "|" + "---|" * (len(learning_rates) + 2)
     for name, base in (("standard", None), ("maximal-update", widths[0])):
         run = run_of(base)
         for width in widths:
-            losses = [final_loss(run, width, widths[0], rate, steps, samples) for rate in RATES]
+            losses = [final_loss(run, width, widths[0], rate, steps, samples) for rate in learning_rates]
             best = min(loss for loss in losses if math.isfinite(loss))
             cells = (f"**{loss:.3f}**" if loss == best else f"{loss:.3f}" for loss in losses)
             yield f"| {name} | {width} | " + " | ".join(cells) + " |"
@@ -77,9 +77,11 @@ def table(widths: list[int], steps: int) -> Iterator[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--widths", default="64,128,256", help="the first is the base width")
+    parser.add_argument("--rates", default=RATES)
     parser.add_argument("--steps", type=int, default=200)
     arguments = parser.parse_args()
-    for line in table([int(width) for width in arguments.widths.split(",")], arguments.steps):
+    widths, rates = arguments.widths.split(","), arguments.rates.split(",")
+    for line in table([int(width) for width in widths], [float(rate) for rate in rates], arguments.steps):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
 
