@@ -43,6 +43,12 @@ class Windows(Samples):
         window = self._text[start : start + LENGTH + 1].astype(np.int64)
         return window[:-1], window[1:]
 
+    def documents(self, index: int) -> npt.NDArray[np.int32]:
+        return np.zeros(LENGTH, dtype=np.int32)
+
+    def target_count(self, index: int) -> int:
+        return LENGTH
+
 
 def run_of(base: int | None) -> ResolvedRun:
     settings = [] if base is None else [f"model.mup_base_width={base}"]
