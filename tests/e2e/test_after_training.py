@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,7 @@ from trl import SFTConfig, SFTTrainer
 found = []
 for folder, record, tuned in json.loads(sys.argv[1]):
     arguments = SFTConfig(
-        tuned, use_cpu=True, bf16=False, max_length=64, max_steps=40, learning_rate=1e-2, report_to="none",
+        tuned, use_cpu=True, bf16=False, max_length=64, max_steps=60, learning_rate=5e-3, report_to="none",
         save_strategy="no", logging_strategy="no", disable_tqdm=True,
     )
     trainer = SFTTrainer(model=folder, args=arguments, train_dataset=Dataset.from_list([record] * 16))
@@ -105,6 +106,12 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
     assert not line, line
 
 
+def offline(*packages: Path) -> dict[str, str]:
+    """The environment of a process with these packages. One thread: more wait for each other on a busy machine."""
+    found = {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    return {**found, "PYTHONPATH": os.pathsep.join(map(str, packages))}
+
+
 @dataclass
 class Tutorial:
     """A folder in which sections of the page are followed."""
@@ -122,6 +129,8 @@ class Tutorial:
                 path = self.folder / block.file
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(block.text * (50 if block.file == "notes.jsonl" else 1))  # enough to train on
+            elif "llama_cpp" in block.text and find_spec("llama_cpp") is None:
+                continue  # the page says that it has to be compiled
             elif block.language == "python":
                 done.append(self._run("trl", [sys.executable, "-c", block.text]))
             else:
@@ -149,9 +158,8 @@ class Tutorial:
         return self._run(name, [sys.executable, str(self.packages(name) / "bin" / name), *words])
 
     def _run(self, name: str, command: list[Any]) -> Finished:
-        paths = [str(self.packages(each)) for each in ("trl", "lm_eval") if name in ("lm_eval", each)]
-        environment = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-        finished = finish(self.folder, command, environment=environment if paths else None)
+        names = {"": (), "trl": ("trl",), "lm_eval": ("trl", "lm_eval")}[name]
+        finished = finish(self.folder, command, environment=offline(*map(self.packages, names)) if names else None)
         assert finished.code == 0, finished.explain()
         return finished
 
@@ -206,7 +214,7 @@ def test_it_comes_back_and_trains_on(tutorial: Tutorial, tuned: str) -> None:
     assert (folder / "published/tuned/chat_template.jinja").read_text() == (folder / "chat.jinja").read_text()
     card = (folder / "published/tuned/README.md").read_text()
     assert "not tuned" not in card
-    assert "pretrained" not in card
+    assert "pretrained with" not in card
     assert json.loads((folder / "published/tuned/config.json").read_text())["eos_token_id"] == 1
     assert (folder / "runs/more/checkpoints/step-00000002/manifest.json").is_file()
 
@@ -251,8 +259,8 @@ def test_lines_that_are_not_run_are_whole() -> None:
     found = [words for block in blocks() if not block.file and not block.language for words in _marked(block.text)]
     assert {words[0] for words in found} == {"pip", "hf", "vllm", "curl", "ollama", "llama-cli", "lm_eval"}
     (upload,) = (words for words in found if words[0] == "hf")
-    offline = {"HF_HUB_OFFLINE": "1", "HF_TOKEN": "none"}
-    refused = finish(ROOT, [Path(sys.executable).with_name("hf"), *upload[1:-1], "docs"], environment=offline)
+    program = [Path(sys.executable).with_name("hf"), *upload[1:-1], "docs"]
+    refused = finish(ROOT, program, environment={"HF_HUB_OFFLINE": "1", "HF_TOKEN": "none"})
     assert "offline" in refused.stderr, refused.explain()
     (body,) = (word for words in found if words[0] == "curl" for word in words if word.startswith("{"))
     assert json.loads(body)["model"] == "published/tuned"
@@ -268,10 +276,14 @@ def _marked(text: str) -> Iterator[list[str]]:
     return (words for line, words in commands(text) if NOT_RUN in line)
 
 
+@pytest.mark.slow
 def test_each_kind_of_export_is_tuned_and_stops(
     pieces: Path, small_data: SmallData, packages: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """The end-of-text token is among the labels as one token, and ends what the tuned model writes."""
+    """The end-of-text token is among the labels as one token, and ends what the tuned model writes.
+
+    Slow: of one kind the tutorial shows that it stops.
+    """
     (tmp_path / "chat.jinja").write_text(next(block.text for block in blocks() if block.file == "chat.jinja"))
     text = {"text": "Which colour? It is blue."}
     completion = {"prompt": "Which colour?", "completion": " It is blue."}
@@ -279,8 +291,8 @@ def test_each_kind_of_export_is_tuned_and_stops(
     kinds: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "llama-text": (str(small_data.tokenizer), {"style": "llama"}, text, "Which"),
         "qwen3-chat": (str(pieces), {"style": "llama", "qk_norm": True}, chat, "User: Which colour?\nAssistant:"),
-        "gpt2-completion": (str(pieces), {"style": "gpt2"}, completion, "Which colour?"),
-        "gpt2-chat": ("bytes", {"style": "gpt2"}, chat, "User: Which colour?\nAssistant:"),
+        "gpt2-completion": ("bytes", {"style": "gpt2"}, completion, "Which colour?"),
+        "gpt2-chat": (str(pieces), {"style": "gpt2"}, chat, "User: Which colour?\nAssistant:"),
     }
     wanted = []
     for name, (tokenizer, section, record, _) in kinds.items():
@@ -289,9 +301,8 @@ def test_each_kind_of_export_is_tuned_and_stops(
         plan = plan_export(reader, tmp_path / name, torch.float32, None, template)
         export_checkpoint(plan, 1 << 40, name, lambda: None)
         wanted.append([name, record, f"tuned-{name}"])
-    environment = {"PYTHONPATH": str(packages("trl")), "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
     program = [sys.executable, "-W", "ignore", "-c", TUNING, json.dumps(wanted)]
-    finished = finish(tmp_path, program, environment=environment)
+    finished = finish(tmp_path, program, environment=offline(packages("trl")))
     assert finished.code == 0, finished.explain()
     for (name, (tokenizer, _, _, prompt)), (labels, eos) in zip(
         kinds.items(), json.loads(finished.stdout.splitlines()[-1]), strict=True
