@@ -48,6 +48,17 @@ POSITIONS = 64
 # So few steps teach a random model of this size two answers by heart.
 TRAINING = ["--use_cpu", "--bf16", "false", "--save_strategy", "no", "--max_steps", "60", "--learning_rate", "1e-2"]
 CONVERSATION = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "It is blue."}]
+# Beside the page's task, for what it says of bits per byte.
+NOTES = """
+task: notes
+dataset_path: json
+dataset_kwargs: {data_files: {test: two-notes.jsonl}}
+test_split: test
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{metric: bits_per_byte}]
+"""
 # Argument: a list of [folder, record, folder to save in]. Trains each with TRL in one process.
 TUNING = """
 import json, sys
@@ -132,7 +143,8 @@ class Tutorial:
             elif "llama_cpp" in block.text and find_spec("llama_cpp") is None:
                 continue  # the page says that it has to be compiled
             elif block.language == "python":
-                done.append(self._run("trl", [sys.executable, "-c", block.text]))
+                installed = "" if "llama_cpp" in block.text else "trl"
+                done.append(self._run(installed, [sys.executable, "-c", block.text]))
             else:
                 done += [self.run(words) for line, words in commands(block.text) if NOT_RUN not in line]
         assert done, section
@@ -144,7 +156,7 @@ class Tutorial:
         if program == "trl":
             return self._installed("trl", [*rest, *TRAINING, "--max_length", str(POSITIONS)])
         if program == "lm_eval":
-            return self._installed("lm_eval", [*rest, "--device", "cpu"])
+            return self._installed("lm_eval", [*rest, "--device", "cpu", "--tasks", "colours,notes"])
         if program == "python":
             return self._run("", [sys.executable, str(ROOT / rest[0]), *rest[1:]])
         if program == "deepspeed":
@@ -221,6 +233,9 @@ def test_it_comes_back_and_trains_on(tutorial: Tutorial, tuned: str) -> None:
 
 def test_the_harness_has_the_figures_of_evaluate(tutorial: Tutorial, tuned: str) -> None:
     folder = tutorial.folder
+    (folder / "tasks").mkdir(exist_ok=True)
+    (folder / "tasks/notes.yaml").write_text(NOTES)
+    (folder / "two-notes.jsonl").write_text(next(block.text for block in blocks() if block.file == "notes.jsonl"))
     (finished,) = tutorial.follow("Evaluate with lm-evaluation-harness")
     (written,) = folder.glob("results/**/results_*.json")
     theirs = json.loads(written.read_text())["results"]
@@ -230,8 +245,11 @@ def test_the_harness_has_the_figures_of_evaluate(tutorial: Tutorial, tuned: str)
         for row in questions
     ]
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    ours = tutorial.run(["megalm", "evaluate", "tuned", "--choices", "choices.jsonl", "--json"])
-    assert theirs["colours"]["acc,none"] == json.loads(ours.stdout)["accuracy"], finished.explain()
+    sources = ("--choices", "choices.jsonl", "--text", "two-notes.jsonl")
+    ours = tutorial.run(["megalm", "evaluate", "tuned", *sources, "--json"])
+    rows = {row["source"]: row for row in map(json.loads, ours.stdout.splitlines())}
+    assert theirs["colours"]["acc,none"] == rows["choices"]["accuracy"], finished.explain()
+    assert theirs["notes"]["bits_per_byte,none"] == pytest.approx(rows["text"]["bits_per_byte"], rel=1e-4)
 
 
 @pytest.mark.slow
