@@ -443,6 +443,9 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute, layer: int
     # The same of the MLP, and up, gelu | gate, silu, up, product.
     mlp = norm + dropout_mask + (stream + (4 if shape.gated_mlp else 2) * inner) * size
     hidden, tile = stream * size, 0
+    widened = case.on_cpu and size < 4 and shape.normalization == "rms_norm"  # each norm keeps an fp32 copy
+    if shape.parallel_residual and not widened:  # both norms, or projections, have one input
+        mlp -= hidden
     if case.mlp_chunk_tokens is not None:
         tile, mlp = _tile_bytes(case, share, mlp - dropout_mask), hidden + dropout_mask
     match recompute:
@@ -502,7 +505,8 @@ def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
     narrow = weight * case.element_bytes if case.element_bytes < 4 else 0
     hidden_gradient = case.tokens * hidden * case.element_bytes
     forward, backward = logits + (narrow if case.on_cpu else 0), narrow + hidden_gradient
-    return hidden_gradient + 4 * weight + max(forward, backward)
+    scaled = hidden_gradient if case.shape.width_multiplier != 1 else 0  # beside the hidden states that the head gets
+    return hidden_gradient + 4 * weight + max(forward + scaled, backward)
 
 
 def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]]:
@@ -512,7 +516,8 @@ def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]
     """
     shapes = share.parameters()
     dimensions = {name: len(shape) for name, shape in shapes.items()}
-    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay, case.muon)
+    multiplier = case.shape.width_multiplier
+    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay, case.muon, multiplier)
     groups = {key: names for key, names in optimizer_groups(keys).items() if not key.frozen}
     return {key: [math.prod(shapes[name]) for name in names] for key, names in groups.items()} or {NO_GROUP: [1]}
 
