@@ -206,7 +206,7 @@ def build_model_config(model: ModelSection, vocab_size: int, sequence_length: in
     }
     multiple = model.vocab_multiple or 1
     gated_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
-head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
+    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
     inner = model.intermediate_size or (gated_size if of_style["gated_mlp"] else 4 * model.hidden_size)
     moe_layers = 1 if model.moe_layers is None else model.moe_layers
     resolved = {
