@@ -269,6 +269,9 @@ def _parameters(plan: Plan) -> str:
     total = plan.parameter_count
     rows: list[list[object]] = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in plan.parameters.items()]
     rows.append(["total", f"{total:,}", ""])
+    active = plan.shape.active_parameter_count()
+    if active < total:
+        rows.append(["of which a token uses", f"{active:,}", f"{active / total:.1%}"])
     if plan.trained_parameters < total:
         rows.append(["of which train", f"{plan.trained_parameters:,}", f"{plan.trained_parameters / total:.1%}"])
     return table(["part", "parameters", "share"], rows)

@@ -35,8 +35,8 @@ _FLAT_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0
 Groups = list[list[int]]
 
 # Column layers hold a part of their output features, row layers of their input features.
-_COLUMNS = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up")
-_ROWS = ("attention.output.weight", "mlp.down.weight")
+_COLUMNS = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up", "shared.gate", "shared.up")
+_ROWS = ("attention.output.weight", "mlp.down.weight", "shared.down.weight")
 _VOCABULARY = ("embedding.tokens.weight", "head.weight")
 
 
@@ -102,6 +102,9 @@ class Share:
         return self.is_first if name.startswith("embedding.") else self.is_last
 
     def local(self, name: str, size: tuple[int, ...]) -> tuple[int, ...]:
+        if ".mlp.experts." in name:
+            divided = 2 if name.endswith(".down") else 1
+            return tuple(length // self.tensor if axis == divided else length for axis, length in enumerate(size))
         if name in _VOCABULARY:
             return (math.ceil(size[0] / self.tensor), *size[1:])
         if name.endswith(_ROWS):
@@ -442,6 +445,8 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute, layer: int
         attention += case.micro_batch * share.heads * kept_probabilities(shape, layer, case.sequence_length) * size
     # The same of the MLP, and up, gelu | gate, silu, up, product.
     mlp = norm + dropout_mask + (stream + (4 if shape.gated_mlp else 2) * inner) * size
+    if layer in shape.moe_layers:
+        mlp = norm + dropout_mask + _expert_bytes(case, share)
     hidden, tile = stream * size, 0
     widened = case.on_cpu and size < 4 and shape.normalization == "rms_norm"  # each norm keeps an fp32 copy
     if shape.parallel_residual and not widened:  # both norms, or projections, have one input
@@ -460,6 +465,20 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute, layer: int
             return attention + hidden, mlp
         case "full":
             return hidden, attention + mlp + tile
+
+
+def _expert_bytes(case: MemoryCase, share: Share) -> int:
+    """Bytes that a router, its experts and the shared ones keep, which read a whole sequence."""
+    shape, size = case.shape, case.element_bytes
+    expert, count = shape.moe_intermediate_size or 0, shape.num_experts or 0
+    rows, inner = case.tokens * shape.num_experts_per_token, 4 if shape.gated_mlp else 2
+    stream = case.tokens * shape.hidden_size
+    # The router's input in fp32 too, its logits, scores and their normalised form; of each row order and place.
+    router = stream * (4 if size < 4 else 0) + 3 * 4 * case.tokens * count + 2 * 8 * rows
+    # Rows sorted by expert, up, gelu | gate, silu, up, product, and outputs in the tokens' order.
+    routed = rows * (2 * shape.hidden_size + inner * expert // share.tensor) * size
+    shared = case.tokens * inner * shape.num_shared_experts * expert // share.tensor * size
+    return stream // share.slices * size + (stream * size if share.slices > 1 else 0) + router + routed + shared
 
 
 def _tile_bytes(case: MemoryCase, share: Share, mlp: int) -> int:

@@ -30,6 +30,7 @@ from megalm.data.sampling.batch_loader import MicroBatch
 from megalm.engine.cpp_extensions import load_async_io
 from megalm.engine.dataset_losses import DatasetLosses
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
+from megalm.engine.expert_loads import ExpertLoads
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer.build_optimizer import build_optimizer, group_without_parameters, parameter_groups
@@ -136,7 +137,7 @@ class HostCopy:
         if self._copied is not None and not self._copied.query():
             self._copied.synchronize()
         if self._read is None:
-            self._read = [float(number) for number in self._numbers]
+            self._read = self._numbers.tolist()
         return self._read
 
 
@@ -276,6 +277,7 @@ class EngineBase:
         # Every rank of the last stage's tensor group has the same loss: only the first reports it.
         self._reports_loss = groups.tensor.index == 0 and groups.pipeline.index == groups.pipeline.size - 1
         self._by_dataset = DatasetLosses(output if self._reports_loss else None, context.device)
+        self._loads = ExpertLoads(part, context.shape, context.device, counts=groups.tensor.index == 0)
         self._stage = int(settings["zero_optimization"]["stage"])
         self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
         parameters = dict(part.named_parameters())
@@ -397,15 +399,17 @@ class EngineBase:
         return to_device(batch.tokens), to_device(batch.labels), documents
 
     def _sum_over_ranks(self, loss: Tensor | float, *others: Tensor) -> Tensor:
-        """Return the sums of `loss` over all copies of the model, and of `others` over all ranks, on the device.
+        """Return the sums of `loss` over all copies of the model, and of `others` over all ranks, flat on the device.
 
         In fp64, so that the values do not depend on the number of ranks.
         """
-        own = torch.zeros(1 + len(others), dtype=torch.float64, device=self._device)
+        own = torch.zeros(1 + sum(map(torch.numel, others)), dtype=torch.float64, device=self._device)
         if self._reports_loss:
             own[0] = loss
-        for index, value in enumerate(others, start=1):
-            own[index] = value
+        end = 1
+        for values in others:
+            start, end = end, end + values.numel()
+            own[start:end] = values.flatten()
         dist.all_reduce(own)
         return own
 
@@ -420,7 +424,8 @@ class EngineBase:
             gradients = [parameter.grad for parameter in self._owned if parameter.grad is not None]
             norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
             squares = [torch.stack(norms).square().sum() if norms else torch.zeros((), device=self._device)]
-        self._step_sums.request(self._sum_over_ranks(loss_sum, *squares, *self._by_dataset.sums()))
+        sums = self._sum_over_ranks(loss_sum, *squares, self._loads.sums(), *self._by_dataset.sums())
+        self._step_sums.request(sums)
         self._divisor = divisor
         self._check.arm(self._loss_and_norm)
 
@@ -442,8 +447,10 @@ class EngineBase:
             verdict = replace(self._check.judge(loss, self._last_norm), refuses=True)
         if verdict is not None and not verdict.refuses:
             self._state.ema.update()
-        by_dataset = self._by_dataset.means(self._step_sums.read())
-        return StepResult(loss, self._last_norm, self._state.loss_scale(), verdict, by_dataset)
+        sums = self._step_sums.read()
+        routing = self._loads.statistics(sums[1 if self._stage else 2 :])
+        by_dataset = self._by_dataset.means(sums)
+        return StepResult(loss, self._last_norm, self._state.loss_scale(), verdict, by_dataset, routing)
 
     def _count_from(self, counters: dict[str, Any], step: int) -> None:
         engine = self._engine

@@ -23,7 +23,7 @@ from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.model.activation_offload import OffloadedInputs
-from megalm.model.layer_factory import LayerFactory, annotate_shard, shard_of
+from megalm.model.layer_factory import LayerFactory, RouterLosses, annotate_shard, shard_of
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
@@ -79,6 +79,7 @@ def build_engine(
     if run.topology.tensor > 1:
         group, sequence = context.groups.tensor, run.config.parallel.sequence
         layers = TensorLayers(clock, group, sequence, run.compiled, float8, run.tensor_chunks, train.z_loss)
+    layers.router_losses = RouterLosses(train.router_aux_loss, train.router_z_loss)
     if (
         run.compiled
     ):  # a graph for each length and kind of layer, in training and in validation, and the loss's last chunk

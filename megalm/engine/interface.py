@@ -64,6 +64,24 @@ JudgeUpdate = Callable[[float, float], UpdateVerdict]
 
 
 @dataclass(frozen=True)
+class RoutingStatistics:
+    """Where the routers of a model with experts sent the tokens of a step.
+
+    Attributes:
+        layers: numbers of the layers with experts.
+        counts: by layer, the tokens of each expert.
+        entropy: nats, of the routers' probabilities, the mean over tokens and layers; log(experts) if all are equal.
+        balance_loss, z_loss: of the routers, without their coefficients, the mean over sequences and layers.
+    """
+
+    layers: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
+    entropy: float
+    balance_loss: float
+    z_loss: float
+
+
+@dataclass(frozen=True)
 class StepResult:
     """One optimizer step, the same on every rank.
 
@@ -73,6 +91,7 @@ class StepResult:
         loss_scale: 1.0 without loss scaling.
         verdict: the joint verdict of all ranks; None if DeepSpeed skipped the update without asking.
         dataset_losses: by dataset of a mixture, nats per target of its samples; None without a target in this step.
+        routing: of a model with experts.
     """
 
     loss: float
@@ -80,6 +99,7 @@ class StepResult:
     loss_scale: float
     verdict: UpdateVerdict | None
     dataset_losses: tuple[float | None, ...] = ()
+    routing: RoutingStatistics | None = None
 
     @property
     def skipped(self) -> bool:

@@ -75,6 +75,9 @@ class PipelineEngine(EngineBase):
         model.loss_factor = len(micro_batches) * data.size / batch.divisor
         model.loss_sum = 0.0
         self._by_dataset.begin(batch)
+        # Their gradient does not pass the loss, of which alone DeepSpeed takes the mean over micro-batches.
+        sequences = len(micro_batches) * len(micro_batches[0][0])
+        self._loads.begin(sequences * data.size, 1 / sequences)
 
         def before_forward(index: int) -> None:
             self._by_dataset.of(batch.micro_batches[index].datasets)

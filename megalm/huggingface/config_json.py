@@ -135,8 +135,10 @@ def model_type(shape: ModelConfig) -> str:
 
 def require_exportable(shape: ModelConfig) -> None:
     """Raises: CheckpointError: transformers has no model with this computation."""
-    problem = ""
-    if shape.style == "gpt2" and shape.qk_norm:
+    problem = "" if shape.num_experts is None else f"model.num_experts={shape.num_experts}: experts are not converted"
+    if problem:
+        pass
+    elif shape.style == "gpt2" and shape.qk_norm:
         problem = "model.qk_norm=true with style gpt2: GPT2LMHeadModel has no norm on queries and keys"
     elif shape.style == "gpt2" and shape.num_key_value_heads != shape.num_attention_heads:
         problem = (

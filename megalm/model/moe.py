@@ -21,7 +21,9 @@ from megalm.model.model_config import ModelConfig
 from megalm.model.modules import ACTIVATIONS
 from megalm.model.recomputation import in_backward
 
-TINY = 1e-20  # a sum of sigmoids can be 0
+STATISTICS = ("entropy", "balance_loss", "z_loss")  # what `MixtureOfExperts.statistics` has behind the experts
+
+_TINY = 1e-20  # a sum of sigmoids can be 0
 
 
 @dataclass(frozen=True)
@@ -79,10 +81,10 @@ class Router(nn.Module):
     def forward(self, hidden: Tensor) -> Routing:  # [B, T, H]
         logits = functional.linear(hidden.float(), self.weight.float())
         scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
-        probabilities = scores / (scores.sum(-1, keepdim=True) + TINY) if self.sigmoid else scores
+        probabilities = scores / (scores.sum(-1, keepdim=True) + _TINY) if self.sigmoid else scores
         weights, experts = scores.topk(self.top, dim=-1)
         if self.normalized:
-            weights = weights / (weights.sum(-1, keepdim=True) + TINY)
+            weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
         return Routing(logits, probabilities, experts, weights * self.scale)
 
 
@@ -158,8 +160,8 @@ class MixtureOfExperts(nn.Module):
     Attributes:
         losses_factor: multiplies the gradient of the router's losses, which are summed over sequences; the engine makes
             it a mean over the sequences of the global batch.
-        statistics: fp64 [E + 3], to which each forward pass of training adds: tokens of each expert, the entropies of
-            tokens, and the balance and z losses of sequences. None: it adds nothing.
+        statistics: fp64 [E + STATISTICS], to which each forward pass of training adds: tokens of each expert, the
+            entropies of tokens, and the balance and z losses of sequences. None: it adds nothing.
     """
 
     def __init__(self, shape: ModelConfig, layers: LayerFactory, shared: nn.Module | None) -> None:

@@ -174,6 +174,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
                 "num_key_value_heads": grouped,
                 "head_dim": 16 if sets_head_dim else None,
                 "intermediate_size": 88,
+                "moe_intermediate_size": 48 if model.num_experts else None,
                 **_small_choices(model, layers),
                 "vocab_size": None,
                 "vocab_multiple": None,
@@ -226,12 +227,17 @@ def _small_choices(model: ModelSection, layers: int) -> dict[str, Any]:
             return choice and min(choice, layers)
         return tuple(layer for layer in choice if layer < layers) or (choice and (layers - 1,))
 
+    experts = model.num_experts and min(model.num_experts, 4)
     scaling = model.rope_scaling
     if scaling is not None and scaling.original_max_position_embeddings is not None:
         scaling = scaling.model_copy(update={"original_max_position_embeddings": _LENGTH // 2})
     return {
         "no_rope_layers": of_layers(model.no_rope_layers),
         "full_attention_layers": of_layers(model.full_attention_layers),
+        "num_experts": experts,
+        "num_experts_per_token": min(model.num_experts_per_token, 2),
+        "moe_layers": of_layers(model.moe_layers),
+        "num_dense_layers": min(model.num_dense_layers, layers - 1),
         "sliding_window": model.sliding_window and min(model.sliding_window, _LENGTH // 3),
         "rope_scaling": scaling,
     }
@@ -304,7 +310,8 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
         ("data.sequence_length", own.config.data.sample_length, run.config.data.sample_length),
     ]
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "sliding_window")
-    for name in (*sizes, "full_attention_layers", "no_rope_layers", "mup_base_width"):
+    of_experts = ("num_experts", "num_experts_per_token", "moe_intermediate_size", "moe_layers", "num_dense_layers")
+    for name in (*sizes, "full_attention_layers", "no_rope_layers", "mup_base_width", *of_experts):
         pairs.append((f"model.{name}", getattr(own.config.model, name), getattr(run.config.model, name)))
     for name in ("dropout", "attention_dropout"):
         pairs.append((f"model.{name}", getattr(own.config.model, name), getattr(run.config.model, name)))

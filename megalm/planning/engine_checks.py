@@ -262,7 +262,7 @@ def no_recomputation(kind: Recompute, config: RunConfig, device: DeviceFacts, ze
     instead = "set compile=false, or use train.recompute=full"
     if kind == "norms":
         return f"compiled blocks: their graphs already recompute norms where that is cheaper; {instead}"
-    if kind in ("attention", "mlp") and _is_divided(config, zero):
+    if kind in ("attention", "mlp") and is_divided(config, zero):
         return f"compiled blocks: {_HALVES}; {instead}"
     return ""
 
@@ -270,7 +270,7 @@ def no_recomputation(kind: Recompute, config: RunConfig, device: DeviceFacts, ze
 _HALVES = "each half of a block is a graph of its own, not proven with ZeRO 3, tensor groups and pipelines"
 
 
-def _is_divided(config: RunConfig, zero: ZeroSection) -> bool:
+def is_divided(config: RunConfig, zero: ZeroSection) -> bool:
     return zero.stage == 3 or config.parallel.tensor > 1 or config.parallel.pipeline > 1
 
 
@@ -291,7 +291,7 @@ def recomputation_is_one(case: CheckContext) -> None:
 
 def tiles_run_as_blocks_do(case: CheckContext) -> None:
     chunk = case.config.train.mlp_chunk_tokens
-    if chunk is not None and runs_compiled(case.config, case.device) and _is_divided(case.config, case.zero):
+    if chunk is not None and runs_compiled(case.config, case.device) and is_divided(case.config, case.zero):
         raise ConfigError(f"train.mlp_chunk_tokens={chunk} with compiled blocks: {_HALVES}; set compile=false")
 
 

@@ -134,7 +134,14 @@ def _changes(case: MemoryCase, device: DeviceFacts) -> Iterator[tuple[str, Memor
         yield "train.recompute=full", replace(case, recompute="full")
     elif case.recompute == "none" and case.checkpoint_activations_every != 1:
         yield "train.checkpoint_activations_every=1", replace(case, checkpoint_activations_every=1)
-    if case.mlp_chunk_tokens is None and case.recompute != "mlp" and case.tokens > _TILE and _is_one_card(case):
+    has_experts = bool(case.shape.moe_layers)
+    if (
+        not has_experts
+        and case.mlp_chunk_tokens is None
+        and case.recompute != "mlp"
+        and case.tokens > _TILE
+        and _is_one_card(case)
+    ):
         yield f"train.mlp_chunk_tokens={_TILE}", replace(case, mlp_chunk_tokens=_TILE)
     is_whole = case.recompute == "full" or case.checkpoint_activations_every
     if is_whole and not case.offload_activations and not case.on_cpu:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
+from megalm.config.schema import ModelSection
+from megalm.cost_model.memory import BYTES
 from megalm.errors import ConfigError
-from megalm.planning.engine_checks import CheckContext, Rule
+from megalm.planning.engine_checks import CheckContext, Rule, is_divided, runs_compiled
 
 
 def hidden_divides_into_heads(case: CheckContext) -> None:
@@ -72,6 +75,86 @@ def model_choices_fit(case: CheckContext) -> None:
         raise ConfigError(*problems)
 
 
+_OF_EXPERTS = (
+    *("num_experts_per_token", "moe_intermediate_size", "num_shared_experts", "moe_layers", "num_dense_layers"),
+    *("router_scores", "norm_topk_prob", "routed_scaling_factor"),
+)
+
+
+def experts_fit(case: CheckContext) -> None:
+    model, shape = case.config.model, case.shape
+    if model.num_experts is None:
+        defaults = {name: ModelSection.model_fields[name].default for name in _OF_EXPERTS}
+        # A resolved model names the layers with experts, which may be none.
+        given = [name for name, value in defaults.items() if getattr(model, name) not in (value, ())]
+        if given:
+            raise ConfigError(*(f"model.{name} needs model.num_experts" for name in given))
+        return
+    problems = []
+    if model.num_experts_per_token > model.num_experts:
+        problems.append(
+            f"model.num_experts_per_token={model.num_experts_per_token} is more than model.num_experts="
+            f"{model.num_experts}"
+        )
+    if not shape.moe_layers:
+        problems.append(
+            f"model.num_experts={model.num_experts}: model.moe_layers and model.num_dense_layers="
+            f"{model.num_dense_layers} leave no layer with experts"
+        )
+    problems += [
+        f"model.moe_layers names layer {layer}, but the model has the layers 0 to {shape.num_hidden_layers - 1}"
+        for layer in shape.moe_layers
+        if layer >= shape.num_hidden_layers
+    ]
+    if shape.mlp_bias:
+        problems.append("model.num_experts with model.mlp_bias=true: experts have no biases; set model.mlp_bias=false")
+    problems += _experts_not_proven(case)
+    inner, degree = shape.moe_intermediate_size or 0, case.config.parallel.tensor
+    if inner % degree:
+        problems.append(f"parallel.tensor={degree} does not divide the experts' inner size, {inner}")
+    multiple = 16 // BYTES[case.precision]
+    for name, size in (
+        ("model.hidden_size", shape.hidden_size),
+        ("a rank's part of the experts' inner size (model.moe_intermediate_size)", inner // degree),
+    ):
+        if size % multiple:
+            problems.append(
+                f"model.num_experts with {case.precision}: {name} is {size}, not a multiple of {multiple}, as the "
+                "grouped product needs"
+            )
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _experts_not_proven(case: CheckContext) -> Iterator[str]:
+    """Combinations with experts that no test compares with one plain rank."""
+    config, name = case.config, f"model.num_experts={case.config.model.num_experts}"
+    for refused, reason in (
+        (case.precision == "fp16", "fp16: the router's losses do not know the loss scale; use bf16"),
+        (config.precision.float8, "precision.float8=true: experts multiply in no float8; remove it"),
+        (case.settings.uses_muon, 'optimizer.type="Muon": it does not orthogonalise stacked experts; use AdamW'),
+        (
+            config.model.mup_base_width is not None,
+            "model.mup_base_width: how a router's rate follows the width is not known; remove one of them",
+        ),
+        (
+            config.train.mlp_chunk_tokens is not None,
+            "train.mlp_chunk_tokens: a tile is no whole sequence, whose experts are balanced; remove it",
+        ),
+        (
+            config.parallel.balance == "time" and config.parallel.pipeline > 1,
+            "parallel.balance=time: it measures one block for all; remove it",
+        ),
+        (
+            runs_compiled(config, case.device) and is_divided(config, case.zero),
+            "compiled blocks: each half of a block with experts is compiled by itself, not proven with ZeRO 3, tensor "
+            "groups and pipelines; set compile=false",
+        ),
+    ):
+        if refused:
+            yield f"{name} with {reason}"
+
+
 def sequence_fits_positions(case: CheckContext) -> None:
     length, positions = case.config.data.sample_length, case.config.model.max_position_embeddings
     if positions is not None and length > positions:
@@ -86,5 +169,6 @@ MODEL_RULES: tuple[Rule, ...] = (
     hidden_divides_into_heads,
     heads_divide_into_groups,
     model_choices_fit,
+    experts_fit,
     sequence_fits_positions,
 )

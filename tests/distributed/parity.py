@@ -37,7 +37,7 @@ _GPT2 = (*_SMALL, "model.style=gpt2", "model.qk_norm=false", "data.document_mask
 _LLAMA = (*_SMALL, "model.style=llama")
 MODELS: dict[str, tuple[str, ...]] = {
     "gpt2 tied": (*_GPT2, "model.tie_word_embeddings=true"),
-    # As GPT-NeoX and OLMo 2: norms after the layers, which both read the block's input.
+    # As GPT-NeoX and OLMo 2: norms after the layers, which both read the block's input; and a layer with experts.
     "composed MQA untied": (
         *_GPT2,
         "model.num_key_value_heads=1",  # held by both ranks of a tensor group
@@ -53,6 +53,14 @@ MODELS: dict[str, tuple[str, ...]] = {
         "model.hidden_act=relu2",
         "model.qkv_bias=false",
         "model.attention_scale=0.5",
+        "model.num_experts=4",
+        "model.moe_intermediate_size=24",
+        "model.num_shared_experts=1",
+        "model.num_dense_layers=1",
+        "model.router_scores=sigmoid",
+        "model.mlp_bias=false",
+        "train.router_aux_loss=0.1",
+        "train.router_z_loss=0.01",
         "train.z_loss=1e-3",
         "train.checkpoint_activations_every=1",
     ),
