@@ -601,6 +601,9 @@ class GuardSection(Section):
         default=None, description="stop where the median loss is above this after guard.after_step"
     )
     after_step: PositiveInt | None = None
+    experts_interval_steps: PositiveInt | None = Field(
+        default=100, description="report the load of a model's experts, and which are dead or overloaded; null: never"
+    )
 
 
 class ResumeSection(Section):

@@ -36,7 +36,8 @@ Groups = list[list[int]]
 
 # Column layers hold a part of their output features, row layers of their input features.
 _COLUMNS = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up", "shared.gate", "shared.up")
-_ROWS = ("attention.output.weight", "mlp.down.weight", "shared.down.weight")
+_ROWS = ("attention.output.weight", "mlp.down.weight", "shared.down.weight", "experts.down")
+_EXPERT_COLUMNS = ("experts.gate", "experts.up")
 _VOCABULARY = ("embedding.tokens.weight", "head.weight")
 
 
@@ -102,13 +103,12 @@ class Share:
         return self.is_first if name.startswith("embedding.") else self.is_last
 
     def local(self, name: str, size: tuple[int, ...]) -> tuple[int, ...]:
-        if ".mlp.experts." in name:
-            divided = 2 if name.endswith(".down") else 1
-            return tuple(length // self.tensor if axis == divided else length for axis, length in enumerate(size))
         if name in _VOCABULARY:
             return (math.ceil(size[0] / self.tensor), *size[1:])
         if name.endswith(_ROWS):
-            return (size[0], size[1] // self.tensor)
+            return (*size[:-1], size[-1] // self.tensor)
+        if name.endswith(_EXPERT_COLUMNS):
+            return (size[0], size[1] // self.tensor, size[2])
         layer = next((column for column in _COLUMNS if f".{column}." in name), None)
         if name.endswith(".attention.sinks"):
             return (self.heads,)

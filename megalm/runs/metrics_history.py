@@ -28,6 +28,8 @@ COLUMNS = (
     "step_seconds",
     "mfu",
     "memory_bytes",
+    "expert_load_max",
+    "router_entropy",
     "attempt",
 )
 

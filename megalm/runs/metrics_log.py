@@ -6,11 +6,13 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   step_seconds, mfu, memory_bytes (peak of rank 0), attempt; with wall_clock_breakdown also rank 0's forward_seconds,
   backward_seconds and update_seconds, and in a pipeline those of each other instruction (SendActivation_seconds); in a
   mixture loss_of_NAME of each dataset, nats per target of its samples in this step, null without one: weighted by their
-  targets they add up to loss
+  targets they add up to loss; of a model with experts expert_load_max and expert_load_min (the fullest and the
+  emptiest expert of any layer, 1: its equal share), router_entropy (nats, the mean over tokens and layers),
+  router_aux_loss and router_z_loss (without their coefficients, the mean over sequences and layers)
 - `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and if known
   bits_per_byte, and loss_stderr, the standard error of the loss by the choice of the samples)
 - `event`: event = start | resume | checkpoint | copied | spike | skip | rollback | signal | wall_time | early_stop |
-  warning | expected | traffic | profile | straggler | repair | end, and its own fields:
+  warning | expected | traffic | profile | straggler | experts | unbalanced_experts | repair | end, and its own fields:
   - `spike`: at_step, quantity, decided, loss, grad_norm, limit, median, first_sample
   - `start`, `resume` and `rollback` begin an attempt. `start` and `resume` have startup_seconds, since the start of the
     process; `resume` and `rollback` the `step` that the run continues from; `rollback` samples_skipped
@@ -26,6 +28,9 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   - `straggler`, a rank that is slower than the others (train.slow_factor, train.slow_seconds): rank, host, device,
     quantity (compute or data), own_seconds and median_seconds (a step's; on a GPU compute is of a fixed product),
     lasted_seconds, temperature
+  - `experts`, every guard.experts_interval_steps: first_step, last_step, and load: by layer that of each expert
+  - `unbalanced_experts`, where other experts than before are dead (under 0.02 of their equal share) or overloaded
+    (over 4 times, or nearly all tokens): first_step, last_step, dead and overloaded, as [layer, expert]
   - `end`: status = finished | failed | stopped (saved, asks to be restarted), exit_code; of a failure its
     reason, with the rank and node that failed first
 
@@ -94,6 +99,20 @@ def describe_straggler(row: Row) -> str:
     warm = f", at {row['temperature']:.0f} degrees" if row.get("temperature") is not None else ""
     where = f"rank {row.get('rank')} on {row.get('host')} ({row.get('device')})"
     return f"{where} is slow: it {what} {own:.3g} s, the median is {median:.3g} s, for {lasted:.0f} s now{warm}"
+
+
+def describe_unbalanced_experts(row: Row) -> str:
+    """Return an `unbalanced_experts` event in words."""
+    named = [
+        f"{kind} {', '.join(f'{expert} of layer {layer}' for layer, expert in places[:8])}"
+        f"{f' and {len(places) - 8:,} more' if len(places) > 8 else ''}"
+        for kind in ("dead", "overloaded")
+        if (places := row.get(kind))
+    ]
+    steps = f"steps {row.get('first_step')} to {row.get('last_step')}"
+    if not named:
+        return f"no expert is dead or overloaded any more in {steps}"
+    return f"WARNING: experts in {steps}: {'; '.join(named)}; a larger train.router_aux_loss balances them"
 
 
 class MetricsWriter:

@@ -20,17 +20,18 @@ from megalm.checkpoint.discovery import step_of
 from megalm.checkpoint.manifest import Status
 from megalm.communicator import Communicator
 from megalm.data.sampling.batch_loader import PREFETCHED_BATCHES, BatchLoader
-from megalm.engine.interface import Engine, StepResult
+from megalm.engine.interface import Engine, RoutingStatistics, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError, is_out_of_memory
 from megalm.nodes.straggler_watch import StragglerWatch
 from megalm.planning.lr_schedule import rate_at
 from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.metrics_log import LOSS_OF, MetricsWriter, wall_limit
+from megalm.runs.metrics_log import LOSS_OF, MetricsWriter, describe_unbalanced_experts, wall_limit
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_lock import LostFolder, RunLock
 from megalm.train.console import RunConsole
 from megalm.train.evaluator import TOTAL, Evaluation, Evaluator
+from megalm.train.expert_watch import ExpertWatch
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits
 from megalm.train.resume.training_progress import TrainingProgress
@@ -73,6 +74,20 @@ class TrainerComponents:
         self.engine.close()
 
 
+def _routing_columns(routing: RoutingStatistics | None) -> dict[str, float]:
+    """The columns of a model with experts; loads are 1 where a layer's experts have equally many tokens."""
+    if routing is None:
+        return {}
+    loads = [count * len(counts) / sum(counts) for counts in routing.counts for count in counts]
+    return {
+        "expert_load_max": max(loads),
+        "expert_load_min": min(loads),
+        "router_entropy": routing.entropy,
+        "router_aux_loss": routing.balance_loss,
+        "router_z_loss": routing.z_loss,
+    }
+
+
 @dataclass
 class MetricsRecorder:
     """Writes metrics.jsonl rows and console lines on rank 0; every method takes the run's progress."""
@@ -80,8 +95,11 @@ class MetricsRecorder:
     parts: TrainerComponents
     _peak_is_reported: bool = field(default=False, init=False)
     _documented: dict[tuple[Quantity, int], list[Span]] = field(init=False)
+    _experts: ExpertWatch | None = field(init=False)
 
     def __post_init__(self) -> None:
+        interval = self.parts.run.config.guard.experts_interval_steps
+        self._experts = None if interval is None else ExpertWatch(interval)
         self._documented = documented_losses(self.parts.run.config.documented)
 
     def event(self, position: TrainingProgress, name: str, **fields: Any) -> None:
@@ -114,8 +132,11 @@ class MetricsRecorder:
                 memory_bytes=parts.engine.peak_memory_bytes(),
                 attempt=position.attempt,
                 **{LOSS_OF + name: loss for name, loss in zip(parts.datasets, result.dataset_losses, strict=False)},
+                **_routing_columns(result.routing),
                 **self._phases(),
             )
+        if result.routing is not None and self._experts is not None:
+            self._watch_experts(position, self._experts, result.routing)
         if mfu > 1 and not self._peak_is_reported:
             self._peak_is_reported = True
             self.warn(
@@ -129,6 +150,15 @@ class MetricsRecorder:
             f"MFU {mfu:.1%}",
         )
         self._compare_with_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
+
+    def _watch_experts(self, position: TrainingProgress, watch: ExpertWatch, routing: RoutingStatistics) -> None:
+        found = watch.add(position.step, routing, self.parts.run.config.model.num_experts_per_token)
+        if found is None:
+            return
+        self.event(position, "experts", **found.fields())
+        if found.is_news:
+            self.event(position, "unbalanced_experts", **found.news())
+            self.parts.reporter.info(f"step {position.step}: {describe_unbalanced_experts(found.news())}")
 
     def _phases(self) -> dict[str, float]:
         if not self.parts.run.diagnostics.phase_times:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from megalm.config.schema import ModelSection
 from megalm.model.attention import Attention
-from megalm.model.layer_factory import LayerFactory, shard_of
+from megalm.model.layer_factory import LayerFactory, RouterLosses, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
+from megalm.model.moe import MixtureOfExperts
 from megalm.model.recomputation import KEEP_ALL, Recomputation
 from megalm.model.transformer import MLP, Embedding, LanguageModel, LanguageModelHead, initialize
 from megalm.parallel.process_groups import AxisGroup, make_groups
@@ -135,6 +136,19 @@ def _attention(lab: Lab, style: str, key_value_heads: int, **choices: Any) -> di
 def _mlp(lab: Lab, style: str) -> dict[str, float]:
     sizes = shape(style, 4)
     return lab.compare(lambda layers: MLP(sizes, layers), sizes)
+
+
+def _experts(lab: Lab, **choices: Any) -> dict[str, float]:
+    """With the gradients of the router's own losses; the dense twin counts tokens as the ranks do."""
+    sizes = shape("llama", 4, num_experts=4, moe_intermediate_size=16, num_shared_experts=1, **choices)
+
+    def make(layers: LayerFactory) -> nn.Module:
+        layers.router_losses = RouterLosses(balance=0.5, z=0.1)
+        layer = MixtureOfExperts(sizes, layers, MLP(sizes, layers, 16))
+        layer.losses_factor = 3.0
+        return layer
+
+    return lab.compare(make, sizes)
 
 
 def _mlp_of_one_sample(lab: Lab, style: str) -> dict[str, float]:
@@ -273,6 +287,8 @@ CHECKS: dict[str, Callable[[Lab], dict[str, float]]] = {
     "attention composed, 2 kv": lambda lab: _attention(lab, "llama", 2, **COMPOSED),
     "attention composed, 1 kv": lambda lab: _attention(lab, "gpt2", 1, **COMPOSED),
     **{f"mlp {style}": lambda lab, style=style: _mlp(lab, style) for style in ("gpt2", "llama")},
+    "experts": _experts,
+    "experts, not gated": lambda lab: _experts(lab, gated_mlp=False, router_scores="sigmoid"),
     "mlp gpt2, one sample": lambda lab: _mlp_of_one_sample(lab, "gpt2"),
     "mlp llama, one sample": lambda lab: _mlp_of_one_sample(lab, "llama"),
     "float8 columns": _float8_columns,

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megalm.runs.metrics_history import History
-from megalm.runs.metrics_log import Row, describe_straggler, wall_limit
+from megalm.runs.metrics_log import Row, describe_straggler, describe_unbalanced_experts, wall_limit
 from megalm.tracking.report.curves import event_step
 from megalm.tracking.report.run_data import ReportData, text_of
 from megalm.utils.formatting import format_duration
@@ -22,7 +22,7 @@ _FAILURE_CHARACTERS = 8_000
 _SLOW_FACTOR = 2.0
 _SLOW_SHARE = 0.005  # of all training time; less is not worth reporting
 _SLOW_SHOWN = 5
-_USUAL = ("start", "checkpoint", "copied", "end", "profile", "traffic")
+_USUAL = ("start", "checkpoint", "copied", "end", "profile", "traffic", "experts")
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ _WORDS: dict[str, Callable[[Row], str]] = {
     "wall_time": lambda row: f"{wall_limit(row.get('limit'))} was almost reached: saved and stopped",
     "repair": lambda row: f"removed an incomplete last row of metrics.jsonl ({row.get('dropped_bytes')} bytes)",
     "straggler": describe_straggler,
+    "unbalanced_experts": describe_unbalanced_experts,
     "early_stop": lambda row: f"the validation loss stopped falling; the best is {_number(row.get('best_loss'))}",
 }
 

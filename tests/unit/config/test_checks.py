@@ -49,6 +49,20 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
         ),
         (["model.rope_scaling={rope_type: yarn, factor: 4}"], ["yarn", "original_max_position_embeddings"]),
         (["model.rope_scaling={rope_type: linear, factor: 4}"], None),
+        (["model.num_shared_experts=1", "model.moe_layers=2"], ["model.num_shared_experts", "model.moe_layers"]),
+        (
+            ["model.num_experts=4", "model.num_experts_per_token=5", "model.num_dense_layers=4", "model.mlp_bias=true"],
+            ["model.num_experts=4", "model.num_experts_per_token=5", "model.num_dense_layers=4", "model.mlp_bias=true"],
+        ),
+        (
+            ["model.num_experts=4", "model.moe_layers=[1, 9]", "model.moe_intermediate_size=50"],
+            ["layer 9", "model.moe_intermediate_size", 50, "bf16"],
+        ),
+        (
+            ["model.num_experts=4", "model.mup_base_width=64", "train.mlp_chunk_tokens=64", "parallel.tensor=2"],
+            ["model.mup_base_width", "train.mlp_chunk_tokens"],
+        ),
+        (["model.num_experts=4", "compile=true", "model.moe_layers=2", "model.num_dense_layers=1"], None),
         (
             ["model.vocab_size=8193", "model.vocab_multiple=64"],
             ["model.vocab_size=8193", "model.vocab_multiple=64", "model.vocab_size=8256"],

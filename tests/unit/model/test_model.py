@@ -44,6 +44,14 @@ SECTIONS = {
         num_key_value_heads=2,
         **SIZES,
     ),
+    "deepseek-like": ModelSection(
+        num_experts=4,
+        moe_intermediate_size=12,
+        num_shared_experts=1,
+        num_dense_layers=1,
+        router_scores="sigmoid",
+        **SIZES,
+    ),
     "neox-like": ModelSection(
         style="gpt2",
         norm_placement="post",
