@@ -107,13 +107,11 @@ class Share:
             return (math.ceil(size[0] / self.tensor), *size[1:])
         if name.endswith(_ROWS):
             return (*size[:-1], size[-1] // self.tensor)
-        if name.endswith(_EXPERT_COLUMNS):
-            return (size[0], size[1] // self.tensor, size[2])
         layer = next((column for column in _COLUMNS if f".{column}." in name), None)
         if name.endswith(".attention.sinks"):
             return (self.heads,)
         if layer is None:
-            return size
+            return (size[0], size[1] // self.tensor, size[2]) if name.endswith(_EXPERT_COLUMNS) else size
         if layer in ("attention.key", "attention.value"):
             return (self.key_value_heads * self.shape.head_dim, *size[1:])
         return (size[0] // self.tensor, *size[1:])

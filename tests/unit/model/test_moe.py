@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megalm.config.schema import ModelSection
+from megalm.config.schema import ModelSection, Recompute
 from megalm.engine.interface import RoutingStatistics
 from megalm.model.layer_factory import LayerFactory, RouterLosses
 from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
 from megalm.model.modules import DropoutClock
 from megalm.model.moe import MixtureOfExperts
+from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import MLP, LanguageModel, initial_weight, initialize
 from megalm.train.expert_watch import ExpertWatch
 
@@ -45,11 +46,11 @@ NAMES = {
 }
 
 
-def build(section: ModelSection) -> tuple[ModelConfig, LanguageModel]:
+def build(section: ModelSection, recompute: Recompute = "none") -> tuple[ModelConfig, LanguageModel]:
     shape = build_model_config(section, VOCAB, LENGTH)
     layers = LayerFactory(DropoutClock(seed=0))
     layers.router_losses = RouterLosses(BALANCE, Z)
-    model = LanguageModel(shape, layers, chunk_tokens=7)
+    model = LanguageModel(shape, layers, chunk_tokens=7, recomputation=Recomputation(recompute))
     initialize(model, shape, seed=3)
     for module in experts_of(model):
         module.losses_factor = 1.0
@@ -76,6 +77,7 @@ def theirs_of(weights: Callable[[str], Tensor], name: str) -> tuple[str, Tensor]
 def configurations() -> dict[str, tuple[ModelSection, Callable[[Any], nn.Module]]]:
     common = {"vocab_size": VOCAB, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
     common |= {"max_position_embeddings": LENGTH, "num_experts_per_tok": 2, "rms_norm_eps": 1e-5}
+    common["pad_token_id"] = None  # its embedding would not train
     common["rope_parameters"] = {"rope_type": "default", "rope_theta": 10_000.0}
     return {
         "mixtral": (
@@ -206,6 +208,26 @@ def test_the_grouped_product_is_a_loop_over_experts(choices: dict[str, Any], ske
     for found, expected in zip(*results, strict=True):
         assert found is not None
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def trained(model: LanguageModel) -> list[Tensor]:
+    """The gradients of a micro-batch, and what its tokens were counted as."""
+    tokens, labels = torch.randint(0, VOCAB, (2, BATCH, LENGTH), generator=torch.Generator().manual_seed(5))
+    model(tokens, labels)[0].backward()
+    counted = [module.statistics for module in experts_of(model)]
+    return [*(parameter.grad for parameter in model.parameters()), *counted]
+
+
+@pytest.mark.parametrize("recompute", [*get_args(Recompute), "compiled"])
+def test_recomputation_changes_no_bit_and_counts_no_token_twice(recompute: Any) -> None:
+    section = ModelSection(num_dense_layers=1, num_shared_experts=1, **SIZES, **EXPERTS)
+    _, plain = build(section)
+    _, other = build(section, "full" if recompute == "compiled" else recompute)
+    if recompute == "compiled":
+        torch._dynamo.reset()
+        other.compile_blocks(backend="aot_eager")
+    for found, expected in zip(trained(other), trained(plain), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_each_expert_has_an_initial_weight_of_its_own_name() -> None:
