@@ -308,10 +308,13 @@ def estimate_memory(case: MemoryCase) -> MemoryPlan:
 
 def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
     """The plans of the pipeline stages, without those that need no more than an earlier one: the first stage, the last
-    one, and of those between them the first with each number of blocks."""
-    seen: set[tuple[bool, bool, int]] = set()
+    one, and of those between them the first with each number of blocks, and of blocks with experts."""
+    seen: set[tuple[bool, bool, int, int]] = set()
     for share in shares(case.shape, case.topology, case.sequence_parallel):
-        kind = share.is_first, share.is_last, share.blocks
+        with_experts = sum(
+            share.first_block <= layer < share.first_block + share.blocks for layer in case.shape.moe_layers
+        )
+        kind = share.is_first, share.is_last, share.blocks, with_experts
         if kind in seen:
             continue
         seen.add(kind)

@@ -21,7 +21,7 @@ class StageCosts:
 
     Args:
         embedding: token table and positions.
-        block: one block.
+        block: one block, the mean of all where some have experts and others one MLP.
         head: final norm, output projection and loss; a tied weight counts in both `head` and `embedding`.
     """
 
@@ -41,7 +41,7 @@ def parameter_costs(shape: ModelConfig) -> StageCosts:
     """Parameters of the unsharded parts."""
     counts = {name: math.prod(size) for name, size in shape.parameters().items()}
     embedding = sum(count for name, count in counts.items() if name.startswith("embedding."))
-    block = sum(count for name, count in counts.items() if name.startswith("layers.0."))
+    block = sum(count for name, count in counts.items() if name.startswith("layers.")) / shape.num_hidden_layers
     projection = shape.vocab_size * shape.hidden_size  # tied or not, the last stage holds it and computes with it
     norm = sum(count for name, count in counts.items() if name.startswith("final_norm."))
     return StageCosts(embedding, block, norm + projection)

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.distributed
 SMALL = 1024  # bytes: counters, norms, learning rates
 # Wide enough that every part is far larger than a batch of tokens.
 WIDE = ("model.hidden_size=128", "model.num_hidden_layers=3")
+EXPERTS = ("model.num_experts=4", "model.num_dense_layers=1", "model.num_shared_experts=1")
 GPT2 = ("model.style=gpt2", "model.qk_norm=false", "model.tie_word_embeddings=true")
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 MUON = {"type": "Muon", "params": {"weight_decay": 0.1}}
@@ -40,7 +41,9 @@ CASES = {
     "zero1 bf16": Case("zero1.json", "bf16", WIDE),
     "zero2 bf16": Case("zero2.json", "bf16", WIDE),
     "zero3 bf16": Case("zero3.json", "bf16", WIDE, GATHERED),
-    "tp2 zero1 fp32": Case("zero1.json", overrides=(*WIDE, TENSOR), settings={"train_micro_batch_size_per_gpu": 2}),
+    "tp2 zero1 fp32": Case(
+        "zero1.json", overrides=(*WIDE, *EXPERTS, TENSOR), settings={"train_micro_batch_size_per_gpu": 2}
+    ),
     "tp2 zero2 bf16": Case("zero2.json", "bf16", (*WIDE, TENSOR, "model.num_key_value_heads=1")),
     "sp2 zero3 bf16": Case("zero3.json", "bf16", (*WIDE, TENSOR, "parallel.sequence=true", *GPT2), GATHERED),
     "pp2 zero1 fp32": Case("zero1.json", overrides=(*WIDE, PIPELINE), settings={"train_micro_batch_size_per_gpu": 2}),
