@@ -40,6 +40,7 @@ _DECIDED = (
     "model.num_attention_heads",
     "model.head_dim",
     "model.intermediate_size",
+    "model.num_experts",  # its usual proportions are those of models with one MLP a layer
     "train.steps",
     "train.tokens",
     "train.tokens_per_parameter",

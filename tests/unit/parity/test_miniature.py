@@ -59,6 +59,16 @@ def test_degrees_shrink_to_two_and_features_stay() -> None:
     assert "train.checkpoint_activations_every" not in changes
 
 
+def test_a_miniature_has_layers_with_experts_and_without() -> None:
+    sizes = ("num_experts=64", "num_experts_per_token=6", "num_dense_layers=9", "num_shared_experts=2", "moe_layers=2")
+    found = case(*(f"model.{size}" for size in sizes), "model.num_hidden_layers=16", "compile=false", ranks=2)
+    shape = found.shape
+    assert (shape.num_experts, shape.num_experts_per_token, shape.num_shared_experts) == (4, 2, 2)
+    assert (shape.num_hidden_layers, shape.moe_layers, shape.moe_intermediate_size) == (4, (3,), 48)
+    changes = {change.key: (change.own, change.miniature) for change in found.changes}
+    assert changes["model.num_experts"] == (64, 4)
+
+
 def test_the_reference_is_the_same_job_undivided() -> None:
     found = case("parallel.tensor=2", "train.checkpoint_activations_every=1", json="zero3.json", ranks=4)
     run, reference = found.run, found.reference
