@@ -17,15 +17,17 @@ from megalm.checkpoint.checkpointer import Saved
 from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.data.sampling.batch_loader import GlobalBatch
-from megalm.engine.interface import JudgeUpdate, StepResult
+from megalm.engine.interface import JudgeUpdate, RoutingStatistics, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.recipe_claims import Expectation, Span
 from megalm.planning.resolve import resolve
 from megalm.planning.training_stages import TrainingStage
-from megalm.runs.metrics_log import MetricsWriter, live_rows, read_metrics
+from megalm.runs.metrics_history import read_history
+from megalm.runs.metrics_log import MetricsWriter, describe_unbalanced_experts, live_rows, read_batches, read_metrics
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_lock import RunLock
+from megalm.tracking.report.curves import charts
 from megalm.train.console import RunConsole
 from megalm.train.evaluator import TOTAL, Evaluation
 from megalm.train.lifecycle.shutdown import StopRequest
@@ -46,6 +48,7 @@ class Engine:
         self.losses, self.stop, self.stop_at, self.judge, self.rates = losses, stop, stop_at, judge, {}
         self.meanwhile: dict[int, Callable[[], object]] = {}  # what somebody does during a step
         self.applied: list[int] = []  # batches
+        self.routing: RoutingStatistics | None = None
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         number = batch.sample_range[0] // 16 + 1
@@ -59,7 +62,7 @@ class Engine:
             verdict = replace(verdict, refuses=True)
         if not verdict.refuses:
             self.applied.append(number)
-        return StepResult(loss, 0.5, 1.0, verdict, (None, loss))
+        return StepResult(loss, 0.5, 1.0, verdict, (None, loss), self.routing)
 
     def peak_memory_bytes(self) -> int:
         return 1
@@ -209,6 +212,27 @@ def test_padding_is_no_token_and_a_mixture_has_a_loss_of_each_dataset(tmp_path: 
     assert [row["tokens"] for row in rows] == [4000, 8000, 12000]
     assert [row["tokens_per_second"] * row["step_seconds"] for row in rows] == pytest.approx([4000] * 3)
     assert [(row["loss_of_web"], row["loss_of_code"]) for row in rows] == [(None, 1.0)] * 3
+
+
+def test_the_load_of_experts_is_in_the_metrics_and_a_dead_one_is_an_event(tmp_path: Path) -> None:
+    story = Story(tmp_path, "guard.experts_interval_steps=2", steps=6)
+    counts = ((10, 10, 10, 10, 10, 10, 10, 10), (16, 10, 20, 4, 10, 10, 10, 0))
+    story.engine.routing = RoutingStatistics((0, 2), counts, entropy=1.5, balance_loss=2.25, z_loss=0.5)
+    assert story.loop.fit() == EXIT_DONE
+    history = read_history(read_batches(story.metrics))
+    assert history.column("expert_load_max").tolist() == [2.0] * 6
+    assert history.column("router_entropy").tolist() == [1.5] * 6
+    assert [chart.name for chart in charts(history)][-2:] == ["Fullest expert", "Router entropy"]
+    rows = [row for row in read_metrics(story.metrics) if "experts" in str(row.get("event"))]
+    assert [(row["event"], row["first_step"], row["last_step"]) for row in rows] == [
+        ("experts", 1, 2),
+        ("unbalanced_experts", 1, 2),  # the others are no news
+        ("experts", 3, 4),
+        ("experts", 5, 6),
+    ]
+    assert rows[0]["load"] == {"0": [1.0] * 8, "2": [1.6, 1.0, 2.0, 0.4, 1.0, 1.0, 1.0, 0.0]}
+    assert (rows[1]["dead"], rows[1]["overloaded"]) == ([[2, 7]], [])
+    assert_names(describe_unbalanced_experts(rows[1]), "7 of layer 2")
 
 
 def test_intervals_and_the_end(tmp_path: Path) -> None:
