@@ -415,6 +415,11 @@ class TrainSection(Section):
     slow_seconds: PositiveFloat | None = Field(
         default=120.0, description="report a rank that is slow for this long; null: watch none"
     )
+    z_loss: NonNegativeFloat = Field(
+        default=0.0,
+        description="coefficient of log(Z)^2, which training minimises beside the loss; usual is 1e-4. Z: the sum that "
+        "the softmax divides by. Losses are shown without it",
+    )
     loss_chunk_tokens: PositiveInt | None = Field(
         default=None,
         description="tokens whose logits are held at once; null: 1024 on a CPU, up to 8192 on a GPU, by its memory",

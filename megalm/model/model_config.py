@@ -101,6 +101,11 @@ class ModelConfig:
         """The tokens that a token of this layer attends to, itself included; None: all."""
         return None if layer in self.full_attention_layers else self.sliding_window
 
+    @property
+    def kinds_of_layers(self) -> int:
+        """The number of kinds of blocks, which compute otherwise."""
+        return len({(self.rotates(layer), self.window(layer)) for layer in range(self.num_hidden_layers)})
+
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every parameter of the unsharded model, in the model's order."""
         shapes: dict[str, tuple[int, ...]] = {"embedding.tokens.weight": (self.vocab_size, self.hidden_size)}
@@ -183,7 +188,8 @@ def flops_per_token(shape: ModelConfig, sequence_length: int, frozen: Set[str] =
     """Floating-point operations of the forward and the backward pass, per token of a full sequence.
 
     It counts 6 for each parameter of a matrix product (2 forward, 4 backward), the head included even where it is
-    tied, and attention's own products, 12 x layers x T x heads x head_dim, halved because the mask is causal. It does
+    tied, and attention's own products, 12 x layers x T x heads x head_dim, halved because the mask is causal, or what a
+    sliding window leaves of them. It does
     not count embedding lookups, norms, activations, the softmax and recomputed blocks. The backward pass spares 2 for
     each parameter that is frozen, and 2 for each product whose input no parameter that trains has a part in.
     """
@@ -199,26 +205,32 @@ def _flops_of_products(shape: ModelConfig, sequence_length: int, frozen: Set[str
     for name, size in sizes.items():
         if name.startswith("layers.") and len(size) == 2:
             linear += (2 + 2 * (name not in frozen) + 2 * (lowest < _depth(name))) * math.prod(size)
-    core = sequence_length * shape.num_attention_heads * shape.head_dim
     for layer in range(shape.num_hidden_layers):
-        others += (6 if lowest < (layer, _ATTENTION) else 2) * core
+        others += (6 if lowest < (layer, _ATTENTION) else 2) * _attention_products(shape, layer, sequence_length)
     head = "embedding.tokens.weight" if shape.tie_word_embeddings else "head.weight"
     below = lowest < (math.inf, 1)
     others += (2 + 2 * (head not in frozen) + 2 * below) * shape.vocab_size * shape.hidden_size
     return linear, others
 
 
+def _attention_products(shape: ModelConfig, layer: int, length: int) -> int:
+    """Multiplications and additions of a token's scores and of their product with values, halved as they are causal."""
+    window = min(shape.window(layer) or length, length)
+    return shape.num_attention_heads * shape.head_dim * (2 * window - window * window // length)
+
+
 # How far a block's parameters are from its input; attention's own products come after the projections and their norms.
 _ATTENTION = 3
-_DEPTHS = {"attention_norm": 0, "query": 1, "key": 1, "value": 1, "query_norm": 2, "key_norm": 2, "output": 4}
-_DEPTHS |= {"mlp_norm": 5, "gate": 6, "up": 6, "down": 7}
+_DEPTHS = {"attention_norm": 0, "query": 1, "key": 1, "value": 1, "query_norm": 2, "key_norm": 2, "sinks": 3}
+_DEPTHS |= {"output": 4, "attention_output_norm": 5}
+_DEPTHS |= {"mlp_norm": 6, "gate": 7, "up": 7, "down": 8, "mlp_output_norm": 9}
 
 
 def _depth(name: str) -> tuple[float, int]:
     """Return how far a parameter is from the model's input: (block, depth in it), before and after all blocks too."""
     part, *path = name.split(".")
     if part == "layers":
-        return int(path[0]), _DEPTHS[path[-2]]
+        return int(path[0]), _DEPTHS[path[-2] if path[-1] in ("weight", "bias") else path[-1]]
     return {"embedding": (-1, 0), "final_norm": (math.inf, 0), "head": (math.inf, 1)}[part]
 
 
@@ -245,21 +257,23 @@ def recomputed_flops_per_token(
     def matrices(part: str) -> int:
         return sum(count for name, count in sizes.items() if name.startswith(f"layers.0.{part}."))
 
-    queries = shape.num_attention_heads * shape.head_dim
-    projections, ends = matrices("attention"), {"attention": queries * shape.hidden_size, "mlp": matrices("mlp.down")}
-    core = sequence_length * queries  # of both products of attention, halved
-    attention, mlp = projections + core, matrices("mlp")
+    projections, output, mlp, down = map(matrices, ("attention", "attention.output", "mlp", "mlp.down"))
+    if shape.norm_placement != "pre":  # the norm after it reads the product
+        output = down = 0
     tiled = mlp if tiles else 0
-    by_kind: dict[Recompute, int] = {
-        "none": tiled,
-        "norms": tiled,
-        "attention": attention - ends["attention"] + tiled,
-        "mlp": tiled or mlp - ends["mlp"],
-        "full": attention + (tiled or mlp - ends["mlp"]),
-    }
-    blocks = range(lowest_block(shape, frozen), shape.num_hidden_layers)
-    whole = len([index for index in blocks if every and index % every == 0])
-    return 2 * (whole * by_kind["full"] + (len(blocks) - whole) * by_kind[recompute])
+    mlp_again = tiled or mlp - down
+    total = 0
+    for layer in range(lowest_block(shape, frozen), shape.num_hidden_layers):
+        attention = projections + _attention_products(shape, layer, sequence_length)
+        by_kind: dict[Recompute, int] = {
+            "none": tiled,
+            "norms": tiled,
+            "attention": attention - output + tiled,
+            "mlp": mlp_again,
+            "full": attention + mlp_again,
+        }
+        total += 2 * by_kind["full" if every and layer % every == 0 else recompute]
+    return total
 
 
 def float8_share(shape: ModelConfig, sequence_length: int, float8: bool, frozen: Set[str] = frozenset()) -> float:
@@ -287,11 +301,22 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def keeps_probabilities(length: int) -> bool:
-    """Whether the backward pass reads stored probabilities; longer sequences recompute them to save memory."""
-    return length <= _LONGEST_KEPT
+def first_key(start: int, window: int | None) -> int:
+    """The first key that a block of queries from `start` on may see."""
+    return 0 if window is None else max(0, start - window + 1)
 
 
-def kept_probabilities(length: int) -> int:
-    """Number of probabilities that one head keeps for one sequence."""
-    return sum((end - start) * end for start, end in query_blocks(length)) if keeps_probabilities(length) else 0
+def keeps_probabilities(length: int, softcap: float | None = None) -> bool:
+    """Whether the backward pass reads stored probabilities; longer sequences recompute them to save memory.
+
+    A soft cap's slope is computed from the scores again, and with them the probabilities.
+    """
+    return length <= _LONGEST_KEPT and softcap is None
+
+
+def kept_probabilities(shape: ModelConfig, layer: int, length: int) -> int:
+    """Number of probabilities that one head of a layer keeps for one sequence."""
+    if not keeps_probabilities(length, shape.attn_logit_softcapping):
+        return 0
+    window = shape.window(layer)
+    return sum((end - start) * (end - first_key(start, window)) for start, end in query_blocks(length))
