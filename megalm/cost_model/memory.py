@@ -476,7 +476,9 @@ def _tile_bytes(case: MemoryCase, share: Share, mlp: int) -> int:
 
 def _recomputed_norm_bytes(case: MemoryCase, stream: int) -> int:
     """What the recomputation of a norm before attention or MLP spares, which a block may lack."""
-    return 0 if case.shape.norm_placement == "post" else stream * _norm_bytes(case, case.shape.normalization == "rms_norm")
+    return (
+        0 if case.shape.norm_placement == "post" else stream * _norm_bytes(case, case.shape.normalization == "rms_norm")
+    )
 
 
 def _norm_bytes(case: MemoryCase, rms: bool) -> int:

@@ -79,7 +79,9 @@ def build_engine(
     if run.topology.tensor > 1:
         group, sequence = context.groups.tensor, run.config.parallel.sequence
         layers = TensorLayers(clock, group, sequence, run.compiled, float8, run.tensor_chunks, train.z_loss)
-    if run.compiled:  # a graph for each length and kind of layer, in training and in validation, and the loss's last chunk
+    if (
+        run.compiled
+    ):  # a graph for each length and kind of layer, in training and in validation, and the loss's last chunk
         graphs = 4 * len(set(run.config.data.sequence_lengths)) * shape.kinds_of_layers
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
     sizes = shape.parameters()

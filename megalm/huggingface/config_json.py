@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -19,7 +19,7 @@ from megalm.config.validation import shown
 from megalm.errors import CheckpointError, DataError
 from megalm.huggingface.config_rules import Config, Values, plain_scaling
 from megalm.huggingface.families import FAMILIES, Family
-from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.model_config import ModelConfig, build_model_config, model_settings
 
 # Keys about files, generation, outputs and other heads: no number of a forward pass depends on them.
 _WITHOUT_EFFECT_WORDS = (
@@ -194,7 +194,7 @@ def to_shape(config: Config, ignored: Collection[str] = ()) -> ModelConfig:
 
 def section_of(shape: ModelConfig) -> dict[str, Any]:
     """The complete `model:` section of a run configuration for this model, without defaults."""
-    return {name: value for name, value in asdict(shape).items() if name in ModelSection.model_fields}
+    return {name: value for name, value in model_settings(shape).items() if name in ModelSection.model_fields}
 
 
 def _read(config: Config, family: Family) -> tuple[Values, list[str]]:

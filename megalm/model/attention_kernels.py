@@ -152,9 +152,7 @@ def dense_attention(
     return functional.dropout(probabilities, dropout) @ value
 
 
-def flex(
-    query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule, blocks: BlockMask, sinks: Tensor | None
-) -> Tensor:
+def flex(query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule, blocks: BlockMask, sinks: Tensor | None) -> Tensor:
     """Flex attention of query heads [B, N, T, D] to key/value heads [B, K, T, D]."""
     # The block's graph compiles it, where there is one.
     attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()

@@ -68,9 +68,7 @@ class LayerFactory:
         slices: number of slices of the residual stream's sequence, which must divide its length.
     """
 
-    def __init__(
-        self, clock: DropoutClock, compiled: bool = False, float8: bool = False, z_loss: float = 0.0
-    ) -> None:
+    def __init__(self, clock: DropoutClock, compiled: bool = False, float8: bool = False, z_loss: float = 0.0) -> None:
         self.slices = 1
         self.clock = clock
         self.compiled = compiled

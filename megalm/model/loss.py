@@ -51,9 +51,7 @@ class LogitRule:
 PLAIN = LogitRule()
 
 
-def chunk_loss(
-    products: Tensor, labels: Tensor, gradient: bool, rule: LogitRule = PLAIN
-) -> tuple[Tensor, Tensor]:
+def chunk_loss(products: Tensor, labels: Tensor, gradient: bool, rule: LogitRule = PLAIN) -> tuple[Tensor, Tensor]:
     """Losses [C] of a chunk [C, V], 0 where a label is IGNORE; with `gradient` that of their sum in the products' type.
 
     Without, the products stand in its place.

@@ -144,7 +144,9 @@ class ModelConfig:
         shapes |= linear("attention.output", hidden, queries, self.attention_output_bias)
         if self.qk_norm:
             widths = (queries, keys) if self.qk_norm == "whole" else (self.head_dim, self.head_dim)
-            shapes |= {f"attention.{name}_norm.weight": (width,) for name, width in zip(("query", "key"), widths)}
+            shapes |= {
+                f"attention.{name}_norm.weight": (width,) for name, width in zip(("query", "key"), widths, strict=True)
+            }
         shapes |= self._norm("attention_output_norm") if after else {}
         shapes |= self._norm("mlp_norm") if before else {}
         shapes |= linear("mlp.gate", inner, hidden, self.mlp_bias) if self.gated_mlp else {}
@@ -165,17 +167,42 @@ def build_model_config(model: ModelSection, vocab_size: int, sequence_length: in
     }
     multiple = model.vocab_multiple or 1
     gated_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
+    inner = gated_size if of_style["gated_mlp"] else 4 * model.hidden_size
     resolved = {
         "vocab_size": model.vocab_size or math.ceil(vocab_size / multiple) * multiple,
         "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
         "head_dim": model.head_dim or model.hidden_size // model.num_attention_heads,
-        "intermediate_size": model.intermediate_size or (gated_size if of_style["gated_mlp"] else 4 * model.hidden_size),
+        "intermediate_size": model.intermediate_size or inner,
         "max_position_embeddings": model.max_position_embeddings or sequence_length,
         "rope_scaling": model.rope_scaling,
         "no_rope_layers": _layers(model.no_rope_layers, model.num_hidden_layers),
         "full_attention_layers": _layers(model.full_attention_layers, model.num_hidden_layers),
     }
     return ModelConfig(**model.model_dump(exclude={"vocab_multiple"}) | of_style | resolved)
+
+
+# What manifests of the first releases do not state: their models are what `style` says.
+_CHOICES = (
+    *("normalization", "norm_placement", "norm_zero_centered", "position_embedding_type", "rope_local_theta"),
+    *("rope_scaling", "partial_rotary_factor", "no_rope_layers", "sliding_window", "full_attention_layers"),
+    *("attention_scale", "attn_logit_softcapping", "attention_sinks", "qkv_bias", "attention_output_bias", "mlp_bias"),
+    *("hidden_act", "gated_mlp", "parallel_residual", "embedding_scale", "final_logit_softcapping"),
+)
+
+
+def model_settings(shape: ModelConfig) -> dict[str, Any]:
+    """The settings of a model as JSON values, as a manifest holds them."""
+    scaling = shape.rope_scaling
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(shape).items()}
+    return found | {"rope_scaling": None if scaling is None else scaling.model_dump()}
+
+
+def completed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a manifest, also of one that was written before models had these choices."""
+    if stored.get("style") not in STYLES:
+        return dict(stored)
+    defaults = model_settings(build_model_config(ModelSection(style=stored["style"]), 1, 1))
+    return {name: defaults[name] for name in _CHOICES} | dict(stored)
 
 
 def _layers(choice: LayerChoice | None, count: int) -> tuple[int, ...]:

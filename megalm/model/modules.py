@@ -51,9 +51,7 @@ class RotaryEmbedding(nn.Module):
     cosine: Tensor
     sine: Tensor
 
-    def __init__(
-        self, rotary_dim: int, max_positions: int, theta: float, scaling: RopeScaling | None = None
-    ) -> None:
+    def __init__(self, rotary_dim: int, max_positions: int, theta: float, scaling: RopeScaling | None = None) -> None:
         super().__init__()
         frequencies, factor = rotary_frequencies(rotary_dim, theta, scaling)
         angles = torch.arange(max_positions, dtype=torch.float64).unsqueeze(1) * frequencies  # [P, R/2]

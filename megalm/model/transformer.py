@@ -51,7 +51,7 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One transformer block: the half with its attention, then the half with its MLP.
 
-    A half adds to the residual stream: after_norm(layer(before_norm(x))), with one of the norms or both. With a parallel
+    A half adds output_norm(layer(norm(x))) to the residual stream x, with one of the norms or both. With a parallel
     residual both halves read the block's input.
 
     Args:

@@ -177,9 +177,7 @@ class ShardedRMSNorm(RMSNorm):
     Ranks that share a part, key/value heads, count it once each: in the mean square, and in its gradient.
     """
 
-    def __init__(
-        self, width: int, part: DimRange, epsilon: float, zero_centered: bool, group: AxisGroup
-    ) -> None:
+    def __init__(self, width: int, part: DimRange, epsilon: float, zero_centered: bool, group: AxisGroup) -> None:
         super().__init__(width, epsilon, zero_centered)
         self._part = part
         self._group = group

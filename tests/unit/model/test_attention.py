@@ -92,30 +92,31 @@ def test_blocks_equal_the_dense_formula(length: int, masked: bool, groups: int) 
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("sink", [False, True])
 @pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
-def test_blocks_follow_every_rule(rule: ScoreRule, sink: bool, flex_on_cpu: None) -> None:
-    """The CPU's blocks and flex attention, against the formula over all pairs; two documents, key/value heads shared.
+@pytest.mark.usefixtures("flex_on_cpu")
+def test_blocks_follow_every_rule(rule: ScoreRule, sink: bool, masked: bool) -> None:
+    """The CPU's blocks and flex attention, against the formula over all pairs; key/value heads are shared.
 
     Flex attention computes in fp32 at most; its mask is the formula's, and its blocks are those of every pair.
     """
     length, documents = 384, _documents(384)
+    which = documents if masked else None
     sinks = torch.linspace(-1, 2, HEADS, dtype=torch.float64) if sink else None
-    for which in (documents, None):
-        dense = _seen(rule, length, which)
-        inputs = _inputs(length, torch.float64, groups=2)
-        expected = _with_gradients(lambda q, k, v: dense_attention(q, k, v, rule, dense, sinks), inputs, sinks)
-        found = _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, which, rule, sinks), inputs, sinks)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
-        blocks = flex_blocks(documents, which, rule.window)
-        narrow, narrow_sinks = [x.float() for x in inputs], None if sinks is None else sinks.float()
-        found = _with_gradients(lambda q, k, v: flex(q, k, v, rule, blocks, narrow_sinks), narrow, narrow_sinks)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
-        known = create_block_mask(blocks.mask_mod, BATCH if which is not None else None, None, length, length, "cpu")
-        for name in ("kv_num_blocks", "full_kv_num_blocks"):
-            assert torch.equal(getattr(blocks, name), getattr(known, name)), name
+    dense, inputs = _seen(rule, length, which), _inputs(length, torch.float64, groups=2)
+    expected = _with_gradients(lambda q, k, v: dense_attention(q, k, v, rule, dense, sinks), inputs, sinks)
+    found = _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, which, rule, sinks), inputs, sinks)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    blocks = flex_blocks(documents, which, rule.window)
+    narrow, narrow_sinks = [x.float() for x in inputs], None if sinks is None else sinks.detach().float()
+    found = _with_gradients(lambda q, k, v: flex(q, k, v, rule, blocks, narrow_sinks), narrow, narrow_sinks)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+    known = create_block_mask(blocks.mask_mod, BATCH if masked else None, None, length, length, "cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(blocks, name), getattr(known, name)), name
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -175,7 +176,9 @@ def test_flex_mask_is_the_dense_one(length: int) -> None:
     expected = _with_gradients(
         lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=dense), inputs
     )
-    found = _with_gradients(lambda q, k, v: flex_attention(q, k, v, block_mask=flex_blocks(documents, documents)), inputs)
+    found = _with_gradients(
+        lambda q, k, v: flex_attention(q, k, v, block_mask=flex_blocks(documents, documents)), inputs
+    )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
 
@@ -240,9 +243,7 @@ def test_flex_gradients_equal_the_dense_formula() -> None:
     documents = _documents(300).cuda()
     inputs = [x.cuda() for x in _inputs(300, torch.float32)]
     mask, blocks = _seen(PLAIN, 300, documents.cpu()).cuda(), flex_blocks(documents, documents)
-    expected = _with_gradients(
-        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), inputs
-    )
+    expected = _with_gradients(lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), inputs)
     compiled = torch.compile(flex_attention, dynamic=False)
     found = _with_gradients(lambda q, k, v: compiled(q, k, v, block_mask=blocks), inputs)
     for one, other in zip(found, expected, strict=True):
