@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import ModelSection
 from megalm.data.tokenizers.tokenizer import load_tokenizer
-from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.model_config import ModelConfig, build_model_config, model_settings
 from megalm.model.transformer import LanguageModel, initialize
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
@@ -58,7 +57,7 @@ def save_model(
         "created": "2026-11-20T12:00:00+00:00",
         "run": checkpoints.parent.name,
         "parameters": shape.parameter_count(),
-        "model": asdict(shape),
+        "model": model_settings(shape),
         "fingerprints": {"tokenizer": load_tokenizer(tokenizer).fingerprint},
         "tokenizer": tokenizer,
     }

@@ -70,9 +70,9 @@ def family_of(shape: ModelConfig) -> Family:
             nearest = family, obstacles
     assert nearest is not None
     raise CheckpointError(
-        f"the model cannot be exported to Hugging Face format: the nearest of its models is "
-        f"{nearest[0].architecture} ({nearest[0].name}), without {'; '.join(nearest[1])}. `megalm checkpoint convert` "
-        "writes the weights as one safetensors file"
+        f"the model cannot be exported to Hugging Face format: the nearest class, {nearest[0].architecture} "
+        f"({nearest[0].name}), does not have {'; '.join(nearest[1])}. `megalm checkpoint convert` writes the weights as "
+        "one safetensors file"
     )
 
 

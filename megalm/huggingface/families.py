@@ -283,7 +283,7 @@ FAMILIES = {
                 Rope(),
             ),
             names=_LLAMA_NAMES,
-            required={**_DECODER, "mlp_bias": _is(False)},
+            required={**_DECODER, "mlp_bias": _is(False), "use_mrope": _is(False)},
         ),
         Family(
             "qwen3",

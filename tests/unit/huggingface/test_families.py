@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +171,179 @@ def test_a_family_computes_the_same_here_and_there_again(name: str, tmp_path: Pa
         assert_near(torch.from_numpy(row), expected[:, n - 1].detach(), f"cached to {n}")
 
 
-def of(name: str) -> ModelConfig:
-    return to_shape(json.loads(theirs_config(name)))
+# As the models were published, keys without effect left out: what is read, and the parameters of their tensors.
+_PUBLISHED_LLAMA = {"hidden_act": "silu", "attention_dropout": 0.0, "tie_word_embeddings": True}
+_ALTERNATING = ["sliding_attention"] * 3 + ["full_attention"]
+PUBLISHED: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
+    "Qwen2.5-0.5B": (
+        {
+            **_PUBLISHED_LLAMA,
+            **{"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24},
+            **{"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "rope_theta": 1000000.0},
+            **{"max_position_embeddings": 32768, "max_window_layers": 24, "sliding_window": 32768},
+            **{"use_sliding_window": False, "rms_norm_eps": 1e-6, "use_mrope": False},
+        },
+        494_032_768,
+        {"qkv_bias": True, "attention_output_bias": False, "sliding_window": None, "rope_theta": 1e6},
+    ),
+    "Mistral-7B-v0.1": (
+        {
+            **{"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
+            **{"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "rms_norm_eps": 1e-5},
+            **{"max_position_embeddings": 32768, "sliding_window": 4096, "hidden_act": "silu"},
+        },
+        7_241_732_096,
+        {"sliding_window": 4096, "full_attention_layers": (), "tie_word_embeddings": False},
+    ),
+    "SmolLM2-135M": (
+        {
+            **_PUBLISHED_LLAMA,
+            **{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+            **{"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "rms_norm_eps": 1e-5},
+            **{"max_position_embeddings": 8192, "is_llama_config": True, "rope_interleaved": False},
+            **{"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_scaling": None},
+        },
+        134_515_008,
+        {"head_dim": 64, "qkv_bias": False},
+    ),
+    "SmolLM3-3B": (
+        {
+            **{"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36},
+            **{"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128256, "hidden_act": "silu"},
+            **{"max_position_embeddings": 65536, "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9},
+            **{"layer_types": ["full_attention"] * 36, "max_window_layers": 28, "pretraining_tp": 2},
+            **{"rope_theta": 5000000.0, "sliding_window": None, "use_sliding_window": False, "mlp_bias": False},
+        },
+        3_075_098_624,
+        {"no_rope_layers": tuple(range(3, 36, 4)), "tie_word_embeddings": True, "sliding_window": None},
+    ),
+    "OLMo-3-7B": (
+        {
+            **{"model_type": "olmo3", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
+            **{"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 100278, "rms_norm_eps": 1e-6},
+            **{"max_position_embeddings": 65536, "sliding_window": 4096, "layer_types": _ALTERNATING * 8},
+            **{"rope_theta": 500000, "rope_scaling": {**_YARN, "rope_theta": None, "factor": 8.0}},
+        },
+        7_298_011_136,
+        {"norm_placement": "post", "qk_norm": "whole", "sliding_window": 4096, "rope_local_theta": None},
+    ),
+    "gemma-2-2b": (
+        {
+            **{"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26},
+            **{"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256000, "head_dim": 256},
+            **{"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096},
+            **{"max_position_embeddings": 8192, "query_pre_attn_scalar": 256, "cache_implementation": "hybrid"},
+            **{"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention_bias": False},
+        },
+        2_614_341_888,
+        {"full_attention_layers": tuple(range(1, 26, 2)), "attention_scale": None, "attn_logit_softcapping": 50.0},
+    ),
+    "gemma-3-1b": (
+        {
+            **{"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
+            **{"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 262144, "head_dim": 256},
+            **{"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 512, "sliding_window_pattern": 6},
+            **{"max_position_embeddings": 32768, "query_pre_attn_scalar": 256, "attn_logit_softcapping": None},
+            **{"rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None},
+        },
+        999_885_952,
+        {"full_attention_layers": (5, 11, 17, 23), "rope_local_theta": 1e4, "norm_zero_centered": True},
+    ),
+    "pythia-70m": (
+        {
+            **{"model_type": "gpt_neox", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6},
+            **{"num_attention_heads": 8, "vocab_size": 50304, "hidden_act": "gelu", "layer_norm_eps": 1e-5},
+            **{"max_position_embeddings": 2048, "rotary_emb_base": 10000, "rotary_pct": 0.25},
+            **{"use_parallel_residual": True, "tie_word_embeddings": False, "classifier_dropout": 0.1},
+        },
+        70_426_624,
+        {"partial_rotary_factor": 0.25, "parallel_residual": True, "hidden_act": "gelu", "qkv_bias": True},
+    ),
+}
 
 
-def theirs_config(name: str) -> str:
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_configuration_is_read(name: str) -> None:
+    config, parameters, expected = PUBLISHED[name]
+    shape = to_shape(config)
+    assert shape.parameter_count() == parameters
+    assert {field: getattr(shape, field) for field in expected} == expected
+    assert to_shape(to_config(shape, 1, {}, "float32")) == shape
+
+
+def _older(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4 writes: no `rope_parameters`."""
+    return {key: value for key, value in config.items() if key != "rope_parameters"}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_spellings_of_transformers_are_written_and_read(name: str) -> None:
     kind, words, _ = CASES[name]
-    config = getattr(transformers, _CONFIGS.get(kind, f"{kind}Config"))(**words)
-    return str(config.to_json_string(use_diff=False))
+    theirs = getattr(transformers, _CONFIGS.get(kind, f"{kind}Config"))(**words).to_dict()
+    shape = to_shape(theirs)
+    written = to_config(shape, 1, {}, "float32")
+    older = _older(written)
+    newer = {key: value for key, value in written.items() if key not in ("rope_theta", "rope_scaling", "rotary_pct")}
+    newer = {key: value for key, value in newer.items() if key not in ("rotary_emb_base", "rope_local_base_freq")}
+    assert to_shape(written) == to_shape(older) == to_shape(newer) == shape
+
+
+def _changed(name: str, **changes: Any) -> dict[str, Any]:
+    """What is published, with changes."""
+    return {**PUBLISHED[name][0], **changes}
+
+
+_SCALED = {"rope_type": "linear", "factor": 8.0}
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        (_changed("Mistral-7B-v0.1", rope_scaling=_SCALED), ["rope_scaling=linear", "sliding_window=4096"]),
+        (_changed("Mistral-7B-v0.1", layer_types=["sliding_attention"] * 32), ["layer_types"]),
+        (_changed("Mistral-7B-v0.1", num_key_value_heads=None), ["num_key_value_heads"]),
+        (_changed("Qwen2.5-0.5B", use_sliding_window=True, max_window_layers=2, rope_scaling=_SCALED), ["rope_scaling"]),
+        (_changed("Qwen2.5-0.5B", head_dim=32), ["head_dim=32"]),
+        (_changed("SmolLM3-3B", no_rope_layers=[1, 0]), ["no_rope_layers=[1, 0]"]),
+        (_changed("SmolLM3-3B", no_rope_layers=[2] * 36), ["no_rope_layers"]),
+        (_changed("OLMo-3-7B", layer_types=None, rope_theta=None), ["rope_theta"]),
+        (_changed("OLMo-3-7B", clip_qkv=8.0), ["clip_qkv=8.0"]),
+        (_changed("OLMo-3-7B", rope_parameters={"sliding_attention": {**_SCALED, "rope_theta": 5e5}}), ["rope_parameters"]),
+        (_changed("OLMo-3-7B", rope_parameters={"rope_type": "default", "rope_theta": 5e5}), ["rope_parameters"]),
+        (
+            _changed("OLMo-3-7B", rope_scaling=None, rope_parameters={"full_attention": {**_YARN, "truncate": False}}),
+            ["rope_parameters.full_attention.truncate=False"],
+        ),
+        (_changed("gemma-3-1b", rope_parameters={"sliding_attention": {"rope_theta": 5e5}}), ["rope_local_base_freq=10000"]),
+        (_changed("gemma-3-1b", attn_logit_softcapping=50.0), ["attn_logit_softcapping=50.0"]),
+        (_changed("gemma-3-1b", use_bidirectional_attention=True), ["use_bidirectional_attention=True"]),
+        (_changed("gemma-3-1b", layer_types=["sliding_attention"] * 26), ["sliding_window_pattern=6", "layer_types"]),
+        (_changed("gemma-3-1b", sliding_window_pattern=0), ["sliding_window_pattern=0"]),
+        (_changed("gemma-3-1b", query_pre_attn_scalar=0), ["query_pre_attn_scalar=0"]),
+        (_changed("gemma-2-2b", hidden_act="silu"), ["hidden_act='silu'"]),
+        (_changed("pythia-70m", rope_theta=5e5), ["rotary_emb_base=10000", "rope_theta=500000.0"]),
+        (_changed("pythia-70m", rope_parameters={"partial_rotary_factor": 0.5}), ["rotary_pct=0.25"]),
+        (_changed("pythia-70m", rotary_pct=0.02), ["head_dim=64"]),
+    ],
+)
+def test_what_means_another_model_is_refused(config: dict[str, Any], names: list[str]) -> None:
+    with pytest.raises(DataError) as refused:
+        to_shape(config)
+    assert_names(refused.value, *names)
+
+
+def test_a_scale_that_no_key_can_state_is_not_exported() -> None:
+    shape = to_shape(PUBLISHED["gemma-3-1b"][0])
+    assert to_config(replace(shape, attention_scale=1 / math.sqrt(168)), 1, {}, "float32")["query_pre_attn_scalar"] == 168
+    for changes in ({"attention_scale": 0.3}, {"embedding_scale": 34.0}, {"mlp_bias": True}):
+        with pytest.raises(CheckpointError) as refused:
+            family_of(replace(shape, **changes))
+        name, value = list(changes.items())[-1]
+        assert_names(refused.value, f"model.{name}={json.dumps(value)}", "Gemma3ForCausalLM")
+
+
+def test_choices_without_effect_stand_in_no_ones_way() -> None:
+    shape = to_shape(PUBLISHED["SmolLM2-135M"][0])
+    idle = {"rope_local_theta": 5.0, "full_attention_layers": (1,), "embedding_scale": 1.0, "attention_scale": 1 / 8}
+    assert family_of(replace(shape, **idle)) is FAMILIES["llama"]
+    assert family_of(replace(shape, sliding_window=8, full_attention_layers=tuple(range(30)))) is FAMILIES["llama"]
