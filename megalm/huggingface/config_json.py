@@ -71,8 +71,8 @@ def family_of(shape: ModelConfig) -> Family:
     assert nearest is not None
     raise CheckpointError(
         f"the model cannot be exported to Hugging Face format: the nearest class, {nearest[0].architecture} "
-        f"({nearest[0].name}), does not have {'; '.join(nearest[1])}. `megalm checkpoint convert` writes the weights as "
-        "one safetensors file"
+        f"({nearest[0].name}), does not have {'; '.join(nearest[1])}. `megalm checkpoint convert` writes its weights "
+        "as one safetensors file"
     )
 
 

@@ -1,4 +1,4 @@
-"""How keys of `config.json` and fields of `ModelConfig` become each other: the kinds of rules that families are made of.
+"""How keys of `config.json` and fields of `ModelConfig` become each other: the rules that families are made of.
 
 A rule reads the keys that it owns into the fields of a model, and writes them from a model. What megalm's model does
 not compute it reports as a problem, with key and value. Rules are read in a family's order: one may use the fields of
@@ -270,7 +270,9 @@ class LayerTypes:
             return
         is_on = not self.switch or config.get("use_sliding_window") or False
         if is_on is not True and (is_on or SLIDING in (types or ())):
-            problems.append(f"use_sliding_window={config.get('use_sliding_window')!r} contradicts layer_types={types!r}")
+            problems.append(
+                f"use_sliding_window={config.get('use_sliding_window')!r} contradicts layer_types={types!r}"
+            )
             return
         pattern = self._pattern(config, values, count)
         if pattern is None or (self._states_pattern(config) and types is not None and types != pattern):
@@ -436,9 +438,7 @@ class Rope:
         return {**written, "rope_parameters": {FULL: own, SLIDING: {"rope_type": "default", "rope_theta": local}}}
 
 
-def _one(
-    stated: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]], key: str, problems: list[str]
-) -> Any:
+def _one(stated: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]], key: str, problems: list[str]) -> Any:
     """The number that keys and places agree on; None: none states it."""
     found = {**stated, **{f"{place}.{key}": value.get(key) for place, value in places.items()}}
     found = {place: value for place, value in found.items() if value is not None}

@@ -102,9 +102,7 @@ _PROJECTIONS = {
     "mlp.up_proj": "mlp.up",
     "mlp.down_proj": "mlp.down",
 }
-_LLAMA_NAMES = _names(
-    "model.", **_PROJECTIONS, input_layernorm="attention_norm", post_attention_layernorm="mlp_norm"
-)
+_LLAMA_NAMES = _names("model.", **_PROJECTIONS, input_layernorm="attention_norm", post_attention_layernorm="mlp_norm")
 _OLMO_NAMES = _names(
     "model.",
     **_PROJECTIONS,
@@ -185,7 +183,13 @@ _GPT2 = {
     "rope_scaling": None,
     "partial_rotary_factor": 1.0,
 }
-_NEOX = {**_PLAIN, "normalization": "layer_norm", "position_embedding_type": "rope", "gated_mlp": False, "mlp_bias": True}
+_NEOX = {
+    **_PLAIN,
+    "normalization": "layer_norm",
+    "position_embedding_type": "rope",
+    "gated_mlp": False,
+    "mlp_bias": True,
+}
 
 _SIZES = (
     *map(Key, ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings")),

@@ -131,7 +131,11 @@ def test_values_of_another_type_are_refused() -> None:
         (LLAMA, "rope_scaling", {"rope_type": "linear", "type": "yarn", "factor": 2.0}),
         (LLAMA, "rope_scaling", {"type": "linear", "factor": 0.5}),
         (LLAMA, "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
-        (LLAMA, "rope_scaling", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "mscale": 1}),
+        (
+            LLAMA,
+            "rope_scaling",
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "mscale": 1},
+        ),
         (LLAMA, "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
         (LLAMA, "rope_parameters", {"full_attention": {"rope_type": "default"}}),
         (LLAMA, "partial_rotary_factor", 0.25),

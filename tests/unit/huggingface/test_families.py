@@ -28,13 +28,14 @@ from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 from megalm.huggingface.weight_mapping import hf_tensors
 from megalm.inference.generation import CachedModel
 from megalm.inference.inference_model import InferenceModel
-from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.model_config import build_model_config
 from megalm.model.transformer import LanguageModel
 from tests.huggingface_models import save_model
 from tests.messages import assert_names
 
 transformers = pytest.importorskip("transformers")
 
+FIXTURES = Path(__file__).resolve().parents[2] / "fixtures"
 LENGTH, VOCAB = 48, 300
 _ROWS = {"vocab_size": VOCAB, "initializer_range": 0.2, "max_position_embeddings": LENGTH}
 _SMALL = {**_ROWS, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -87,7 +88,11 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
         {**_GEMMA, "rope_parameters": {"full_attention": _LINEAR, "sliding_attention": _LOCAL}},
         "gemma3_text",
     ),
-    "pythia": ("GPTNeoX", {**_PYTHIA, "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}}, "gpt_neox"),
+    "pythia": (
+        "GPTNeoX",
+        {**_PYTHIA, "rope_parameters": {"rope_theta": 500.0, "partial_rotary_factor": 0.5}},
+        "gpt_neox",
+    ),
     "pythia-serial": ("GPTNeoX", {**_PYTHIA, "use_parallel_residual": False, "attention_bias": False}, "gpt_neox"),
     "gpt2": (
         "GPT2",
@@ -145,7 +150,9 @@ def test_a_family_computes_the_same_here_and_there_again(name: str, tmp_path: Pa
     total, count = model(tokens[:, :-1], tokens[:, 1:])
     (total / count).backward()
     nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    gradients = {key.replace("lm_head.", f"{family.names.head}."): value.grad for key, value in theirs.named_parameters()}
+    gradients = {
+        key.replace("lm_head.", f"{family.names.head}."): value.grad for key, value in theirs.named_parameters()
+    }
     for tensor in hf_tensors(shape, family):
         for part, _ in tensor.parts:
             ours = model.get_parameter(part).grad
@@ -153,7 +160,9 @@ def test_a_family_computes_the_same_here_and_there_again(name: str, tmp_path: Pa
             assert_near(ours, from_hf(tensor, gradients[tensor.name], part), part)
 
     checkpoint = save_model(tmp_path / "run/checkpoints", shape, model)
-    export_checkpoint(plan_export(CheckpointReader(checkpoint), tmp_path / "out", torch.float32, None), 1 << 40, "", int)
+    export_checkpoint(
+        plan_export(CheckpointReader(checkpoint), tmp_path / "out", torch.float32, None), 1 << 40, "", int
+    )
     assert json.loads((tmp_path / "out/config.json").read_text())["model_type"] == CASES[name][2]
     again, loading = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", output_loading_info=True, attn_implementation="eager"
@@ -171,101 +180,48 @@ def test_a_family_computes_the_same_here_and_there_again(name: str, tmp_path: Pa
         assert_near(torch.from_numpy(row), expected[:, n - 1].detach(), f"cached to {n}")
 
 
-# As the models were published, keys without effect left out: what is read, and the parameters of their tensors.
-_PUBLISHED_LLAMA = {"hidden_act": "silu", "attention_dropout": 0.0, "tie_word_embeddings": True}
-_ALTERNATING = ["sliding_attention"] * 3 + ["full_attention"]
-PUBLISHED: dict[str, tuple[dict[str, Any], int, dict[str, Any]]] = {
+# Of each published configuration in the fixture, keys without effect left out: the parameters of its tensors, and fields.
+PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "Qwen2.5-0.5B": (
-        {
-            **_PUBLISHED_LLAMA,
-            **{"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24},
-            **{"num_attention_heads": 14, "num_key_value_heads": 2, "vocab_size": 151936, "rope_theta": 1000000.0},
-            **{"max_position_embeddings": 32768, "max_window_layers": 24, "sliding_window": 32768},
-            **{"use_sliding_window": False, "rms_norm_eps": 1e-6, "use_mrope": False},
-        },
         494_032_768,
-        {"qkv_bias": True, "attention_output_bias": False, "sliding_window": None, "rope_theta": 1e6},
+        {"qkv_bias": True, "attention_output_bias": False, "sliding_window": None, "rope_theta": 1000000.0},
     ),
     "Mistral-7B-v0.1": (
-        {
-            **{"model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32},
-            **{"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "rms_norm_eps": 1e-5},
-            **{"max_position_embeddings": 32768, "sliding_window": 4096, "hidden_act": "silu"},
-        },
         7_241_732_096,
         {"sliding_window": 4096, "full_attention_layers": (), "tie_word_embeddings": False},
     ),
     "SmolLM2-135M": (
-        {
-            **_PUBLISHED_LLAMA,
-            **{"model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
-            **{"num_attention_heads": 9, "num_key_value_heads": 3, "vocab_size": 49152, "rms_norm_eps": 1e-5},
-            **{"max_position_embeddings": 8192, "is_llama_config": True, "rope_interleaved": False},
-            **{"attention_bias": False, "mlp_bias": False, "pretraining_tp": 1, "rope_scaling": None},
-        },
         134_515_008,
         {"head_dim": 64, "qkv_bias": False},
     ),
     "SmolLM3-3B": (
-        {
-            **{"model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008, "num_hidden_layers": 36},
-            **{"num_attention_heads": 16, "num_key_value_heads": 4, "vocab_size": 128256, "hidden_act": "silu"},
-            **{"max_position_embeddings": 65536, "no_rope_layer_interval": 4, "no_rope_layers": [1, 1, 1, 0] * 9},
-            **{"layer_types": ["full_attention"] * 36, "max_window_layers": 28, "pretraining_tp": 2},
-            **{"rope_theta": 5000000.0, "sliding_window": None, "use_sliding_window": False, "mlp_bias": False},
-        },
         3_075_098_624,
         {"no_rope_layers": tuple(range(3, 36, 4)), "tie_word_embeddings": True, "sliding_window": None},
     ),
     "OLMo-3-7B": (
-        {
-            **{"model_type": "olmo3", "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32},
-            **{"num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 100278, "rms_norm_eps": 1e-6},
-            **{"max_position_embeddings": 65536, "sliding_window": 4096, "layer_types": _ALTERNATING * 8},
-            **{"rope_theta": 500000, "rope_scaling": {**_YARN, "rope_theta": None, "factor": 8.0}},
-        },
         7_298_011_136,
         {"norm_placement": "post", "qk_norm": "whole", "sliding_window": 4096, "rope_local_theta": None},
     ),
     "gemma-2-2b": (
-        {
-            **{"model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26},
-            **{"num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 256000, "head_dim": 256},
-            **{"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 4096},
-            **{"max_position_embeddings": 8192, "query_pre_attn_scalar": 256, "cache_implementation": "hybrid"},
-            **{"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "attention_bias": False},
-        },
         2_614_341_888,
         {"full_attention_layers": tuple(range(1, 26, 2)), "attention_scale": None, "attn_logit_softcapping": 50.0},
     ),
     "gemma-3-1b": (
-        {
-            **{"model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912, "num_hidden_layers": 26},
-            **{"num_attention_heads": 4, "num_key_value_heads": 1, "vocab_size": 262144, "head_dim": 256},
-            **{"hidden_activation": "gelu_pytorch_tanh", "sliding_window": 512, "sliding_window_pattern": 6},
-            **{"max_position_embeddings": 32768, "query_pre_attn_scalar": 256, "attn_logit_softcapping": None},
-            **{"rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None},
-        },
         999_885_952,
-        {"full_attention_layers": (5, 11, 17, 23), "rope_local_theta": 1e4, "norm_zero_centered": True},
+        {"full_attention_layers": (5, 11, 17, 23), "rope_local_theta": 10000.0, "norm_zero_centered": True},
     ),
     "pythia-70m": (
-        {
-            **{"model_type": "gpt_neox", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 6},
-            **{"num_attention_heads": 8, "vocab_size": 50304, "hidden_act": "gelu", "layer_norm_eps": 1e-5},
-            **{"max_position_embeddings": 2048, "rotary_emb_base": 10000, "rotary_pct": 0.25},
-            **{"use_parallel_residual": True, "tie_word_embeddings": False, "classifier_dropout": 0.1},
-        },
         70_426_624,
         {"partial_rotary_factor": 0.25, "parallel_residual": True, "hidden_act": "gelu", "qkv_bias": True},
     ),
 }
+CONFIGS: dict[str, dict[str, Any]] = json.loads((FIXTURES / "huggingface_configs.json").read_text())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_published_configuration_is_read(name: str) -> None:
-    config, parameters, expected = PUBLISHED[name]
-    shape = to_shape(config)
+    parameters, expected = PUBLISHED[name]
+    shape = to_shape(CONFIGS[name])
     assert shape.parameter_count() == parameters
     assert {field: getattr(shape, field) for field in expected} == expected
     assert to_shape(to_config(shape, 1, {}, "float32")) == shape
@@ -290,7 +246,7 @@ def test_both_spellings_of_transformers_are_written_and_read(name: str) -> None:
 
 def _changed(name: str, **changes: Any) -> dict[str, Any]:
     """What is published, with changes."""
-    return {**PUBLISHED[name][0], **changes}
+    return {**CONFIGS[name], **changes}
 
 
 _SCALED = {"rope_type": "linear", "factor": 8.0}
@@ -302,19 +258,28 @@ _SCALED = {"rope_type": "linear", "factor": 8.0}
         (_changed("Mistral-7B-v0.1", rope_scaling=_SCALED), ["rope_scaling=linear", "sliding_window=4096"]),
         (_changed("Mistral-7B-v0.1", layer_types=["sliding_attention"] * 32), ["layer_types"]),
         (_changed("Mistral-7B-v0.1", num_key_value_heads=None), ["num_key_value_heads"]),
-        (_changed("Qwen2.5-0.5B", use_sliding_window=True, max_window_layers=2, rope_scaling=_SCALED), ["rope_scaling"]),
+        (
+            _changed("Qwen2.5-0.5B", use_sliding_window=True, max_window_layers=2, rope_scaling=_SCALED),
+            ["rope_scaling"],
+        ),
         (_changed("Qwen2.5-0.5B", head_dim=32), ["head_dim=32"]),
         (_changed("SmolLM3-3B", no_rope_layers=[1, 0]), ["no_rope_layers=[1, 0]"]),
         (_changed("SmolLM3-3B", no_rope_layers=[2] * 36), ["no_rope_layers"]),
         (_changed("OLMo-3-7B", layer_types=None, rope_theta=None), ["rope_theta"]),
         (_changed("OLMo-3-7B", clip_qkv=8.0), ["clip_qkv=8.0"]),
-        (_changed("OLMo-3-7B", rope_parameters={"sliding_attention": {**_SCALED, "rope_theta": 5e5}}), ["rope_parameters"]),
+        (
+            _changed("OLMo-3-7B", rope_parameters={"sliding_attention": {**_SCALED, "rope_theta": 5e5}}),
+            ["rope_parameters"],
+        ),
         (_changed("OLMo-3-7B", rope_parameters={"rope_type": "default", "rope_theta": 5e5}), ["rope_parameters"]),
         (
             _changed("OLMo-3-7B", rope_scaling=None, rope_parameters={"full_attention": {**_YARN, "truncate": False}}),
             ["rope_parameters.full_attention.truncate=False"],
         ),
-        (_changed("gemma-3-1b", rope_parameters={"sliding_attention": {"rope_theta": 5e5}}), ["rope_local_base_freq=10000"]),
+        (
+            _changed("gemma-3-1b", rope_parameters={"sliding_attention": {"rope_theta": 5e5}}),
+            ["rope_local_base_freq=10000"],
+        ),
         (_changed("gemma-3-1b", attn_logit_softcapping=50.0), ["attn_logit_softcapping=50.0"]),
         (_changed("gemma-3-1b", use_bidirectional_attention=True), ["use_bidirectional_attention=True"]),
         (_changed("gemma-3-1b", layer_types=["sliding_attention"] * 26), ["sliding_window_pattern=6", "layer_types"]),
@@ -333,8 +298,10 @@ def test_what_means_another_model_is_refused(config: dict[str, Any], names: list
 
 
 def test_a_scale_that_no_key_can_state_is_not_exported() -> None:
-    shape = to_shape(PUBLISHED["gemma-3-1b"][0])
-    assert to_config(replace(shape, attention_scale=1 / math.sqrt(168)), 1, {}, "float32")["query_pre_attn_scalar"] == 168
+    shape = to_shape(CONFIGS["gemma-3-1b"])
+    assert (
+        to_config(replace(shape, attention_scale=1 / math.sqrt(168)), 1, {}, "float32")["query_pre_attn_scalar"] == 168
+    )
     for changes in ({"attention_scale": 0.3}, {"embedding_scale": 34.0}, {"mlp_bias": True}):
         with pytest.raises(CheckpointError) as refused:
             family_of(replace(shape, **changes))
@@ -343,7 +310,7 @@ def test_a_scale_that_no_key_can_state_is_not_exported() -> None:
 
 
 def test_choices_without_effect_stand_in_no_ones_way() -> None:
-    shape = to_shape(PUBLISHED["SmolLM2-135M"][0])
+    shape = to_shape(CONFIGS["SmolLM2-135M"])
     idle = {"rope_local_theta": 5.0, "full_attention_layers": (1,), "embedding_scale": 1.0, "attention_scale": 1 / 8}
     assert family_of(replace(shape, **idle)) is FAMILIES["llama"]
     assert family_of(replace(shape, sliding_window=8, full_attention_layers=tuple(range(30)))) is FAMILIES["llama"]
