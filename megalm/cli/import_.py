@@ -39,7 +39,7 @@ def command(
         typer.Option(help="Ignore a key of config.json that you know to change nothing. May be repeated."),
     ] = None,
 ) -> None:
-    """Make a starting point from a Hugging Face model (Llama, Qwen3, GPT-2).
+    """Make a starting point from a Hugging Face model (Llama, Mistral, Qwen, OLMo, SmolLM, Gemma, Pythia, GPT-2).
 
     FOLDER gets a checkpoint in megalm's own format, which every layout loads,
     model.yaml for --config, and the tokenizer. The checkpoint has no optimizer
@@ -63,7 +63,8 @@ def command(
         rule = None if new_rows is None else NewRows(new_rows)
         made = import_model(found, output, tokenizer, counter.advance, add_tokens, rule)
     shape = made.shape
-    echo(f"{output}: {shape.parameter_count():,} parameters of {source}, style {shape.style}, as fp32 masters")
+    kind = found.config["model_type"]
+    echo(f"{output}: {shape.parameter_count():,} parameters of {source} ({kind}), as fp32 masters")
     entries, vocabulary = made.tokenizer.vocab_size, shape.vocab_size
     rows = f" for the model's vocabulary of {vocabulary:,}" if entries != vocabulary else ""
     echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; {describe_eod(made.tokenizer)}")
