@@ -585,7 +585,7 @@ def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> Non
     with pytest.raises(SystemExit):
         main(["presets"])
     rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")}
-    assert_names(rows["quickstart"], "5,245,184", "4 x 256")
+    assert_names(rows["quickstart"], "5,310,720", "4 x 256")
     assert_names(rows["gpt2-124m"], "124,439,808", "12 x 768")
     assert_names(rows["h100-1k"], "12 x 768")
     with pytest.raises(SystemExit):
@@ -604,7 +604,7 @@ def test_the_presets_are_wrapped_once(
     start = heading.index("description")
     assert len(ruler) == max(map(len, lines)) == width
     assert [line[start:] for line in lines] == [
-        line
+        line.rstrip()
         for name in preset_paths()
         for line in textwrap.wrap(describe_preset(name), width - start, break_on_hyphens=False)
     ]

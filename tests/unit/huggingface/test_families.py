@@ -180,7 +180,7 @@ def test_a_family_computes_the_same_here_and_there_again(name: str, tmp_path: Pa
         assert_near(torch.from_numpy(row), expected[:, n - 1].detach(), f"cached to {n}")
 
 
-# Of each published configuration in the fixture, keys without effect left out: the parameters of its tensors, and fields.
+# Of each configuration in the fixture, which is published: the parameters of its tensors, and fields.
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "Qwen2.5-0.5B": (
         494_032_768,
