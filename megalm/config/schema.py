@@ -29,9 +29,11 @@ class Section(BaseModel):
 
     Attributes:
         hint: ends the message about a value that is no section.
+        is_value: a mapping that is given, inherited and replaced as a whole, or is null.
     """
 
     hint: ClassVar[str] = ""
+    is_value: ClassVar[bool] = False
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
@@ -104,6 +106,7 @@ class RunSection(Section):
 class RopeScaling(Section):
     """Rotary frequencies for sequences longer than those of the first training; key names of transformers."""
 
+    is_value: ClassVar[bool] = True
     rope_type: Literal["linear", "llama3", "yarn"]
     factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
     original_max_position_embeddings: PositiveInt | None = Field(default=None, description="llama3 and yarn need it")

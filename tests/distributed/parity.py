@@ -46,6 +46,7 @@ MODELS: dict[str, tuple[str, ...]] = {
         "model.parallel_residual=true",
         "model.qk_norm=whole",
         "model.position_embedding_type=rope",
+        "model.embedding_scale=50",  # the embeddings of 0.02 are small beside a normed layer
         "model.rope_scaling={rope_type: yarn, factor: 2, original_max_position_embeddings: 12}",
         "model.partial_rotary_factor=0.5",
         "model.no_rope_layers=[0]",
