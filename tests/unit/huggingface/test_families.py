@@ -180,6 +180,15 @@ def test_a_family_computes_the_same_here_and_there_again(name: str, tmp_path: Pa
         assert_near(torch.from_numpy(row), expected[:, n - 1].detach(), f"cached to {n}")
 
 
+def test_the_scale_of_embeddings_is_rounded_as_theirs(tmp_path: Path) -> None:
+    """In bf16 the root of 32 is another number."""
+    theirs = theirs_of("gemma3").bfloat16()
+    theirs.save_pretrained(tmp_path)
+    model = ours_of(HuggingFaceFolder(tmp_path)).bfloat16()
+    tokens = torch.arange(VOCAB).unsqueeze(0)
+    assert torch.equal(model.embedding(tokens, None), theirs.model.embed_tokens(tokens))
+
+
 # Of each configuration in the fixture, which is published: the parameters of its tensors, and fields.
 PUBLISHED: dict[str, tuple[int, dict[str, Any]]] = {
     "Qwen2.5-0.5B": (
