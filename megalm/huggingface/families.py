@@ -213,7 +213,7 @@ def _epsilon(default: float, name: str = "rms_norm_eps") -> Key:
 _DECODER = {"is_encoder_decoder": _is(False), "rope_interleaved": _is(False)}
 _ONE_PART = {"pretraining_tp": _is(1)}
 _CAUSAL = {"use_bidirectional_attention": _is(False, None), **_DECODER}
-_GEMMA_RULES = (
+_GEMMA_RULES: tuple[Rule, ...] = (
     *_RMS_SIZES,
     _OWN_GROUPS,
     _OWN_HEAD_DIM,

@@ -23,7 +23,7 @@ from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.huggingface.export_model import export_checkpoint, plan_export
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, megalm
-from tests.huggingface_models import SECTIONS, random_model, save_model
+from tests.huggingface_models import FAMILIES, LLAMA_3, SECTIONS, random_model, save_model
 
 pytestmark = pytest.mark.e2e
 
@@ -34,8 +34,21 @@ VERSIONS = {
     "development": (),
 }
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megalm-tests"
-UNKNOWN_THERE = {"4.46.3": "qwen3"}  # came with 4.51
-MODELS = ("llama-gqa-tied", "qk-norm", "gpt2")
+UNKNOWN_THERE = {"4.46.3": ("qwen3", "olmo3", "smollm3", "gemma3_text")}  # came later
+KINDS = {**SECTIONS, **FAMILIES, "llama-3": LLAMA_3}
+MODELS = (
+    "llama-gqa-tied",
+    "qk-norm",
+    "gpt2",
+    "llama-3",
+    "mistral",
+    "qwen2",
+    "olmo3",
+    "smollm3",
+    "gemma3_text",
+    "gpt_neox",
+)
+PROMPT = [(7 * place + place**2) % 250 for place in range(24)]  # beyond windows and the first positions
 TEXTS = ["Once", "def f(x):\n    return x  # na\u00efve\n", " \t 1234567890"]
 TRANSLATION = """
 import contextlib, io, json, re, sys
@@ -43,7 +56,7 @@ import torch, transformers
 
 transformers.logging.set_verbosity_error()
 found = {}
-for folder in sys.argv[2:]:
+for folder in sys.argv[3:]:
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     texts = json.loads(sys.argv[1])
     kept = [tokenizer(text + tokenizer.eos_token) for text in texts]
@@ -55,7 +68,7 @@ for folder in sys.argv[2:]:
         facts["unknown"] = str(error)
     else:
         with torch.no_grad():
-            facts["logits"] = model(torch.tensor([[3, 1, 4, 1, 5]])).logits[0].tolist()
+            facts["logits"] = model(torch.tensor([json.loads(sys.argv[2])])).logits[0].tolist()
         with open(folder + "/README.md") as card:
             example = re.search("```python\\n(.*?)```", card.read(), re.S)[1].replace("PATH", folder)
         written = io.StringIO()
@@ -85,7 +98,7 @@ def environment(version: str, require: Any) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def exports(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[str, torch.Tensor]]:
-    """Exported folder -> the tokenizer that the run had, and the logits of five tokens; one is by the real command."""
+    """Exported folder -> the tokenizer that the run had, and the logits of PROMPT; one is by the real command."""
     place = tmp_path_factory.mktemp("versions")
     (place / "chat.jinja").write_text(
         "{% for message in messages %}<{{ message['content'] }}>{% endfor %}{{ eos_token }}"
@@ -93,7 +106,7 @@ def exports(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> 
     made = {}
     for name, tokenizer in [*((name, "bytes") for name in MODELS), ("llama", str(small_data.tokenizer))]:
         rows = load_tokenizer(tokenizer).vocab_size + 3
-        section = SECTIONS[name].model_copy(update={"vocab_size": rows})
+        section = KINDS[name].model_copy(update={"vocab_size": rows})
         shape, model = random_model(section, vocab_size=rows)
         checkpoint = save_model(place / f"run-{name}" / "checkpoints", shape, model, tokenizer)
         if tokenizer == "bytes":
@@ -104,14 +117,23 @@ def exports(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> 
             finished = finish(place, megalm(*words))
             assert finished.code == 0, finished.explain()
         with torch.no_grad():
-            made[place / name] = tokenizer, model(torch.tensor([[3, 1, 4, 1, 5]]))[0]
+            made[place / name] = tokenizer, model(torch.tensor([PROMPT]))[0]
     return made
 
 
 @pytest.fixture(scope="module")
 def loaded(exports: dict[Path, Any], require: Any) -> dict[str, dict[str, Any]]:
     """Version -> what its process says; all at once."""
-    command = [sys.executable, "-W", "ignore", "-c", TRANSLATION, json.dumps(TEXTS), *map(str, exports)]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        "-c",
+        TRANSLATION,
+        json.dumps(TEXTS),
+        json.dumps(PROMPT),
+        *map(str, exports),
+    ]
     running = {
         version: subprocess.Popen(
             command,
@@ -143,7 +165,7 @@ def test_an_export_works_in(version: str, exports: dict[Path, Any], loaded: dict
         )
         assert found["chat"] == f"<hello>{ours.eod_token}"
         if "unknown" in found:
-            assert json.loads((folder / "config.json").read_text())["model_type"] == UNKNOWN_THERE.get(version)
+            assert json.loads((folder / "config.json").read_text())["model_type"] in UNKNOWN_THERE[version]
             continue
         assert torch.allclose(torch.tensor(found["logits"]), logits, atol=1e-5), folder.name
         assert found["written"].startswith("Once"), "the card's own example"
