@@ -63,6 +63,10 @@ class _Architecture:
         needs: field of ModelConfig -> the values that it computes; it reads no key for them.
         scalings: kinds of `rope_scaling` that it computes.
         window_every: it has windows, and every n-th layer is full; 0: it has none.
+        needs_window: it has them always.
+        window_theta: base of the rotations in windows; None: that of the others.
+        wide_scale_layers: a model of so many layers has its scores scaled by the width of a head's share of the model.
+        no_rope_every: every n-th layer does not rotate; 0: all rotate.
         fuses_qkv: query, key and value are one tensor.
         rotates_neighbours: it rotates neighbouring rows of a head, megalm (as transformers) the two halves of a head.
     """
@@ -71,6 +75,10 @@ class _Architecture:
     needs: Mapping[str, tuple[Any, ...]]
     scalings: tuple[str, ...] = ("linear", "yarn")
     window_every: int = 0
+    needs_window: bool = False
+    window_theta: float | None = None
+    wide_scale_layers: int = 0
+    no_rope_every: int = 0
     fuses_qkv: bool = False
     rotates_neighbours: bool = False
 
@@ -79,8 +87,6 @@ _SILU = {"hidden_act": ("silu",)}
 _TANH = {"hidden_act": ("gelu_pytorch_tanh",)}
 _NO_BIAS = {"qkv_bias": (False,), "attention_output_bias": (False,), "mlp_bias": (False,)}
 _LLAMA = _Architecture("llama", _SILU, ("linear", "llama3", "yarn"), rotates_neighbours=True)
-# Its window has no key that all versions read.
-_GEMMA3 = {**_TANH, **_NO_BIAS, "rope_local_theta": (10_000.0, None)}
 # By the family that a model is exported as.
 _ARCHITECTURES = {
     "llama": _LLAMA,
@@ -89,9 +95,23 @@ _ARCHITECTURES = {
     "qwen3": _Architecture("qwen3", {**_SILU, **_NO_BIAS}),
     "olmo2": _Architecture("olmo2", {**_SILU, **_NO_BIAS, "tie_word_embeddings": (False,)}),
     "olmo3": _Architecture("olmo2", {**_SILU, **_NO_BIAS, "tie_word_embeddings": (False,)}, window_every=4),
-    "smollm3": _Architecture("smollm3", {**_SILU, **_NO_BIAS}, rotates_neighbours=True),
-    "gemma2": _Architecture("gemma2", {**_TANH, **_NO_BIAS, "tie_word_embeddings": (True,)}, (), window_every=2),
-    "gemma3_text": _Architecture("gemma3", _GEMMA3, ("linear",), window_every=6),
+    "smollm3": _Architecture("smollm3", {**_SILU, **_NO_BIAS}, no_rope_every=4, rotates_neighbours=True),
+    "gemma2": _Architecture(
+        "gemma2",
+        {**_TANH, **_NO_BIAS, "tie_word_embeddings": (True,)},
+        scalings=(),
+        window_every=2,
+        needs_window=True,
+        wide_scale_layers=46,
+    ),
+    "gemma3_text": _Architecture(
+        "gemma3",
+        {**_TANH, **_NO_BIAS},
+        scalings=("linear",),
+        window_every=6,
+        window_theta=10_000.0,
+        wide_scale_layers=62,
+    ),
     # Its GELU is the tanh form, also where the model has the exact one.
     "gpt_neox": _Architecture(
         "gptneox",
@@ -131,32 +151,37 @@ def _obstacles(shape: ModelConfig) -> Iterator[str]:
     for field, values in architecture.needs.items():
         if getattr(shape, field) not in values:
             yield f"model.{field}={shown(getattr(shape, field))}"
-    windowed = {layer for layer in layers if shape.window(layer) is not None}
-    every = architecture.window_every
-    if windowed and (not every or windowed != {layer for layer in layers if (layer + 1) % every}):
-        yield f"model.sliding_window={shape.sliding_window}" + (
-            f" with other full layers than every {every}th" * bool(every)
-        )
-    if architecture.name == "gemma2" and not windowed:
-        yield "model.sliding_window=null"
-    unrotated = (
-        {layer for layer in layers if not shape.rotates(layer)} if shape.position_embedding_type == "rope" else set()
-    )
-    if unrotated != ({layer for layer in layers if (layer + 1) % 4 == 0} if architecture.name == "smollm3" else set()):
+    windowed = [layer for layer in layers if shape.window(layer) is not None]
+    if windowed != _others(architecture.window_every, layers) and (windowed or architecture.needs_window):
+        yield f"model.sliding_window={shown(shape.sliding_window)} on layers {shown(windowed)}"
+    local = shape.rope_local_theta or shape.rope_theta
+    if windowed and local != (architecture.window_theta or shape.rope_theta):
+        yield f"model.rope_local_theta={shown(shape.rope_local_theta)}"
+    rotating = [layer for layer in layers if shape.rotates(layer)]
+    every = architecture.no_rope_every
+    if shape.position_embedding_type == "rope" and rotating != (_others(every, layers) if every else [*layers]):
         yield f"model.no_rope_layers={shown(list(shape.no_rope_layers))}"
-    if shape.attention_scale is not None and not math.isclose(
-        shape.attention_scale, shape.head_dim**-0.5, rel_tol=1e-6
-    ):
+    is_wide = len(layers) == architecture.wide_scale_layers
+    theirs = (shape.hidden_size // shape.num_attention_heads if is_wide else shape.head_dim) ** -0.5
+    scale = shape.head_dim**-0.5 if shape.attention_scale is None else shape.attention_scale
+    if not math.isclose(scale, theirs, rel_tol=1e-6):
         yield f"model.attention_scale={shape.attention_scale}"
     scaling = shape.rope_scaling
-    if scaling is not None:
-        is_plain = scaling.rope_type != "yarn" or scaling == RopeScaling(
-            rope_type="yarn",
-            factor=scaling.factor,
-            original_max_position_embeddings=scaling.original_max_position_embeddings,
-        )
-        if scaling.rope_type not in architecture.scalings or not is_plain:
-            yield f"model.rope_scaling={shown(scaling.model_dump(exclude_defaults=True))}"
+    if scaling is not None and not (scaling.rope_type in architecture.scalings and _is_plain(scaling)):
+        yield f"model.rope_scaling={shown(scaling.model_dump(exclude_defaults=True))}"
+
+
+def _others(every: int, layers: range) -> list[int]:
+    """The layers that are not every n-th; none for 0."""
+    return [layer for layer in layers if every and (layer + 1) % every]
+
+
+def _is_plain(scaling: RopeScaling) -> bool:
+    """YaRN with the numbers of its paper."""
+    own = 0.1 * math.log(scaling.factor) + 1
+    is_papers = math.isclose(scaling.attention_factor or own, own, rel_tol=1e-6)
+    betas = scaling.beta_fast, scaling.beta_slow, scaling.truncate
+    return scaling.rope_type != "yarn" or (is_papers and betas == (32, 1, True))
 
 
 def check_gguf(plan: ExportPlan) -> GGUFTokenizer:

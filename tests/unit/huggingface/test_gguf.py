@@ -25,6 +25,7 @@ from tests.huggingface_models import FAMILIES, LLAMA_3, SECTIONS, random_model, 
 from tests.messages import assert_names
 
 YARN = FAMILIES["olmo3"].rope_scaling
+assert YARN is not None
 KINDS = {**SECTIONS, **FAMILIES, "llama-3": LLAMA_3}
 LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -76,7 +77,11 @@ def test_transformers_reads_the_same_model(name: str, tmp_path: Path) -> None:
         ("olmo3", {"rope_scaling": YARN.model_copy(update={"beta_fast": 16.0})}, ["model.rope_scaling"]),
         ("smollm3", {"no_rope_layers": 2}, ["model.no_rope_layers=[1, 3, 5]"]),
         ("gemma3_text", {"rope_local_theta": 100.0}, ["model.rope_local_theta=100.0"]),
+        ("gemma3_text", {"rope_local_theta": None}, ["model.rope_local_theta=null"]),
+        ("olmo3", {"rope_scaling": YARN.model_copy(update={"attention_factor": 1.2})}, ["model.rope_scaling"]),
+        ("gemma2", {"sliding_window": None, "full_attention_layers": None}, ["model.sliding_window=null"]),
         ("gemma3_text", {"attention_scale": 24**-0.5}, ["model.attention_scale"]),
+        ("gemma3_text", {"num_hidden_layers": 62}, ["model.attention_scale"]),
         ("gpt_neox", {"qkv_bias": False, "attention_output_bias": False}, ["model.qkv_bias=false"]),
         ("gpt2", {"hidden_act": "silu"}, ["model.hidden_act"]),
     ],
