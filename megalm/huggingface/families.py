@@ -50,6 +50,10 @@ class TensorNames:
     transposed: frozenset[str] = frozenset()
     by_head: frozenset[str] = frozenset()
 
+    @property
+    def head_weight(self) -> str:
+        return f"{self.head}.weight"
+
 
 @dataclass(frozen=True)
 class Family:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,7 +19,8 @@ from megalm.checkpoint.checkpoint_reader import is_finite
 from megalm.errors import DataError
 from megalm.huggingface.config_json import family_of_config, to_shape
 from megalm.huggingface.export_weights import INDEX, WEIGHTS, from_hf
-from megalm.huggingface.weight_mapping import HFTensor, hf_tensors
+from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head
+from megalm.model.model_config import ModelConfig
 from megalm.utils.atomic_files import read_json
 
 _EXACT = ("F32", "F16", "BF16")  # converting these to fp32 is exact
@@ -29,8 +30,22 @@ _BUFFER = re.compile(
     r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.(self_attn|attention)\.rotary_emb\.inv_freq"
     r"|layers\.\d+\.attention\.(bias|masked_bias))"
 )
-_HEAD = "lm_head"  # transformers 5 gives every family's head this name
 _SHOWN = 3
+
+
+class ModelSource(Protocol):
+    """A model to import: the content of its config.json, its dimensions, and its parameters by canonical name, fp32."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def shape(self) -> ModelConfig: ...
+
+    def read(self, name: str) -> Tensor: ...
 
 
 class HuggingFaceFolder:
@@ -71,14 +86,13 @@ class HuggingFaceFolder:
         return found
 
     def _find_tensors(self) -> None:
-        prefix, head = self._names.prefix, f"{self._names.head}.weight"
+        names = self._names
         for file, opened in self._files.items():
             for stored in opened.keys():  # noqa: SIM118  (not a dictionary)
-                if _BUFFER.fullmatch(stored):
+                if is_buffer(stored):
                     continue
-                name = stored if stored.startswith(prefix) else prefix + stored
-                if stored in (head, f"{_HEAD}.weight"):
-                    name = head
+                name = own_head(stored, names)
+                name = name if name.startswith(names.prefix) or name == names.head_weight else names.prefix + name
                 if name in self._places:
                     raise DataError(f"{self.folder}: {self._places[name][0]} and {file} both hold {stored}")
                 self._places[name] = (file, stored)
@@ -106,7 +120,7 @@ class HuggingFaceFolder:
 
     def _drop_tied_head(self) -> None:
         """A stored head of a model with tied weights must equal the token embedding."""
-        head, table = f"{self._names.head}.weight", next(iter(self._tensors))
+        head, table = self._names.head_weight, next(iter(self._tensors))
         if head not in self._places:
             return
         if table in self._places and not torch.equal(self._load(head), self._load(table)):
@@ -124,14 +138,28 @@ class HuggingFaceFolder:
         return found
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a stored tensor is no parameter: the configuration determines it."""
+    return _BUFFER.fullmatch(name) is not None
+
+
 def _config(folder: Path, ignored_keys: Collection[str]) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a local folder with config.json and {WEIGHTS}")
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} has no config.json; give the folder of a Hugging Face model")
-    config = read_json(folder / "config.json")
+    return read_config(folder / "config.json", ignored_keys)
+
+
+def read_config(path: Path, ignored_keys: Collection[str]) -> dict[str, Any]:
+    """Read a config.json.
+
+    Raises:
+        DataError: it cannot be read, is no JSON object, or lacks a key that is to be ignored.
+    """
+    config = read_json(path)
     if not isinstance(config, dict):
-        raise DataError(f"{folder / 'config.json'} is not a JSON object")
+        raise DataError(f"{path} is not a JSON object")
     if absent := [key for key in ignored_keys if key not in config]:
         raise DataError(f"--ignore-key {absent[0]}: config.json has no such key")
     return config

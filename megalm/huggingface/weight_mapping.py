@@ -38,6 +38,11 @@ class HFTensor:
         return whole[::-1] if self.transposed else whole
 
 
+def own_head(name: str, names: TensorNames) -> str:
+    """The family's own name of its head: transformers 5 gives all of them one name."""
+    return names.head_weight if name == "lm_head.weight" else name
+
+
 def hf_tensors(shape: ModelConfig, family: Family | None = None) -> list[HFTensor]:
     """Every tensor of the model in Hugging Face format, in the model's order; each parameter is in exactly one.
 
@@ -68,4 +73,4 @@ def _sources(names: TensorNames, shape: ModelConfig) -> Iterator[tuple[str, tupl
                 yield whole, ours, name in names.transposed, heads
     for kind in kinds:
         yield f"{names.prefix}{names.final_norm}.{kind}", (f"final_norm.{kind}",), False, 0
-    yield f"{names.head}.weight", ("head.weight",), False, 0
+    yield names.head_weight, ("head.weight",), False, 0

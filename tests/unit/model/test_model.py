@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from dataclasses import replace
 from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +20,7 @@ from megalm.config.schema import ModelSection, Recompute
 from megalm.model.activation_offload import OffloadedInputs
 from megalm.model.layer_factory import LayerFactory
 from megalm.model.loss import IGNORE, LogitRule, chunk_loss, linear_cross_entropy
-from megalm.model.model_config import build_model_config
+from megalm.model.model_config import ModelConfig, build_model_config, completed_settings, model_settings
 from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, initialize
@@ -56,6 +58,13 @@ SECTIONS = {
 }
 
 
+FIRST_RELEASE = {
+    *("style", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "intermediate_size", "max_position_embeddings", "tie_word_embeddings", "rope_theta", "norm_epsilon"),
+    *("qk_norm", "dropout", "attention_dropout", "initializer_range"),
+}
+
+
 def build(section: ModelSection, seed: int = 1, **options: Any) -> LanguageModel:
     shape = build_model_config(section, VOCAB, LENGTH)
     clock = DropoutClock(seed=9)
@@ -76,6 +85,16 @@ def test_shape_tells_every_parameter(section: ModelSection) -> None:
     found = {name: tuple(parameter.shape) for name, parameter in build(section).named_parameters()}
     assert found == shape.parameters()
     assert sum(math.prod(size) for size in found.values()) == shape.parameter_count()
+
+
+@pytest.mark.parametrize("name", list(SECTIONS))
+def test_settings_survive_json_and_earlier_releases(name: str) -> None:
+    shape = build_model_config(SECTIONS[name], VOCAB, LENGTH)
+    stored = json.loads(json.dumps(model_settings(shape)))
+    assert TypeAdapter(ModelConfig).validate_python(completed_settings(stored)) == shape
+    if name in ("gpt2", "llama", "llama-tied"):
+        first_release = {key: stored[key] for key in stored if key in FIRST_RELEASE}
+        assert TypeAdapter(ModelConfig).validate_python(completed_settings(first_release)) == shape
 
 
 @pytest.mark.parametrize(("multiple", "entries"), [(None, VOCAB), (1, VOCAB), (8, 56), (VOCAB, VOCAB), (64, 64)])
