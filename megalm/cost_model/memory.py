@@ -443,6 +443,9 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute, layer: int
     # The same of the MLP, and up, gelu | gate, silu, up, product.
     mlp = norm + dropout_mask + (stream + (4 if shape.gated_mlp else 2) * inner) * size
     hidden, tile = stream * size, 0
+    widened = case.on_cpu and size < 4 and shape.normalization == "rms_norm"  # each norm keeps an fp32 copy
+    if shape.parallel_residual and not widened:  # both norms, or projections, have one input
+        mlp -= hidden
     if case.mlp_chunk_tokens is not None:
         tile, mlp = _tile_bytes(case, share, mlp - dropout_mask), hidden + dropout_mask
     match recompute:

@@ -49,10 +49,10 @@ def model_choices_fit(case: CheckContext) -> None:
         given += ["partial_rotary_factor"] if model.partial_rotary_factor != 1 else []
         problems += [f"model.{name} needs model.position_embedding_type=rope" for name in given]
     elif shape.rotary_dim % 2 or not shape.rotary_dim:
-        part = (
-            "" if model.partial_rotary_factor == 1 else f" x model.partial_rotary_factor={model.partial_rotary_factor}"
-        )
-        problems.append(f"head_dim={shape.head_dim}{part} is {shape.rotary_dim}: rotary positions need an even number")
+        part = model.partial_rotary_factor
+        what = f"head_dim={shape.head_dim} (model.hidden_size / model.num_attention_heads)"
+        what += f" x model.partial_rotary_factor={part}" if part != 1 else ""
+        problems.append(f"{what}: rotary positions need an even number of dimensions")
     if shape.sliding_window is None:
         given = [name for name in ("full_attention_layers", "rope_local_theta") if getattr(model, name)]
         problems += [f"model.{name} needs model.sliding_window" for name in given]

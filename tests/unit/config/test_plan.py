@@ -337,7 +337,8 @@ def test_offloaded_inputs_lie_in_the_cpus_memory(every: int, stages: int, in_fli
         *("model.qk_norm=whole", "model.norm_placement=post", "model.norm_placement=both"),
         "model.gated_mlp=true model.hidden_act=gelu model.position_embedding_type=rope model.partial_rotary_factor=0.5",
         "model.sliding_window=9 model.attention_sinks=true",
-        "model.attn_logit_softcapping=5 model.parallel_residual=true",
+        "model.attn_logit_softcapping=5",
+        "model.parallel_residual=true",
     ],
 )
 def test_activations_against_what_autograd_saves(style: str, precision: str, extra: str) -> None:
