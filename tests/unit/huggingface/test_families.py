@@ -54,7 +54,7 @@ CASES: dict[str, tuple[str, dict[str, Any], str]] = {
     "llama": ("Llama", {**_GROUPED, "rms_norm_eps": 1e-4}, "llama"),
     "llama-3.1": ("Llama", {**_GROUPED, "rope_parameters": _LLAMA3, "tie_word_embeddings": True}, "llama"),
     "llama-linear": ("Llama", {**_GROUPED, **_BIASES, "rope_parameters": _LINEAR}, "llama"),
-    "llama-gelu": ("Llama", {**_GROUPED, "head_dim": 12, "hidden_act": "gelu"}, "llama"),
+    "llama-gelu": ("Llama", {**_GROUPED, "num_key_value_heads": 1, "head_dim": 12, "hidden_act": "gelu"}, "llama"),
     "qwen2": ("Qwen2", {**_GROUPED, "tie_word_embeddings": True}, "qwen2"),
     "qwen2-window": (
         "Qwen2",
@@ -128,8 +128,8 @@ def ours_of(folder: HuggingFaceFolder) -> LanguageModel:
 
 def assert_near(found: Tensor, expected: Tensor, what: str = "") -> None:
     """Equal to 1e-5 of the largest number."""
-    scale = float(expected.abs().max())
-    error = float((found - expected).abs().max())
+    scale = float(expected.detach().abs().max())
+    error = float((found - expected).detach().abs().max())
     assert scale > 0, what
     assert error <= 1e-5 * max(scale, 1e-3), (what, error / scale)
 
