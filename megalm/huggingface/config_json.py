@@ -80,6 +80,8 @@ def _obstacles(shape: ModelConfig, family: Family) -> list[str]:
     """The choices of the model that do not come back from the family's config.json."""
     plain = _without_idle_choices(shape)
     values, problems = _read(_written(plain, family), family)
+    # A choice that no rule knows has to be the one that models are made with otherwise.
+    values = {name: ModelSection.model_fields[name].default for name in vars(plain).keys() - values.keys()} | values
     obstacles = [
         f"model.{name}={shown(getattr(shape, name))}"
         for name, value in values.items()
