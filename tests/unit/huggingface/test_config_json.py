@@ -229,6 +229,7 @@ def test_a_key_that_changes_numbers_is_never_passed_over(key: str, value: Any) -
         (ModelSection(style="gpt2", num_key_value_heads=2, **SIZES), ["model.num_key_value_heads=2"]),
         (ModelSection(style="gpt2", head_dim=16, **SIZES), ["model.head_dim=16"]),
         (ModelSection(attention_sinks=True, **SIZES), ["model.attention_sinks=true", "LlamaForCausalLM"]),
+        (ModelSection(mup_base_width=16, **SIZES), ["model.mup_base_width=16", "LlamaForCausalLM"]),
         (ModelSection(normalization="layer_norm", **SIZES), ['model.normalization="layer_norm"']),
         (
             ModelSection(qk_norm=True, parallel_residual=True, embedding_scale=2.0, **SIZES),
