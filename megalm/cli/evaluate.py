@@ -27,8 +27,8 @@ from megalm.utils.terminal import echo, echo_text
 if TYPE_CHECKING:
     from megalm.inference.dataset_eval import DatasetTask, Row
     from megalm.inference.inference_model import CheckpointFacts
-    from megalm.inference.multiple_choice import ChoiceTask
     from megalm.inference.text_eval import TextTask
+    from megalm.train.multiple_choice import ChoiceTask
 
     Task = DatasetTask | TextTask | ChoiceTask
 
@@ -174,8 +174,8 @@ def _refuse_bad(facts: CheckpointFacts) -> None:
 def _tasks(facts: CheckpointFacts, request: _Request) -> list[Task]:
     """Open and check all requested data before a model is loaded."""
     from megalm.inference.dataset_eval import DATA, OWN, DatasetTask, other_sets, own_sets
-    from megalm.inference.multiple_choice import ChoiceTask, read_choices
     from megalm.inference.text_eval import TextTask, read_text
+    from megalm.train.multiple_choice import ChoiceTask, read_choices
 
     if not request.text and (request.overlap is not None or request.text_key != _TEXT_KEY):
         raise ConfigError("--overlap and --text-key need raw text; name it with --text")
@@ -197,7 +197,7 @@ def _tasks(facts: CheckpointFacts, request: _Request) -> list[Task]:
             texts.append(one)
         tasks.append(TextTask(texts, facts.tokenizer.token_bytes(), request.batch_size))
     if request.choices:
-        questions = [read_choices(path, facts, request.max_samples) for path in request.choices]
+        questions = [read_choices(path, facts.encoding, request.max_samples) for path in request.choices]
         for asked in questions:
             if asked.cut:
                 warn(f"{asked.name}: {asked.cut:,} contexts exceed the model's window and lose their beginning")
