@@ -16,8 +16,9 @@ import typer
 from megalm.cli.find_run import checkpoint_at, good_checkpoints_at, verify, warn
 from megalm.cli.options import Ema, ModelPlace, Precision, Tokenizer
 from megalm.data.readers.input_files import ReadReport, find_inputs
+from megalm.data.readers.questions import task_name
 from megalm.errors import CheckpointError, ConfigError, is_out_of_memory
-from megalm.runs.evaluations import EVALUATIONS_FILE, task_name
+from megalm.runs.evaluations import EVALUATIONS_FILE
 from megalm.runs.metrics_log import MetricsWriter, plain
 from megalm.utils.atomic_files import refuse_overwriting_inputs
 from megalm.utils.formatting import table

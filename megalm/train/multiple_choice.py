@@ -66,19 +66,26 @@ class ChoiceTask:
     """Accuracy on the questions of several files; see `DatasetTask`."""
 
     def __init__(self, sets: Sequence[ChoiceSet], batch_size: int) -> None:
-        self._sets = [(one, SequenceBatches(one.sequences, batch_size)) for one in sets]
+        self.sets = sets
+        self._batches = [SequenceBatches(one.sequences, batch_size) for one in sets]
 
     @property
     def batches(self) -> int:
-        return sum(len(batches) for _, batches in self._sets)
+        return sum(map(len, self._batches))
 
     def rows(self, model: RowScorer, heartbeat: Callable[[], None]) -> list[dict[str, Any]]:
-        return [_row(one, log_likelihoods(one, batches, model, heartbeat)) for one, batches in self._sets]
+        pairs = zip(self.sets, self._batches, strict=True)
+        return [_row(one, log_likelihoods(one, batches, model, heartbeat)) for one, batches in pairs]
 
     def preflight(self, model: RowScorer) -> None:
         """Score the longest batch of each file, to find out whether memory suffices."""
-        for _, batches in self._sets:
+        for batches in self._batches:
             model.row_losses(batches.batch(0).micro_batches[0])
+
+
+# What a run evaluates on while it trains, and at its end.
+Choices = tuple[ChoiceTask, ChoiceTask]
+NO_CHOICES: Choices = (ChoiceTask((), 1), ChoiceTask((), 1))
 
 
 def read_choices(path: Path, encoding: Encoding, max_samples: int | None = None) -> ChoiceSet:
@@ -138,8 +145,8 @@ def _row(questions: ChoiceSet, scores: Sequence[Floats]) -> dict[str, Any]:
     right, right_by_byte, bits = [], [], []
     for question, score in zip(questions.questions, scores, strict=True):
         sizes = np.array([len(choice.encode()) for choice in question.choices])
-        right.append(int(score.argmax()) == question.answer)
-        right_by_byte.append(int((score / sizes).argmax()) == question.answer)
+        right.append(_is_right(score, question))
+        right_by_byte.append(_is_right(score / sizes, question))
         bits.append(-score[question.answer] / math.log(2) / sizes[question.answer])
     chance = float(np.mean([1 / len(question.choices) for question in questions.questions]))
     return {
@@ -156,7 +163,12 @@ def _row(questions: ChoiceSet, scores: Sequence[Floats]) -> dict[str, Any]:
     }
 
 
-def _standard_error(right: Sequence[bool]) -> float | None:
+def _is_right(scores: Floats, question: Question) -> float:
+    """1 if the answer has the largest score, the first of equal ones, else 0; NaN if a score is, which argmax takes."""
+    return math.nan if np.isnan(scores).any() else float(scores.argmax() == question.answer)
+
+
+def _standard_error(right: Sequence[float]) -> float | None:
     """The standard error of the accuracy; None for one answer."""
     if len(right) < 2:
         return None

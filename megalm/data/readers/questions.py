@@ -10,6 +10,8 @@ import orjson
 from megalm.data.readers.input_files import BROKEN, packing_of, unpacked
 from megalm.errors import DataError
 
+_ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
+
 
 @dataclass(frozen=True)
 class Question:
@@ -39,6 +41,12 @@ def read_questions(path: Path) -> list[Question]:
     if not found:
         raise DataError(f"{path} has no question; give JSON lines of context, choices and answer")
     return found
+
+
+def task_name(dataset: str) -> str:
+    """The name of a set, a prefix, or a file of text or questions, packed or not."""
+    name = Path(dataset).name.removesuffix(".zst").removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2")
+    return next((name.removesuffix(ending) for ending in _ENDINGS if name.endswith(ending)), name)
 
 
 def _question(line: bytes, source: str) -> Question:
