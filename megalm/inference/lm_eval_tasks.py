@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,7 @@ class HarnessTask:
         self, loaded: dict[str, Any], batch_size: int, max_samples: int | None, tell: Callable[[str], None]
     ) -> None:
         self._loaded, self._batch_size, self._tell = loaded, batch_size, tell
-        self._documents = {
-            name: evenly(len(task.eval_docs), max_samples) for name, task in loaded["tasks"].items()
-        }
+        self._documents = {name: evenly(len(task.eval_docs), max_samples) for name, task in loaded["tasks"].items()}
 
     @property
     def batches(self) -> int:
@@ -65,7 +65,8 @@ class HarnessTask:
         for task in self._loaded["tasks"].values():
             task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # the same examples for each checkpoint
         harness = HarnessModel(model, self._batch_size, heartbeat)
-        found = evaluate(harness, self._loaded, samples=self._documents, log_samples=False)
+        with redirect_stdout(sys.stderr):  # it prints what it does; stdout holds results only
+            found = evaluate(harness, self._loaded, samples=self._documents, log_samples=False)
         if harness.cut:
             self._tell(f"{harness.cut:,} contexts of tasks exceed the model's window and lose their beginning")
         everything = {**found["results"], **found.get("groups", {})}
