@@ -172,11 +172,10 @@ def _loaded(name: str, manager: Any, what: str, include: Sequence[Path]) -> list
     """
     try:
         try:
-            return list(manager.load([name])["groups"].values()) or list(manager.load([name])["tasks"].values())
-        except KeyError:
-            manager = _manager(include, True)
             loaded = manager.load([name])
-            return list(loaded["groups"].values()) or list(loaded["tasks"].values())
+        except KeyError:
+            loaded = _manager(include, True).load([name])
+        return list(loaded["groups"].values()) or list(loaded["tasks"].values())
     except Exception as error:  # of many libraries
         first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise DataError(f"{what} cannot be loaded ({first}); {_OFFLINE}") from error
