@@ -407,7 +407,7 @@ class _Results:
         if self._as_json:
             echo_text("\n".join(orjson.dumps(plain(row)).decode() for row in rows))
         else:
-            echo(_tables(rows, place))
+            echo(_tables(rows, place) + ("\n" if self._at_once else ""))
         sys.stdout.flush()
 
     def _draw(self) -> None:

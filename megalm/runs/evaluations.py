@@ -73,10 +73,11 @@ def main_numbers(row: Row) -> list[RecordedEvaluation]:
         measures = [("accuracy", row.get("accuracy"), row.get("accuracy_error"))]
     else:
         measures = [("bits per byte", row.get("bits_per_byte"), None), ("loss", row.get("loss"), None)]
+    examples = f" ({row['fewshot']}-shot)" if row.get("fewshot") else ""
     known = [each for each in measures if isinstance(each[1], float) and math.isfinite(each[1])]
     task, is_ema = task_name(str(row.get("dataset") or "validation")), row.get("ema") is True
     unit = "questions" if questions else "tokens"
     return [
-        RecordedEvaluation(step, task, measure, value, count, unit, error, is_ema)
+        RecordedEvaluation(step, f"{task}{examples}", measure, value, count, unit, error, is_ema)
         for measure, value, error in (known if metrics else known[:1])
     ]

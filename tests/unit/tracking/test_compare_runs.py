@@ -378,6 +378,22 @@ def test_evaluations_over_the_same_questions_are_compared(tmp_path: Path, capsys
     assert [one.value for one in read_evaluations(first)] == [0.2, 1.25, 0.9, 0.3]
     assert read_evaluations(first)[-1].error == 0.01
     assert read_evaluations(tmp_path) == []
+    harness = {
+        "source": "lm_eval",
+        "dataset": "arc",
+        "questions": 40,
+        "metrics": {"acc": 0.5, "f1": 0.25},
+        "errors": {"acc": 0.1},
+    }
+    evaluated(
+        first, {**harness, "step": 2, "fewshot": 5}, {**harness, "step": 2, "fewshot": 0, "metrics": {"acc": 0.75}}
+    )
+    found = {one.name: (one.value, one.error) for one in read_evaluations(first)}
+    assert found == {
+        "arc (5-shot), acc of 40 questions": (0.5, 0.1),
+        "arc (5-shot), f1 of 40 questions": (0.25, None),
+        "arc, acc of 40 questions": (0.75, 0.1),
+    }
     with MetricsWriter(second / "metrics.jsonl") as writer:  # the run answers other questions itself
         for step, share in ((1, 0.5), (2, 0.75)):
             asked = {"task": "own", "dataset": "own.jsonl", "questions": 8, "accuracy": share, "accuracy_error": 0.1}
