@@ -328,7 +328,7 @@ def _tasks(facts: CheckpointFacts, request: _Request) -> list[Task]:
     if request.tasks:
         from megalm.inference.lm_eval_tasks import HarnessTask, load_tasks  # an extra
 
-        loaded = load_tasks(request.tasks, request.include, request.fewshot)
+        loaded = load_tasks(request.tasks, request.include, request.fewshot, watched("loading tasks"))
         tasks.append(HarnessTask(loaded, request.batch_size, request.max_samples, warn))
     if not tasks:
         tasks.append(DatasetTask(OWN, own_sets(facts, warn), facts.tokenizer, request.batch_size, request.max_samples))

@@ -96,13 +96,19 @@ def _metrics(numbers: dict[str, Any]) -> Row:
     return {"metrics": metrics, "errors": errors}
 
 
-def load_tasks(words: Sequence[str], include: Sequence[Path], fewshot: int | None) -> dict[str, Any]:
+def load_tasks(
+    words: Sequence[str],
+    include: Sequence[Path],
+    fewshot: int | None,
+    watched: Callable[[Sequence[str]], Iterable[str]] = iter,
+) -> dict[str, Any]:
     """Load tasks with their data, as `lm_eval.simple_evaluate` does it.
 
     Args:
         words: names, or patterns, of tasks, groups and tags; YAML files; folders of YAML files, for all in them.
         include: folders whose tasks can be named too.
         fewshot: examples in each prompt, of tasks that do not fix their number at 0; None: as each task says.
+        watched: iterates over the words; a caller can show the progress.
 
     Raises:
         ConfigError: there is no such task.
@@ -116,9 +122,10 @@ def load_tasks(words: Sequence[str], include: Sequence[Path], fewshot: int | Non
     absent = [str(folder) for folder in include if not folder.is_dir()]
     if absent:
         raise ConfigError(f"--include-path {', '.join(absent)}: no such folder")
-    objects = [found for word in words for found in _load(word, include)]
+    loader = _Loader(include)
+    objects = [found for word in watched(words) for found in loader.load(word)]
     try:
-        loaded: dict[str, Any] = TaskManager(include_defaults=False).load(objects)
+        loaded: dict[str, Any] = loader.manager(()).load(objects)
     except ValueError as error:  # a task twice
         raise ConfigError(f"--tasks {','.join(words)}: {error}; name each once") from None
     for task in loaded["tasks"].values():
@@ -128,57 +135,64 @@ def load_tasks(words: Sequence[str], include: Sequence[Path], fewshot: int | Non
     return loaded
 
 
-def _load(word: str, include: Sequence[Path]) -> list[Any]:
-    """The tasks and groups of a word. The harness's own ones are looked through for those that need them only."""
-    path = Path(word).expanduser()
-    if path.is_dir():
-        manager = _manager([*include, path], False)
-        in_folder = _manager([path], False)
-        return _of_folder(manager, in_folder, word)
-    if path.suffix in _YAML:
-        if not path.is_file():
-            raise DataError(f"--tasks {word}: no such file")
-        return _loaded(str(path), _manager([*include, path.parent], False), f"--tasks {word}", include)
-    for own in (False, True):
-        manager = _manager(include, own)
-        if names := manager.match_tasks([word]):
-            return [found for name in names for found in _loaded(name, manager, f"task {name}", include)]
-    meant = did_you_mean(word, manager.all_tasks)
-    raise ConfigError(f"--tasks {word}: lm-eval has no such task{meant}; `lm-eval ls tasks` lists all")
+class _Loader:
+    """Loads tasks and groups. The harness's own ones, thousands of files, are looked through once, and where needed."""
 
+    def __init__(self, include: Sequence[Path]) -> None:
+        self._include = include
+        self._managers: dict[tuple[tuple[Path, ...], bool], Any] = {}
 
-def _manager(folders: Iterable[Path], own: bool) -> Any:
-    return TaskManager(include_path=[str(folder) for folder in folders], include_defaults=own)
+    def manager(self, folders: Sequence[Path], own: bool = False) -> Any:
+        """The `TaskManager` of these folders and, with `own`, of the harness's tasks."""
+        key = tuple(folders), own
+        if key not in self._managers:
+            paths = [str(folder) for folder in folders]
+            self._managers[key] = TaskManager(include_path=paths, include_defaults=own)
+        return self._managers[key]
 
+    def load(self, word: str) -> list[Any]:
+        """Load what a word names: see `load_tasks`."""
+        path = Path(word).expanduser()
+        if path.is_dir():
+            return self._of_folder(path)
+        if path.suffix in _YAML:
+            if not path.is_file():
+                raise DataError(f"--tasks {word}: no such file")
+            return self._objects(str(path), [*self._include, path.parent], f"--tasks {word}")
+        for own in (False, True):
+            manager = self.manager(self._include, own)
+            if names := manager.match_tasks([word]):
+                return [found for name in names for found in self._objects(name, self._include, f"task {name}", own)]
+        meant = did_you_mean(word, manager.all_tasks)
+        raise ConfigError(f"--tasks {word}: lm-eval has no such task{meant}; `lm-eval ls tasks` lists all")
 
-def _of_folder(manager: Any, in_folder: Any, word: str) -> list[Any]:
-    """All of a folder: its groups, and its tasks that are in none of them."""
-    found: list[Any] = []
-    for names in (in_folder.all_groups, in_folder.all_subtasks):
-        grouped = {task.task_name for one in found if hasattr(one, "get_all_tasks") for task in one.get_all_tasks()}
-        for name in names:
-            if name not in grouped:
-                found += _loaded(name, manager, f"--tasks {word}: {name}", [Path(word)])
-    if not found:
-        raise DataError(f"--tasks {word}: the folder has no YAML file of a task")
-    return found
+    def _of_folder(self, folder: Path) -> list[Any]:
+        """All of a folder: its groups, and its tasks that are in none of them."""
+        manager, found = self.manager([folder]), list[Any]()
+        for names in (manager.all_groups, manager.all_subtasks):
+            grouped = {task.task_name for one in found if hasattr(one, "get_all_tasks") for task in one.get_all_tasks()}
+            for name in names:
+                if name not in grouped:
+                    found += self._objects(name, [*self._include, folder], f"--tasks {folder}: {name}")
+        if not found:
+            raise DataError(f"--tasks {folder}: the folder has no YAML file of a task")
+        return found
 
+    def _objects(self, name: str, folders: Sequence[Path], what: str, own: bool = False) -> list[Any]:
+        """Load a group, or tasks; one that refers to the harness's own tasks, too.
 
-def _loaded(name: str, manager: Any, what: str, include: Sequence[Path]) -> list[Any]:
-    """Load a task, group or tag; one that refers to the harness's own tasks too.
-
-    Raises:
-        DataError: its YAML or data cannot be read or fetched.
-    """
-    try:
+        Raises:
+            DataError: its YAML or data cannot be read or fetched.
+        """
         try:
-            loaded = manager.load([name])
-        except KeyError:
-            loaded = _manager(include, True).load([name])
+            try:
+                loaded = self.manager(folders, own).load([name])
+            except KeyError:
+                loaded = self.manager(folders, True).load([name])
+        except Exception as error:  # of many libraries
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            raise DataError(f"{what} cannot be loaded ({first}); {_OFFLINE}") from error
         return list(loaded["groups"].values()) or list(loaded["tasks"].values())
-    except Exception as error:  # of many libraries
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise DataError(f"{what} cannot be loaded ({first}); {_OFFLINE}") from error
 
 
 class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is not installed everywhere
