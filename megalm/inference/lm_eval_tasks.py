@@ -62,11 +62,8 @@ class HarnessTask:
 
     def rows(self, model: InferenceModel, heartbeat: Callable[[float], None]) -> list[Row]:
         """A result for each task and group."""
-        for task in self._loaded["tasks"].values():
-            task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # the same examples for each checkpoint
         harness = HarnessModel(model, self._batch_size, heartbeat)
-        with redirect_stdout(sys.stderr):  # it prints what it does; stdout holds results only
-            found = evaluate(harness, self._loaded, samples=self._documents, log_samples=False)
+        found = ask(harness, self._loaded, samples=self._documents, log_samples=False)
         if harness.cut:
             self._tell(f"{harness.cut:,} contexts of tasks exceed the model's window and lose their beginning")
         everything = {**found["results"], **found.get("groups", {})}
@@ -82,6 +79,15 @@ class HarnessTask:
             }
             for name, numbers in everything.items()
         ]
+
+
+def ask(model: HarnessModel, loaded: dict[str, Any], **options: Any) -> dict[str, Any]:
+    """Evaluate loaded tasks, as `lm_eval.simple_evaluate` does it; options are those of `lm_eval.evaluate`."""
+    for task in loaded["tasks"].values():
+        task.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # the same examples for each checkpoint
+    with redirect_stdout(sys.stderr):  # it prints what it does; stdout holds results only
+        found: dict[str, Any] = evaluate(model, loaded, **options)
+    return found
 
 
 def _metrics(numbers: dict[str, Any]) -> Row:
