@@ -277,7 +277,7 @@ class EngineBase(ABC):
         self._data = groups.data
         # Every rank of the last stage's tensor group has the same loss: only the first reports it.
         self._reports_loss = groups.tensor.index == 0 and groups.pipeline.index == groups.pipeline.size - 1
-        self._slices: int = model.slices  # of a sequence, which its length is a multiple of
+        self._slices: int = model.slices  # type: ignore[assignment]  # of a sequence: its length is a multiple of them
         self._output = output if self._reports_loss else None
         self._by_dataset = DatasetLosses(self._output, context.device)
         self._stage = int(settings["zero_optimization"]["stage"])

@@ -92,7 +92,8 @@ def ask(model: HarnessModel, loaded: dict[str, Any], **options: Any) -> dict[str
 
 def _metrics(numbers: dict[str, Any]) -> Row:
     """The metrics of a task and their standard errors, by name; with its filter's name where there is one."""
-    metrics, errors = {}, {}
+    metrics: dict[str, float] = {}
+    errors: dict[str, float] = {}
     for key, value in numbers.items():
         metric, comma, kind = key.partition(",")
         if not comma or isinstance(value, str) or not np.isscalar(value):
@@ -230,7 +231,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is not installe
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives it) of each continuation after its context."""
         self._share = _documents(requests) / len(requests)
-        return super().loglikelihood(requests, disable_tqdm=True)  # type: ignore[no-any-return]
+        return super().loglikelihood(requests, disable_tqdm=True)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = True) -> list[float]:
         """The log-likelihood in nats of each text, in windows that score each token once."""

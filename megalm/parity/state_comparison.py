@@ -40,7 +40,7 @@ class Outcome:
     trained: Trace
     validation: float
     logits: Array
-    choices: Array
+    choices: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -182,5 +182,5 @@ def _require_same_parameters(*states: State) -> None:
         raise TrainingError(f"the layouts hold other parameters: {sorted(names)[:3]}")
 
 
-def _l2(values: npt.NDArray[np.float32]) -> float:
+def _l2(values: npt.NDArray[np.floating]) -> float:
     return float(np.linalg.norm(values.astype(np.float64)))
