@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from megalm.data.tokenizers.tokenizer import load_tokenizer
-from tests.e2e.cached_packages import with_packages
+from tests.e2e.cached_packages import cached_packages
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import Finished, finish, megalm
 
@@ -94,7 +94,7 @@ print(json.dumps([answers(expected), answers(found), expected["results"], refuse
 
 @pytest.fixture(scope="module")
 def environment(require: Any) -> dict[str, str]:
-    return {**with_packages("lm-eval-0.4.13", PACKAGES, require), "HF_HUB_OFFLINE": "1"}
+    return {"PYTHONPATH": str(cached_packages("lm-eval-tasks-0.4.13", PACKAGES, require)), "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")

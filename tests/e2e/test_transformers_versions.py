@@ -19,7 +19,7 @@ import torch
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.huggingface.export_model import export_checkpoint, plan_export
-from tests.e2e.cached_packages import with_packages
+from tests.e2e.cached_packages import cached_packages
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, megalm
 from tests.huggingface_models import SECTIONS, random_model, save_model
@@ -66,11 +66,11 @@ print(json.dumps({"version": transformers.__version__, "found": found}))
 
 
 def environment(version: str, require: Any) -> dict[str, str]:
-    """With this version of transformers before the installed one; made once."""
+    """With this version of transformers before the installed one."""
     if not VERSIONS[version]:
         return dict(os.environ)
     packages = (f"transformers=={version}", *VERSIONS[version])
-    return {**os.environ, **with_packages(f"transformers-{version}", packages, require)}
+    return {**os.environ, "PYTHONPATH": str(cached_packages(f"transformers-{version}", packages, require))}
 
 
 @pytest.fixture(scope="module")
