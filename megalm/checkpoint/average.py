@@ -19,7 +19,7 @@ from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError
 
 # Of the last checkpoint's manifest; the state of its training is left out.
-_KEPT = ("step", "tokens", "parameters", "model", "data", "tokenizer", "eod_id")
+_KEPT = ("step", "tokens", "parameters", "model", "data", "tokenizer", "eod_id", "bos_id")
 _CHANGE_NO_RESULT = ("dropout", "attention_dropout", "initializer_range")
 
 
@@ -104,7 +104,8 @@ def _differences(readers: Sequence[CheckpointReader]) -> Iterator[str]:
 
     def identity(reader: CheckpointReader) -> dict[str, object]:
         facts = {key: value for key, value in reader.manifest.model.items() if key not in _CHANGE_NO_RESULT}
-        return {**facts, "tokenizer": reader.manifest.fingerprints.tokenizer, "tensors": reader.shapes()}
+        tokenizer = reader.manifest.fingerprints.tokenizer
+        return {**facts, "tokenizer": tokenizer, "bos_id": reader.manifest.bos_id, "tensors": reader.shapes()}
 
     first = identity(readers[0])
     for reader in readers[1:]:

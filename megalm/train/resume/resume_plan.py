@@ -203,7 +203,17 @@ def _plan_from_weights(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
     differences = incompatibilities(reader.manifest, identity_of(plan.run, plan.shape, plan.identity, 0))
     of_model = {thing: words for thing, words in differences.items() if thing in ("model", "tokenizer")}
     refuse_incompatible(reader.path, of_model, plan.resume.allow)
-    return replace(plan, notes=(f"the run starts from the weights of {reader.path}, at step 0 and the first sample",))
+    start = f"the run starts from the weights of {reader.path}, at step 0 and the first sample"
+    return replace(plan, notes=(start, *_begin_notes(plan.data, reader.manifest)))
+
+
+def _begin_notes(data: RunData, manifest: Manifest) -> tuple[str, ...]:
+    """Say that documents begin otherwise than those that the checkpoint was trained on."""
+    now, before = data.tokenizer, data.tokenizer.with_bos(manifest.bos_id)
+    if now.bos_id == before.bos_id:
+        return ()
+    with_, without = now.bos_token or "no token of their own", before.bos_token or "none"
+    return (f"documents begin with {with_}, those of the checkpoint with {without}; check data.bos_token",)
 
 
 def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
@@ -232,6 +242,7 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
         *change_notes(position, manifest, run),
         *frozen_notes(manifest, run, plan.shape),
         *ema_notes(manifest, run),
+        *_begin_notes(plan.data, manifest),
         *notes,
     )
     return replace(plan, data=data, identity=identity, position=position, notes=notes)
