@@ -115,10 +115,10 @@ def _other_tokens(built: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, str
     eod_id, bos_id = built.get("eod_id"), built.get("bos_id")
     if built and bos_id != tokenizer.bos_id:
         has, wants = (
-            "no token before the text" if token is None else f"{tokenizer.with_bos(token).bos_token} (id {token})"
+            "their text" if token is None else f"{tokenizer.with_bos(token).bos_token} (id {token})"
             for token in (bos_id, tokenizer.bos_id)
         )
-        return "data.bos_token", f"has documents that begin with {has}, not {wants}"
+        return "data.bos_token", f"has documents that begin with {has}, not with {wants}"
     if eod_id is not None and tokenizer.eod_is_chosen and eod_id != tokenizer.eod_id:
         return "data.eod_token", (
             f"has documents that end with {tokenizer.with_eod(eod_id).eod_token} (id {eod_id}), "

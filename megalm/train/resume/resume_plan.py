@@ -25,6 +25,7 @@ from megalm.runs.run_settings import ResumeOptions
 from megalm.train.datasets import RunData, open_data
 from megalm.train.resume.compatibility import (
     DataIdentity,
+    begin_notes,
     change_notes,
     continuation_kind,
     ema_notes,
@@ -204,16 +205,7 @@ def _plan_from_weights(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
     of_model = {thing: words for thing, words in differences.items() if thing in ("model", "tokenizer")}
     refuse_incompatible(reader.path, of_model, plan.resume.allow)
     start = f"the run starts from the weights of {reader.path}, at step 0 and the first sample"
-    return replace(plan, notes=(start, *_begin_notes(plan.data, reader.manifest)))
-
-
-def _begin_notes(data: RunData, manifest: Manifest) -> tuple[str, ...]:
-    """Say that documents begin otherwise than those that the checkpoint was trained on."""
-    now, before = data.tokenizer, data.tokenizer.with_bos(manifest.bos_id)
-    if now.bos_id == before.bos_id:
-        return ()
-    with_, without = now.bos_token or "no token of their own", before.bos_token or "none"
-    return (f"documents begin with {with_}, those of the checkpoint with {without}; check data.bos_token",)
+    return replace(plan, notes=(start, *begin_notes(reader.manifest, plan.data.tokenizer)))
 
 
 def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
@@ -242,7 +234,7 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
         *change_notes(position, manifest, run),
         *frozen_notes(manifest, run, plan.shape),
         *ema_notes(manifest, run),
-        *_begin_notes(plan.data, manifest),
+        *begin_notes(manifest, plan.data.tokenizer),
         *notes,
     )
     return replace(plan, data=data, identity=identity, position=position, notes=notes)

@@ -13,11 +13,14 @@ import sentencepiece
 import tokenizers
 
 from megalm.data.analysis.dataset_info import describe
+from megalm.data.builder.build_plan import make_plan
 from megalm.data.builder.builder import BuildOptions, build_dataset, build_files
 from megalm.data.builder.merge import merge_datasets
 from megalm.data.builder.rebuild import Wanted, ensure_dataset
 from megalm.data.indexed.dataset import IndexedDataset
+from megalm.data.indexed.metadata import start_report
 from megalm.data.readers.document_reader import Document
+from megalm.data.readers.input_files import ReadReport, find_inputs
 from megalm.data.readers.records import ReadOptions
 from megalm.data.sampling.samples import IGNORE_INDEX, TrainingSamples
 from megalm.data.tokenizers.chat_template import ChatTemplate
@@ -93,6 +96,11 @@ def test_another_begin_is_another_dataset(tmp_path: Path, corpus: Path, tokenize
     with pytest.raises(DataError) as refused:
         build_files([corpus], load_tokenizer(tokenizer_file), tmp_path / "my")
     assert_names(refused.value, "--overwrite")
+    plans = [
+        make_plan(find_inputs([corpus], ReadReport()), BuildOptions(), start_report("my", used, True, {}, []).tokenizer)
+        for used in (begun, chosen, load_tokenizer(tokenizer_file))
+    ]
+    assert plans[0].identity == plans[1].identity != plans[2].identity, "parts of a killed build are taken over"
     build_files([corpus], load_tokenizer(tokenizer_file, bos_token="none"), tmp_path / "none")
     with pytest.raises(DataError) as refused:
         merge_datasets([tmp_path / "none", tmp_path / "my"], tmp_path / "both")

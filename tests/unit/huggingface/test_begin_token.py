@@ -56,6 +56,7 @@ def test_transformers_has_the_ids_and_the_loss_of_what_is_evaluated(
     assert files["tokenizer_config"]["add_bos_token"] is True
     assert files["tokenizer_config"]["bos_token"] == BEGINS[kind]
     assert files["config"]["bos_token_id"] == files["generation_config"]["bos_token_id"] == begun.bos_id
+    assert f"(id {begun.bos_id})" in (tmp_path / "out" / "README.md").read_text()
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     network = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     ours = InferenceModel(checkpoint)
