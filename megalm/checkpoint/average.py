@@ -104,8 +104,7 @@ def _differences(readers: Sequence[CheckpointReader]) -> Iterator[str]:
 
     def identity(reader: CheckpointReader) -> dict[str, object]:
         facts = {key: value for key, value in reader.manifest.model.items() if key not in _CHANGE_NO_RESULT}
-        tokenizer = reader.manifest.fingerprints.tokenizer
-        return {**facts, "tokenizer": tokenizer, "bos_id": reader.manifest.bos_id, "tensors": reader.shapes()}
+        return {**facts, "tokenizer": reader.manifest.fingerprints.tokenizer, "tensors": reader.shapes()}
 
     first = identity(readers[0])
     for reader in readers[1:]:

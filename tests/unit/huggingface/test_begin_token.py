@@ -19,10 +19,11 @@ from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 from megalm.inference.inference_model import InferenceModel, read_facts
 from megalm.inference.text_eval import TextTask, read_text
 from tests.huggingface_models import SECTIONS, random_model, save_model
+from tests.messages import assert_names
 
 transformers = pytest.importorskip("transformers")
 
-TEXTS = ["def f(x):", " caf\u00e8 ", "a\n b"]
+TEXTS = ["def f(x):", " \u4e2d\u00e8 ", "a\n b"]
 # Kind of tokenizer -> a token; what ends a document may begin the next, as GPT-2's does.
 BEGINS = {"huggingface": "<|begin|>", "bpe": "<eod>", "unigram": "<pad>", "bytes": "<eod>"}
 
@@ -91,6 +92,15 @@ def test_an_import_keeps_it(kind: str, tokenizer_files: dict[str, str], tmp_path
     again = publish(made.checkpoint, tmp_path / "twice")
     for name in ("config", "generation_config", "tokenizer_config", "tokenizer"):
         assert again[name] == first[name]
+
+
+def test_another_tokenizer_without_one_is_told(tokenizer_files: dict[str, str], tmp_path: Path) -> None:
+    publish(checkpoint_of(tmp_path, tokenizer_files["huggingface"], 0), tmp_path / "out")
+    other = Path(tokenizer_files["bpe"])
+    made = import_model(HuggingFaceFolder(tmp_path / "out"), tmp_path / "back", other, nothing)
+    assert made.tokenizer.bos_id is None
+    (note,) = (note for note in made.notes if "--bos-token" in note)
+    assert_names(note, BEGINS["huggingface"], other.name)
 
 
 def test_without_one_none_is_put_before_a_text(tokenizer_files: dict[str, str], tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from megalm.checkpoint.average import WeightAverage
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from megalm.inference.inference_model import read_facts
 from megalm.inference.multiple_choice import Question, encode_question
@@ -54,3 +56,9 @@ def test_one_token_before_a_text_that_ends_the_document_before_too(tmp_path: Pat
     facts = read_facts(write_run(tmp_path, tokenizer, bos_id=tokenizer.eod_id))
     assert facts.text_start == [tokenizer.eod_id]
     assert prompt_tokens(facts.tokenizer, ["a", "<eod>a", ""]) == [[256, 97], [256, 97], [256]]
+
+
+def test_an_average_keeps_it(tmp_path: Path) -> None:
+    parts = [write_run(tmp_path / "run", ByteTokenizer(), step=step, bos_id=256, eod_id=256) for step in (1, 2)]
+    written = WeightAverage([CheckpointReader(part) for part in parts]).write(tmp_path / "mean", "mean", lambda: None)
+    assert read_facts(written).tokenizer.bos_id == 256
