@@ -102,7 +102,11 @@ def write_tokenizer(
         if not _is_sentencepiece(tokenizer):
             return ExportedTokenizer(note, ())
         shutil.copyfile(tokenizer.spec, folder / SENTENCEPIECE)
-        return ExportedTokenizer(f"{note}; load {SENTENCEPIECE} with the sentencepiece library", (SENTENCEPIECE,))
+        note = f"{note}; load {SENTENCEPIECE} with the sentencepiece library"
+        if tokenizer.bos_id is None:
+            return ExportedTokenizer(note, (SENTENCEPIECE,))
+        note += f" and put {tokenizer.bos_token} (id {tokenizer.bos_id}) before a text"
+        return ExportedTokenizer(note, (SENTENCEPIECE,), {"bos_token": tokenizer.bos_id})
     files = [TOKENIZER, TOKENIZER_CONFIG]
     if made.pieces is not None:
         # llama.cpp's converter takes a tokenizer.model for BPE, and only for Llama does it ask whether a space comes

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 _MOST_IDS = 10_000_000  # twenty times the largest vocabulary in use
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\u2581"
+CLASS_TOKEN = "[CLS]"  # BERT's, for the class of a text; no model has it before what it continues
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -82,7 +83,7 @@ class HuggingFaceTokenizer(Tokenizer):
     def own_bos_id(self) -> int | None:
         """The one token that the post-processor puts before a text; else as `tokenizer_config.json` says."""
         before, _ = self.added_around()
-        if len(before) != 1:
+        if len(before) != 1 or self._name_of(before[0]) == CLASS_TOKEN:
             return super().own_bos_id
         if self.beside(TOKENIZER_CONFIG).get("add_bos_token") is False:
             log.warning(

@@ -163,6 +163,8 @@ def test_what_the_files_of_a_tokenizer_say(
     assert load_tokenizer("bytes", bos_token="auto").bos_id is None
     assert_names(describe_ends(load_tokenizer(tokenizer_file, bos_token="auto")), BOS, 1, EOD, 0)
     copy = tmp_path / "tokenizer.json"
+    copy.write_text(tokenizer_file.read_text().replace(BOS, "[CLS]"))
+    assert load_tokenizer(copy, bos_token="auto").bos_id is None
     copy.write_bytes(tokenizer_file.read_bytes())
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": False, "eos_token": EOD}))
     with caplog.at_level(logging.WARNING):
