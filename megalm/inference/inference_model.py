@@ -50,13 +50,6 @@ class CheckpointFacts:
         return bool(self.manifest.data.get("data.document_mask", False))
 
     @property
-    def text_start(self) -> list[int]:
-        """The token before a text that is evaluated: what a document begins with, or else follows, in training."""
-        if self.tokenizer.bos_id is not None:
-            return [self.tokenizer.bos_id]
-        return [] if self.document_mask else [self.tokenizer.eod_id]
-
-    @property
     def packing(self) -> PackingKind:
         return "best_fit" if self.manifest.data.get("data.packing") == "best_fit" else "stream"
 

@@ -121,7 +121,7 @@ def encode_question(question: Question, facts: CheckpointFacts) -> list[ScoredSe
         raise DataError(f"{question.source}: the tokenizer encodes a choice to no token; change or remove the choice")
     common = min(min(common_prefix(before, tokens), len(tokens) - 1) for tokens in together)
     # The first scored token needs a token before it.
-    start = facts.text_start or ([] if common else [tokenizer.eod_id])
+    start = tokenizer.text_start(facts.document_mask) or ([] if common else [tokenizer.eod_id])
     return [ScoredSequence(np.array([*start, *tokens]), len(start) + common) for tokens in together]
 
 

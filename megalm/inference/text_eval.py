@@ -104,7 +104,9 @@ def read_text(
         sequences += windows
         documents += 1
         words += len(text.split())
-        text_bytes += len(text.encode()) - (0 if facts.text_start else int(sizes[tokens[0]]))
+        text_bytes += len(text.encode()) - (
+            0 if facts.tokenizer.text_start(facts.document_mask) else int(sizes[tokens[0]])
+        )
     if not sequences:
         because = f": {report.messages[0]}" if report.messages else ""
         raise DataError(f"{path} has no document that can be scored{because}")
@@ -115,7 +117,8 @@ def read_text(
 
 def document_windows(tokens: npt.NDArray[np.integer], facts: CheckpointFacts, overlap: int) -> Iterator[ScoredSequence]:
     """Windows of a document that together score each of its tokens exactly once."""
-    tokens = np.concatenate([np.array(facts.text_start, dtype=tokens.dtype), tokens])
+    before = facts.tokenizer.text_start(facts.document_mask)
+    tokens = np.concatenate([np.array(before, dtype=tokens.dtype), tokens])
     start, scored, length = 0, 1, facts.sequence_length
     while scored < len(tokens):
         end = min(start + length + 1, len(tokens))  # the last token is a target only

@@ -186,6 +186,16 @@ class Tokenizer(ABC):
             return ids
         return np.concatenate([np.array([self.bos_id], dtype=ids.dtype), ids])
 
+    def text_start(self, document_mask: bool) -> list[int]:
+        """Return the token before a text that is evaluated: what a document begins with, or else follows, in training.
+
+        Args:
+            document_mask: attention was confined to one document, so that no document followed a token.
+        """
+        if self.bos_id is not None:
+            return [self.bos_id]
+        return [] if document_mask else [self.eod_id]
+
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """Return the ids of each text, [n]; adds no tokens, and reads no text as a control token.
 

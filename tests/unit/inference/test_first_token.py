@@ -54,7 +54,7 @@ def test_what_is_evaluated_begins_with_it(tmp_path: Path, tokenizer: Tokenizer, 
 def test_one_token_before_a_text_that_ends_the_document_before_too(tmp_path: Path) -> None:
     tokenizer = ByteTokenizer()
     facts = read_facts(write_run(tmp_path, tokenizer, bos_id=tokenizer.eod_id))
-    assert facts.text_start == [tokenizer.eod_id]
+    assert facts.tokenizer.text_start(document_mask=False) == [tokenizer.eod_id]
     assert prompt_tokens(facts.tokenizer, ["a", "<eod>a", ""]) == [[256, 97], [256, 97], [256]]
 
 
