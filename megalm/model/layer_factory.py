@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from megalm.model.float8 import Float8Linear
-from megalm.model.loss import chunk_loss, linear_cross_entropy
-from megalm.model.modules import Dropout, DropoutClock, PositionEmbedding
+from megalm.model.loss import LogitRule, chunk_loss, linear_cross_entropy
+from megalm.model.modules import Dropout, DropoutClock, PositionEmbedding, RMSNorm
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Rectangle = tuple[tuple[int, int], ...]
@@ -29,14 +30,17 @@ class VocabularyOutput:
     """From the last hidden states to logits or to the loss, with the vocabulary's weight.
 
     Args:
+        rule: what becomes of the products with the weight.
         compiled: the loss of a chunk runs compiled; its matrix products do not need it.
 
     Attributes:
         observe: takes the losses [N] of each token in training, 0 where there is no target.
     """
 
-    def __init__(self, compiled: bool = False) -> None:
-        self.chunk = torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss
+    def __init__(self, rule: LogitRule, compiled: bool = False) -> None:
+        chunk = partial(chunk_loss, rule=rule)
+        self.rule = rule
+        self.chunk = torch.compile(chunk, dynamic=False) if compiled else chunk
         self.observe: Callable[[Tensor], None] | None = None
 
     def whole(self, hidden: Tensor) -> Tensor:
@@ -49,7 +53,7 @@ class VocabularyOutput:
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """[..., H], [V, H] -> [..., V]."""
-        return hidden @ weight.t()
+        return self.rule.capped(hidden @ weight.t())
 
 
 class LayerFactory:
@@ -58,15 +62,17 @@ class LayerFactory:
     Args:
         compiled: the loss of a chunk runs compiled.
         float8: column and row layers multiply in float8; embedding and head do not.
+        z_loss: coefficient of the loss's penalty.
 
     Attributes:
         slices: number of slices of the residual stream's sequence, which must divide its length.
     """
 
-    def __init__(self, clock: DropoutClock, compiled: bool = False, float8: bool = False) -> None:
+    def __init__(self, clock: DropoutClock, compiled: bool = False, float8: bool = False, z_loss: float = 0.0) -> None:
         self.slices = 1
         self.clock = clock
         self.compiled = compiled
+        self.z_loss = z_loss
         self._linear = Float8Linear if float8 else nn.Linear
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
@@ -93,13 +99,21 @@ class LayerFactory:
         """`module`, whose parameters are whole on every rank; `sharded`: it sees only this rank's heads."""
         return module
 
+    def of_heads(self, heads: int) -> nn.Parameter:
+        """One number for each head, divided like the heads."""
+        return nn.Parameter(torch.empty(heads))
+
+    def norm_over_heads(self, width: int, heads: int, epsilon: float, zero_centered: bool) -> RMSNorm:
+        """An RMS norm over all heads together, whose features [..., width] may be divided between heads."""
+        return RMSNorm(width, epsilon, zero_centered)
+
     def vocabulary_weight(self, vocab_size: int, hidden_size: int) -> nn.Parameter:
         """The output projection of an untied head, divided like `embedding`."""
         return nn.Parameter(torch.empty(vocab_size, hidden_size))
 
-    def output(self, vocab_size: int) -> VocabularyOutput:
-        """From hidden states to logits and loss."""
-        return VocabularyOutput(self.compiled)
+    def output(self, vocab_size: int, softcap: float | None) -> VocabularyOutput:
+        """From hidden states to logits, capped or not, and loss."""
+        return VocabularyOutput(LogitRule(softcap, self.z_loss), self.compiled)
 
     def place(self, layer: int, site: str, sharded: bool) -> str:
         """The name that a dropout's seed is derived from; `sharded`: different on each tensor-parallel rank."""
