@@ -224,9 +224,18 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # lm_eval is not installe
     def eot_token_id(self) -> int:
         return self._model.tokenizer.eod_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        tokenizer = self._model.tokenizer
+        return tokenizer.eod_id if tokenizer.bos_id is None else tokenizer.bos_id
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        (tokens,) = self._model.tokenizer.encode_batch([string])
-        return tokens.tolist()
+        """The tokens of a text, as an export's tokenizer has them: with the bos_id, where there is one, once."""
+        tokenizer = self._model.tokenizer
+        if add_special_tokens is False:
+            return tokenizer.encode_batch([string])[0].tolist()
+        (tokens,) = tokenizer.encode_batch([string.removeprefix(tokenizer.bos_token or "")])
+        return tokenizer.begun(tokens).tolist()
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """(log-likelihood in nats, whether greedy decoding gives it) of each continuation after its context."""
