@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
@@ -178,6 +179,17 @@ def test_a_family_computes_the_same_here_and_there_again(name: str, tmp_path: Pa
     rows = [cached.next_token_logits(tokens.numpy(), np.array([n - 1, n - 1])) for n in lengths]
     for n, row in zip(lengths, rows, strict=True):
         assert_near(torch.from_numpy(row), expected[:, n - 1].detach(), f"cached to {n}")
+
+
+@pytest.mark.parametrize("head", ["embed_out", "lm_head"])
+def test_a_pythia_of_any_version_is_read(head: str, tmp_path: Path) -> None:
+    """transformers 5 may call its head otherwise; early versions saved masks and tables."""
+    theirs_of("pythia").save_pretrained(tmp_path)
+    expected, path = HuggingFaceFolder(tmp_path).read("head.weight"), tmp_path / "model.safetensors"
+    weights = {name.replace("lm_head", head).replace("embed_out", head): it for name, it in load_file(path).items()}
+    buffers = ("bias", "masked_bias", "rotary_emb.inv_freq")
+    save_file({**weights, **{f"gpt_neox.layers.0.attention.{name}": torch.ones(4) for name in buffers}}, path)
+    assert torch.equal(HuggingFaceFolder(tmp_path).read("head.weight"), expected)
 
 
 def test_the_scale_of_embeddings_is_rounded_as_theirs(tmp_path: Path) -> None:
