@@ -56,7 +56,7 @@ def command(
         typer.Option("--weights-only", help="Leave out the moments and the step of a universal checkpoint."),
     ] = False,
 ) -> None:
-    """Make a starting point from a Hugging Face model (Llama, Qwen3, GPT-2).
+    """Make a starting point from a Hugging Face model (Llama, Mistral, Qwen, OLMo, SmolLM, Gemma, Pythia, GPT-2).
 
     MODEL may also be a universal checkpoint of DeepSpeed of such a model.
     FOLDER gets a checkpoint in megalm's own format, which every layout loads,
@@ -73,7 +73,7 @@ def command(
     from megalm.huggingface.output_folder import require_free
 
     require_free(output)
-    from megalm.data.tokenizers.tokenizer import describe_eod
+    from megalm.data.tokenizers.tokenizer import describe_ends
     from megalm.huggingface.import_model import import_model, tensor_count
     from megalm.huggingface.vocabulary_change import NewRows
 
@@ -82,10 +82,11 @@ def command(
         rule = None if new_rows is None else NewRows(new_rows)
         made = import_model(found, output, tokenizer, counter.advance, add_tokens, rule)
     shape = made.shape
-    echo(f"{output}: {shape.parameter_count():,} parameters of {source}, style {shape.style}, as fp32 masters")
+    kind = found.config["model_type"]
+    echo(f"{output}: {shape.parameter_count():,} parameters of {source} ({kind}), as fp32 masters")
     entries, vocabulary = made.tokenizer.vocab_size, shape.vocab_size
     rows = f" for the model's vocabulary of {vocabulary:,}" if entries != vocabulary else ""
-    echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; {describe_eod(made.tokenizer)}")
+    echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; {describe_ends(made.tokenizer)}")
     for note in made.notes:
         echo(f"note: {note}")
     for name, line in (

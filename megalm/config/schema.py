@@ -275,6 +275,11 @@ class DataSection(Section):
         default=None,
         description="the token that ends a document, by its text; null: as the dataset records, or the tokenizer's own",
     )
+    bos_token: str | None = Field(
+        default=None,
+        description="the token that begins a document, by its text; auto: what the tokenizer puts before a text; none; "
+        "null: as the dataset records",
+    )
     recipe: Literal["python-stdlib"] | None = Field(
         default=None, description="prepare this corpus on the machine if data.train is null"
     )
@@ -533,6 +538,13 @@ class EvaluateSection(Section):
     interval_steps: PositiveInt | None = Field(default=100, description="null: only at the end")
     max_samples: PositiveInt | None = Field(
         default=None, description="samples of each set while training; the validation at the end uses all"
+    )
+    tasks: tuple[UserPath, ...] = Field(
+        default=(),
+        description="files of multiple-choice questions: JSON lines of context, choices and answer (0, 1, ...)",
+    )
+    tasks_interval_steps: PositiveInt | None = Field(
+        default=None, description="steps between answers to the questions of tasks; null: only at the end"
     )
     patience: PositiveInt | None = Field(
         default=None, description="stop after this number of validations in a row without a new lowest loss"
