@@ -228,8 +228,8 @@ def _checked_counters(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-def _lowest(size: float) -> int:
-    return 1 if isinstance(size, int) else 0
+def _lowest(name: str, size: float) -> int:
+    return 1 if isinstance(size, int) and name != "num_shared_experts" else 0
 
 
 def _completed_model(value: Any) -> Any:
@@ -242,7 +242,7 @@ def _checked_model(value: dict[str, Any]) -> dict[str, Any]:
             if not isinstance(size, (bool, int, float)):
                 continue
             is_typed = type(value[name]) in ((float, int) if isinstance(size, float) else (type(size),))
-            if not is_typed or not (isinstance(size, bool) or _lowest(size) <= size <= _LARGEST):
+            if not is_typed or not (isinstance(size, bool) or _lowest(name, size) <= size <= _LARGEST):
                 raise ValueError(f"{name} is {value[name]!r}")
     return value
 
