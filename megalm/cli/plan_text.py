@@ -43,7 +43,7 @@ def grid_text(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> str:
         f"{nodes:,} node(s) of {ranks_per_node} ranks",
     ]
     if topology.world_size > 1:
-        lines += ["", _axes(topology, ranks_per_node, run.zero_stage)]
+        lines += ["", _axes(run, ranks_per_node)]
     if run.tensor_chunks > 1:
         lines.append(f"(tensor groups communicate while they multiply, in {run.tensor_chunks} chunks of a micro-batch)")
     if topology.pipeline > 1:
@@ -63,15 +63,24 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"{ranks[0]}, {ranks[1]} .. {ranks[-1]}"
 
 
-def _axes(topology: Topology, ranks_per_node: int, zero_stage: int) -> str:
+def _axes(run: ResolvedRun, ranks_per_node: int) -> str:
+    topology, together = run.topology, run.deepspeed_source.settings.zero_optimization.secondary_ranks
     rows: list[list[object]] = []
+    if together:
+        first, last = range(together), range(topology.world_size - together, topology.world_size)
+        place = "between nodes" if ranks_per_node % together else "within a node"
+        count = topology.world_size // together
+        name, traffic = "zero_hpz_partition_size", "weights, each micro-batch"
+        rows.append([name, together, count, ranks_text(first), ranks_text(last), place, traffic])
     for axis in reversed(AXES):  # the innermost axis has the most traffic
         groups = topology.groups(axis)
         place = "alone" if topology.size(axis) == 1 else "within a node"
         if not topology.stays_in_a_node(axis, ranks_per_node):
             place = "between nodes"
         last = ranks_text(groups[-1]) if len(groups) > 1 else None
-        traffic = _TRAFFIC[axis] if axis != "data" else _DATA_TRAFFIC[zero_stage]
+        traffic = _TRAFFIC[axis] if axis != "data" else _DATA_TRAFFIC[run.zero_stage]
+        if axis == "data" and together:
+            traffic = "gradients, each micro-batch, and weights, each step"
         rows.append([axis, topology.size(axis), len(groups), ranks_text(groups[0]), last, place, traffic])
     return table(["axis", "degree", "groups", "first group", "last group", "where", "traffic"], rows)
 
@@ -348,6 +357,7 @@ _PARTS = {
     "runtime": "allowance for CUDA's context, cuBLAS and NCCL",
     "swap buffers": "the optimizer states in work",
     "ema": "the moving average of the weights (train.ema_decay)",
+    "secondary": "the second copy of the weights, divided within a node (zero_hpz_partition_size)",
     "block inputs": "what train.offload_activations keeps there, in page-locked buffers of powers of two",
     "checkpoint copy": "what checkpoint.async writes from",
 }

@@ -261,6 +261,7 @@ class MemoryPlan:
         disk: the optimizer's states on NVMe.
         stage: of the pipeline; 0 without one.
         ema: the moving average of the masters.
+        secondary: the second copy of the weights, which the ranks of zero_hpz_partition_size share.
     """
 
     weights: int
@@ -278,11 +279,13 @@ class MemoryPlan:
     on_cpu: bool = False
     stage: int = 0
     ema: int = 0
+    secondary: int = 0
 
     def parts(self) -> dict[str, int]:
         """Part -> bytes on the device."""
         names = ("weights", "gradients", "master", "moments", "buckets", "activations", "loss", "runtime")
-        return {name: getattr(self, name) for name in names} | ({"ema": self.ema} if self.ema else {})
+        some = {name: getattr(self, name) for name in ("ema", "secondary")}
+        return {name: getattr(self, name) for name in names} | {name: size for name, size in some.items() if size}
 
     @property
     def total(self) -> int:
@@ -318,7 +321,8 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
         groups, frozen = list(by_key.values()), frozen_counts(case, share)
         device, host = _states(case, by_key, frozen)
         host |= _offloaded_inputs(case, share)
-        moments = list(start_moments(case, share, groups, sum(frozen)))
+        secondary = secondary_bytes(case, share)
+        moments = list(start_moments(case, share, groups, sum(frozen), secondary))
         runtime = _runtime_bytes(case)
         activations = activation_bytes(case, share)
         loss = loss_bytes(case, share.tensor) if share.is_last else 0
@@ -336,6 +340,7 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
             disk=16 * _own_elements(case, groups) if case.swaps else 0,  # master, two moments and the gradient
             on_cpu=case.on_cpu,
             stage=share.stage,
+            secondary=secondary,
         )
 
 
@@ -524,6 +529,15 @@ def frozen_counts(case: MemoryCase, share: Share) -> list[int]:
     """Elements of the frozen parameters, or parts of them, that a rank computes with; under ZeRO 3 that it holds."""
     frozen, ranks = case.frozen, case.topology.data if case.zero.stage == 3 else 1
     return [math.ceil(math.prod(size) / ranks) for name, size in share.parameters().items() if name in frozen]
+
+
+def secondary_bytes(case: MemoryCase, share: Share) -> int:
+    """The second copy of all weights under ZeRO 3: parts of the size of the first copy's, more of them on each rank."""
+    ranks, together = case.topology.data, case.zero.secondary_ranks
+    if not together:
+        return 0
+    counts = (math.prod(size) for size in share.parameters().values())
+    return case.element_bytes * sum(math.ceil(count / ranks) for count in counts) * ranks // together
 
 
 def _states(

@@ -20,12 +20,13 @@ class Moment(NamedTuple):
     host: int
 
 
-def start_moments(case: MemoryCase, share: Share, groups: Groups, frozen: int) -> Iterator[Moment]:
+def start_moments(case: MemoryCase, share: Share, groups: Groups, frozen: int, secondary: int = 0) -> Iterator[Moment]:
     """The fullest moments of the start: one of them is the peak of the device, one of the CPU's memory.
 
     Args:
         groups: elements of the parameters in the optimizer's groups.
         frozen: elements of frozen parameters that a rank holds.
+        secondary: bytes of the second copy of ZeRO 3's weights.
     """
     sizes, frozen_bytes = share.shape.parameters(), case.element_bytes * frozen
     # The one initial weight that a rank draws, in fp32, before it is cut, and what is on its way to the device.
@@ -33,7 +34,8 @@ def start_moments(case: MemoryCase, share: Share, groups: Groups, frozen: int) -
     if case.element_bytes < 4:
         drawn += case.element_bytes * max(math.prod(size) for size in share.parameters().values())
     if case.zero.stage == 3:
-        yield from _stage_3(case, groups, _partitioning(case, share), drawn, frozen_bytes)
+        states = _stage_3(case, groups, _partitioning(case, share), drawn, frozen_bytes)
+        yield from (Moment(it.device + secondary, it.host) for it in states)
         return
     yield Moment(case.element_bytes * sum(map(sum, groups)) + frozen_bytes, drawn)
     if case.zero.stage:

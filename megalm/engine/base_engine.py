@@ -340,6 +340,7 @@ class EngineBase:
     def restore(self, read: ReadFragment, counters: dict[str, Any], step: int) -> None:
         self._frozen.load(read)
         self._state.load(read, counters["optimizer_step"])
+        self._frozen.forget_second_copies()
         self._count_from(counters, step)
 
     def reset(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from megalm.communicator import Communicator
 from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, parameter_costs
-from megalm.engine.deepspeed_patches import prints_to_log
+from megalm.engine.deepspeed_patches import prints_to_log, use_secondary_group
 from megalm.engine.device import fastest_seconds
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
@@ -70,7 +70,13 @@ def build_engine(
 
     train = run.config.train
     clock = DropoutClock(train.seed)
-    groups = make_groups(run.topology, comm.rank, comm.timeout, with_stages=run.optimizer.muon is not None)
+    groups = make_groups(
+        run.topology,
+        comm.rank,
+        comm.timeout,
+        with_stages=run.optimizer.muon is not None,
+        node_ranks=run.deepspeed_source.settings.zero_optimization.secondary_ranks,
+    )
     context = EngineContext(run, shape, device, comm, groups, judge)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
@@ -108,6 +114,7 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClo
 
     run, shape = context.run, context.shape
     chunk = loss_chunk_tokens(run.config, shape, run.device)
+    use_secondary_group(context.groups.node)
     with _InitialWeights(list(shape.parameters()), draw, context.groups.data) as weights:
 
         def fill(path: str, stage: nn.Module) -> None:
@@ -193,9 +200,15 @@ def _partition(stage: nn.Module, context: EngineContext) -> None:
 
     for parameter in stage.parameters():
         annotate_shard(parameter, shard_of(parameter))  # from here on a parameter does not know its shape
-    group, mpu = context.groups.data.process_group, ModelParallelUnit(context.groups)
+    group, mpu, node = context.groups.data.process_group, ModelParallelUnit(context.groups), context.groups.node
     with prints_to_log():
-        zero.Init(stage, group, config_dict_or_path=copy.deepcopy(context.run.deepspeed), mpu=mpu)
+        zero.Init(
+            stage,
+            group,
+            config_dict_or_path=copy.deepcopy(context.run.deepspeed),
+            mpu=mpu,
+            zero_param_parallel_group=None if node is None else node.process_group,
+        )
 
 
 def _balance(

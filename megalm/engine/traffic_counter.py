@@ -77,8 +77,9 @@ class TrafficCounter:
     def name_groups(self, groups: ParallelGroups, control: dist.ProcessGroup) -> None:
         """Tell axes from each other: by their ranks, since DeepSpeed makes groups of its own."""
         axes = {"model": groups.model, "pipeline": groups.pipeline, "data": groups.data, "tensor": groups.tensor}
-        stage = {} if groups.stage is None else {"stage": groups.stage}
-        self._axes = {group.ranks: axis for axis, group in {**stage, **axes}.items()}
+        others = {"node": groups.node, "stage": groups.stage}
+        some = {axis: group for axis, group in others.items() if group is not None}
+        self._axes = {group.ranks: axis for axis, group in {**some, **axes}.items()}
         self._pipeline, self._control = frozenset(groups.pipeline.ranks), control
 
     def start(self) -> None:

@@ -40,6 +40,7 @@ class ParallelGroups:
         pipeline: ranks that hold the successive stages of one copy of the model.
         model: tensor x pipeline, all ranks that together hold one copy of the model.
         stage: data x tensor, all ranks that hold the same layers; None where nothing asks for it.
+        node: neighbours of the data group that share a second copy of the weights; None where there is none.
     """
 
     topology: Topology
@@ -49,16 +50,20 @@ class ParallelGroups:
     pipeline: AxisGroup
     model: AxisGroup
     stage: AxisGroup | None = None
+    node: AxisGroup | None = None
 
 
 def make_groups(
-    topology: Topology, rank: int, timeout: datetime.timedelta, with_stages: bool = False
+    topology: Topology, rank: int, timeout: datetime.timedelta, with_stages: bool = False, node_ranks: int = 0
 ) -> ParallelGroups:
     """Create the groups of all ranks, in the same order on every rank; collective, after the default group exists.
 
     Every rank makes equally many, and all ranks make the same one or each its own of one rank: with NCCL on a bound
     device a new group is split from the communicator of the world, for which all ranks meet. Axes that share a group
     (pipeline=1: tensor and model) share its process group too.
+
+    Args:
+        node_ranks: size of the `node` groups; 0: there are none.
     """
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
@@ -77,6 +82,7 @@ def make_groups(
         pipeline=own(topology.groups("pipeline")),
         model=own(_groups_of(topology, lambda at: at.data)),
         stage=own(_groups_of(topology, lambda at: at.pipeline)) if with_stages else None,
+        node=own(_parts_of(topology.groups("data"), node_ranks)) if node_ranks else None,
     )
 
 
@@ -86,6 +92,10 @@ def _groups_of(topology: Topology, index: Callable[[Coordinate], int]) -> list[t
     for rank in range(topology.world_size):
         found.setdefault(index(topology.coordinate(rank)), []).append(rank)
     return [tuple(found[value]) for value in sorted(found)]
+
+
+def _parts_of(groups: list[tuple[int, ...]], size: int) -> list[tuple[int, ...]]:
+    return [ranks[first : first + size] for ranks in groups for first in range(0, len(ranks), size)]
 
 
 def _new_group(ranks: tuple[int, ...], world_size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:

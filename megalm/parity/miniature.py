@@ -279,6 +279,8 @@ def _small_zero(own: ResolvedRun, given: dict[str, Any]) -> dict[str, Any]:
     offload = zero.get("offload_optimizer")
     if offload is not None and offload.get("device") == "nvme":
         zero["offload_optimizer"] = {"device": "cpu"}
+    if own.deepspeed_source.settings.zero_optimization.secondary_ranks:
+        zero["zero_hpz_partition_size"] = 2
     if own.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # else every parameter of the miniature stays whole
     return zero
@@ -305,6 +307,11 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
             "train.checkpoint_activations_every",
             own.config.train.checkpoint_activations_every,
             run.config.train.checkpoint_activations_every,
+        ),
+        (
+            "zero_optimization.zero_hpz_partition_size",
+            own.deepspeed_source.settings.zero_optimization.zero_hpz_partition_size,
+            run.deepspeed_source.settings.zero_optimization.zero_hpz_partition_size,
         ),
         ("gradient_clipping", own.deepspeed["gradient_clipping"], run.deepspeed["gradient_clipping"]),
         ("optimizer.params.eps", own.optimizer.epsilon, run.optimizer.epsilon),

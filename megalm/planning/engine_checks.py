@@ -23,7 +23,7 @@ from megalm.config.schema import Recompute, RunConfig
 from megalm.errors import ConfigError
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.parameter_groups import GroupKey, frozen_parameters, group_keys
-from megalm.topology import Topology
+from megalm.topology import AXES, Topology
 
 ALLOW_CPU_FP16 = "MEGALM_ALLOW_CPU_FP16"
 
@@ -458,6 +458,25 @@ def pipeline_keeps_its_states(case: CheckContext) -> None:
             )
 
 
+def second_copy_is_shared_by_equal_ranks(case: CheckContext) -> None:
+    size, key = case.zero.secondary_ranks, "zero_optimization.zero_hpz_partition_size"
+    if not size:
+        return
+    problems = []
+    if case.zero.stage != 3:
+        problems.append(f"it needs zero_optimization.stage 3, but the stage is {case.zero.stage}")
+    if case.zero.offload_param is not None and case.zero.offload_param.device != "none":
+        problems.append("with offload_param no test compares it with the one-rank model")
+    if case.topology.data < case.world_size:
+        axes = (axis for axis in AXES if axis != "data" and case.topology.size(axis) > 1)
+        others = " and ".join(f"parallel.{axis}={case.topology.size(axis)}" for axis in axes)
+        problems.append(f"neighbouring ranks share a copy, but with {others} they hold other weights")
+    if case.world_size % size:
+        problems.append(f"it does not divide {case.world_size} ranks; use the number of ranks of a node")
+    if problems:
+        raise ConfigError(f"{case.ds.path}: {key}={size}: {'; '.join(problems)}; change that, or remove {key}")
+
+
 PARALLEL_RULES: tuple[Rule, ...] = (
     degrees_divide_the_ranks,
     tensor_divides_the_model,
@@ -469,7 +488,19 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     pipeline_clips_with_zero_1,
     pipeline_sums_tied_gradients,
     pipeline_keeps_its_states,
+    second_copy_is_shared_by_equal_ranks,
 )
+
+
+def second_copy_notices(zero: ZeroSection, ranks_per_node: int) -> list[str]:
+    """Return a notice if ranks that share a second copy of the weights are not of one node."""
+    size = zero.secondary_ranks
+    if not size or ranks_per_node % size == 0:
+        return []
+    return [
+        f"zero_optimization.zero_hpz_partition_size={size} does not divide the {ranks_per_node} ranks of a node: "
+        f"weights are gathered over the network in each micro-batch; use {ranks_per_node}"
+    ]
 
 
 def parallel_notices(config: RunConfig, ranks_per_node: int) -> list[str]:

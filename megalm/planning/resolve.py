@@ -27,6 +27,7 @@ from megalm.planning.engine_checks import (
     no_recomputation,
     parallel_notices,
     runs_compiled,
+    second_copy_notices,
 )
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
 from megalm.planning.memory_fit import MemoryFit, memory_notices
@@ -201,6 +202,7 @@ def resolve(
             *_compile_notices(config, device),
             *_interval_notices(config),
             *_stage_notices(config),
+            *second_copy_notices(ds.settings.zero_optimization, ranks_per_node or world_size),
             *parallel_notices(config, ranks_per_node or world_size),
         ),
         documented_by_preset=loaded.documented_by_preset,

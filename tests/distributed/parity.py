@@ -125,6 +125,7 @@ class Row:
     offloaded: bool = False
     muon: bool = False
     states: str = "fp32"
+    hpz: bool = False
 
     @property
     def clipping(self) -> float:
@@ -142,6 +143,8 @@ class Row:
     def numbers(self) -> str:
         if self.states != "fp32":
             return f"{self.precision}, {self.states} states"
+        if self.hpz:
+            return f"{self.precision}, hpZ"
         return self.precision + (", offloaded" if self.offloaded else "") + (", Muon" if self.muon else "")
 
     @property
@@ -150,7 +153,9 @@ class Row:
 
     def case(self) -> Case:
         states = () if self.states == "fp32" else (f"train.optimizer_state={self.states}",)
-        return self._case((*LAYOUTS[self.layout].overrides, *states), {"stage": self.zero, **self._offload()})
+        return self._case(
+            (*LAYOUTS[self.layout].overrides, *states), {"stage": self.zero, **self._offload(), **self._second_copy()}
+        )
 
     @property
     def reference(self) -> str:
@@ -163,6 +168,9 @@ class Row:
     def _offload(self) -> dict[str, Any]:
         names = ("offload_optimizer", "offload_param") if self.zero == 3 else ("offload_optimizer",)
         return {name: {"device": "cpu"} for name in names} if self.offloaded else {}
+
+    def _second_copy(self) -> dict[str, Any]:
+        return {"zero_hpz_partition_size": 2} if self.hpz else {}
 
     def _case(self, overrides: tuple[str, ...], zero: dict[str, Any]) -> Case:
         optimizer = {"params": {"betas": [0.9, 0.95], "eps": EPSILON, "weight_decay": 0.1}}
@@ -183,6 +191,7 @@ class Row:
 # Low precision rounds each product and the layouts round different ones: a part of the matrix shows that it trains.
 _FEW_MODELS = ("gpt2 tied", "llama GQA untied")
 _MORE = ("tp2", "sp2", "pp2")  # fp16, and offload, which by data alone has its own test
+_HPZ = ("dp2",)  # ZeRO 3 alone has it; test_zero_parity.py has two groups of two ranks
 _MUON = ("sp2 x dp2",)  # and the largest; test_muon.py compares further layouts with torch's Muon
 # Optimizer states in fewer bytes, where two axes meet; test_optimizer_state_kinds.py has each axis alone.
 _STATES = {"tp2 x dp2": "8bit", "sp2 x dp2": "bf16", "pp2 x dp2": "8bit", "tp2 x pp2": "bf16", "sp2 x pp2": "8bit"}
@@ -201,6 +210,8 @@ def rows(layout: str) -> list[Row]:
         found += [Row(layout, "llama GQA untied", zero, "fp16") for zero in low]
         if len(low) > 1:  # a pipeline keeps its states on the device
             found += [Row(layout, "llama GQA untied", zero, offloaded=True) for zero in low]
+    if layout in _HPZ:
+        found += [Row(layout, "llama GQA untied", 3, hpz=True)]
     if layout in _STATES:
         found += [Row(layout, "llama GQA untied", zero, states=_STATES[layout]) for zero in stages]
     return found

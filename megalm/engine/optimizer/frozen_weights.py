@@ -62,6 +62,15 @@ class FrozenWeights:
             if is_rounded and self._shards[name].is_owner:
                 self._unrounded[name] = own.clone()
 
+    def forget_second_copies(self) -> None:
+        """Let ZeRO 3 make its second copies anew: after an update or a restore DeepSpeed renews what trains only.
+
+        Call after the optimizer's state is loaded: for that DeepSpeed divides the small ones, as they were before.
+        """
+        for parameter in self._parameters.values():
+            if hasattr(parameter, "ds_secondary_tensor"):
+                parameter.ds_secondary_tensor = None
+
     def _read(self, key: FragmentKey) -> Tensor:
         if key.name in self._unrounded:
             return self._unrounded[key.name]

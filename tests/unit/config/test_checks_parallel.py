@@ -287,3 +287,35 @@ def test_low_precision_states_stay_on_the_device(start: Start, kind: str) -> Non
         offload = {"device": device, **({"nvme_path": "/tmp"} if device == "nvme" else {})}
         message = refused(start, word, zero_optimization={"stage": 3, "offload_optimizer": offload})
         assert_names(message, word, "offload_optimizer", "fp32")
+
+
+HPZ = "zero_optimization.zero_hpz_partition_size=2"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keys", "changes", "names"),
+    [
+        (4, (), {"stage": 2}, ["zero_optimization.stage", 3]),
+        (4, ("parallel.tensor=2",), {"stage": 3}, ["parallel.tensor=2"]),
+        (3, (), {"stage": 3}, [3]),
+        (4, (), {"stage": 3, "offload_param": {"device": "cpu"}}, ["offload_param"]),
+        (6, ("parallel.tensor=2",), {"stage": 2}, ["parallel.tensor=2", "zero_optimization.stage", 3]),
+    ],
+)
+def test_a_second_copy_is_shared_by_ranks_that_hold_the_same(
+    start: Start, ranks: int, keys: tuple[str, ...], changes: dict[str, Any], names: list[object]
+) -> None:
+    batch = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 1}
+    key = {"zero_hpz_partition_size": 2}
+    assert_names(refused(start, *keys, ranks=ranks, zero_optimization={**changes, **key}, **batch), HPZ, *names)
+    run = start(ranks=4, zero_optimization={"stage": 3, "offload_optimizer": {"device": "cpu"}, **key}, **batch)
+    assert run.deepspeed["zero_optimization"]["zero_hpz_partition_size"] == 2
+    start(*keys, ranks=ranks, zero_optimization={**changes, "zero_hpz_partition_size": 1}, **batch)
+
+
+def test_a_second_copy_lies_within_a_node(start: Start) -> None:
+    zero_3 = {"stage": 3, "zero_hpz_partition_size": 2}
+    apart = start(ranks=6, ranks_per_node=3, train_batch_size=12, zero_optimization=zero_3)
+    assert_names(notice_of(apart, "zero_hpz"), HPZ, 3)
+    together = start(ranks=8, ranks_per_node=4, zero_optimization=zero_3)
+    assert not [notice for notice in together.notices if "hpz" in notice]
