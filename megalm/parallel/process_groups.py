@@ -82,7 +82,7 @@ def make_groups(
         pipeline=own(topology.groups("pipeline")),
         model=own(_groups_of(topology, lambda at: at.data)),
         stage=own(_groups_of(topology, lambda at: at.pipeline)) if with_stages else None,
-        node=own(_parts_of(topology.groups("data"), node_ranks)) if node_ranks else None,
+        node=_node_group(topology, node_ranks, rank, timeout) if node_ranks else None,
     )
 
 
@@ -94,8 +94,13 @@ def _groups_of(topology: Topology, index: Callable[[Coordinate], int]) -> list[t
     return [tuple(found[value]) for value in sorted(found)]
 
 
-def _parts_of(groups: list[tuple[int, ...]], size: int) -> list[tuple[int, ...]]:
-    return [ranks[first : first + size] for ranks in groups for first in range(0, len(ranks), size)]
+def _node_group(topology: Topology, size: int, rank: int, timeout: datetime.timedelta) -> AxisGroup:
+    """A group of its own also where it has all ranks: DeepSpeed counts the group's ranks, and of WORLD finds no end."""
+    data = topology.groups("data")
+    parts = [ranks[first : first + size] for ranks in data for first in range(0, len(ranks), size)]
+    made = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in parts}
+    (mine,) = (ranks for ranks in parts if rank in ranks)
+    return AxisGroup(mine, mine.index(rank), made[mine])
 
 
 def _new_group(ranks: tuple[int, ...], world_size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:

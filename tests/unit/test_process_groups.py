@@ -36,7 +36,7 @@ def topologies(draw: st.DrawFn) -> Topology:
     return Topology(tensor * pipeline * data, tensor, pipeline)
 
 
-@given(topologies(), st.sampled_from([0, 1, 2, 3]))
+@given(topologies(), st.sampled_from([0, 2, 3]))
 @settings(max_examples=60, deadline=None)
 def test_every_rank_makes_as_many_groups_in_the_same_order(topology: Topology, node_ranks: int) -> None:
     if node_ranks and topology.data % node_ranks:
