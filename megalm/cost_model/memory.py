@@ -355,8 +355,9 @@ def _runtime_bytes(case: MemoryCase) -> int:
         return 0
     groups = sum(case.topology.size(axis) > 1 for axis in AXES)
     stage = case.muon and groups == 3  # data and tensor together; with fewer axes there is such a group
+    node = case.zero.secondary_ranks > 0
     # Of several axes, the group of all ranks too.
-    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1) + stage)
+    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1) + stage + node)
 
 
 def checkpoint_bytes(
