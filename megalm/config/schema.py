@@ -203,7 +203,13 @@ class ModelSection(Section):
     )
     dropout: Probability = Field(default=0.0, description="embeddings and residual branches")
     attention_dropout: Probability = 0.0
-    initializer_range: PositiveFloat = 0.02
+    initializer_range: PositiveFloat = Field(default=0.02, description="standard deviation of initial matrices")
+    mup_base_width: PositiveInt | None = Field(
+        default=None,
+        description="maximal-update parametrisation: the hidden_size at which learning rate and initializer_range were "
+        "chosen; with m = hidden_size / mup_base_width matrices of the blocks start at 1/sqrt(m) and learn at 1/m, "
+        "logits are divided by m, scores by head_dim; null: none",
+    )
 
 
 class BlendPart(Section):
@@ -244,6 +250,11 @@ class DataSection(Section):
     eod_token: str | None = Field(
         default=None,
         description="the token that ends a document, by its text; null: as the dataset records, or the tokenizer's own",
+    )
+    bos_token: str | None = Field(
+        default=None,
+        description="the token that begins a document, by its text; auto: what the tokenizer puts before a text; none; "
+        "null: as the dataset records",
     )
     recipe: Literal["python-stdlib"] | None = Field(
         default=None, description="prepare this corpus on the machine if data.train is null"
@@ -494,6 +505,13 @@ class EvaluateSection(Section):
     interval_steps: PositiveInt | None = Field(default=100, description="null: only at the end")
     max_samples: PositiveInt | None = Field(
         default=None, description="samples of each set while training; the validation at the end uses all"
+    )
+    tasks: tuple[UserPath, ...] = Field(
+        default=(),
+        description="files of multiple-choice questions: JSON lines of context, choices and answer (0, 1, ...)",
+    )
+    tasks_interval_steps: PositiveInt | None = Field(
+        default=None, description="steps between answers to the questions of tasks; null: only at the end"
     )
     patience: PositiveInt | None = Field(
         default=None, description="stop after this number of validations in a row without a new lowest loss"

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests
-from megalm.parity.state_comparison import TOLERANCES, Outcome, Tolerance
+from megalm.parity.state_comparison import TOLERANCES, Outcome, Tolerance, some_choices
 from megalm.planning.engine_checks import ALLOW_CPU_FP16
 from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps
 
@@ -65,6 +65,7 @@ MODELS: dict[str, tuple[str, ...]] = {
         "model.norm_zero_centered=true",
         "model.hidden_act=gelu_pytorch_tanh",
         "model.embedding_scale=5.6",
+        "model.mup_base_width=16",  # half of the width: groups of its own, beside those below
         "model.sliding_window=7",
         "model.full_attention_layers=2",
         "model.rope_local_theta=500",
@@ -239,8 +240,9 @@ def train(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Pat
     validation = engine.evaluate(loader.batch(run.stages.samples(step_count)).micro_batches)
     texts = np.random.default_rng(3).integers(0, VOCAB, (2, 24))
     logits = engine.next_token_logits(texts, np.array([3, 23]))
+    choices = engine.row_losses(some_choices(VOCAB, 23))
     loader.close()
-    return Outcome(initial, trained, validation, logits)
+    return Outcome(initial, trained, validation, logits, choices)
 
 
 def train_rows(
