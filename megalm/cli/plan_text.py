@@ -67,11 +67,11 @@ def _axes(run: ResolvedRun, ranks_per_node: int) -> str:
     topology, together = run.topology, run.deepspeed_source.settings.zero_optimization.secondary_ranks
     rows: list[list[object]] = []
     if together:
-        first, last = range(together), range(topology.world_size - together, topology.world_size)
+        ends = ranks_text(range(together)), ranks_text(range(topology.world_size - together, topology.world_size))
         place = "between nodes" if ranks_per_node % together else "within a node"
         count = topology.world_size // together
         name, traffic = "zero_hpz_partition_size", "weights, each micro-batch"
-        rows.append([name, together, count, ranks_text(first), ranks_text(last), place, traffic])
+        rows.append([name, together, count, *ends, place, traffic])
     for axis in reversed(AXES):  # the innermost axis has the most traffic
         groups = topology.groups(axis)
         place = "alone" if topology.size(axis) == 1 else "within a node"
