@@ -83,6 +83,7 @@ class DocumentedSection(Section):
 
 ModelStyle = Literal["gpt2", "llama"]
 Recompute = Literal["none", "norms", "attention", "mlp", "full"]
+ContextMethod = Literal["all_to_all"]
 ScheduleKind = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
 WarmupKind = Literal["linear", "log"]
 StepConvention = Literal["standard", "deepspeed"]
@@ -381,6 +382,11 @@ class ProfileSection(Section):
 class ParallelSection(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
+    context: PositiveInt = Field(default=1, description="ranks that divide each sequence, also between the layers")
+    context_method: ContextMethod = Field(
+        default="all_to_all",
+        description="how attention reads the whole sequence: each rank takes some heads of it",
+    )
     sequence: bool = False
     balance: Literal["parameters", "time"] = Field(
         default="parameters",

@@ -18,7 +18,7 @@ from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, kept_probabilities, lowest_block
 from megalm.model.parameter_groups import MOMENTS, NO_GROUP, GroupKey, frozen_parameters, group_keys, optimizer_groups
-from megalm.topology import AXES, Topology
+from megalm.topology import AXES, Axis, Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -187,8 +187,8 @@ class MemoryCase:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.micro_batch * self.sequence_length
+        """Of a micro-batch, those that a rank of a context group holds."""
+        return self.micro_batch * self.sequence_length // self.topology.context
 
     @property
     def element_bytes(self) -> int:
@@ -228,13 +228,13 @@ class MemoryCase:
 
     @property
     def reduces_nothing(self) -> bool:
-        """ZeRO 1 and 2 on a data group of one rank: gradients go where the optimizer reads them, without a bucket."""
-        is_alone = self.topology.data == self.topology.pipeline == 1 and self.zero.stage in (1, 2)
+        """ZeRO 1 and 2 on weights of one rank: gradients go where the optimizer reads them, without a bucket."""
+        is_alone = self.topology.data_context == self.topology.pipeline == 1 and self.zero.stage in (1, 2)
         return is_alone and not self.offloads_optimizer and not self.uses_bf16_optimizer
 
     def padded(self, group: list[int]) -> int:
         """Elements of a parameter group with its padding."""
-        alignment = _ALIGNMENT * self.topology.data
+        alignment = _ALIGNMENT * self.topology.data_context
         return math.ceil(sum(group) / alignment) * alignment
 
 
@@ -346,10 +346,12 @@ def _runtime_bytes(case: MemoryCase) -> int:
     """Memory of a GPU that no tensor holds."""
     if case.on_cpu:
         return 0
-    groups = sum(case.topology.size(axis) > 1 for axis in AXES)
-    stage = case.muon and groups == 3  # data and tensor together; with fewer axes there is such a group
-    # Of several axes, the group of all ranks too.
-    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1) + stage)
+    wide = {axis for axis in AXES if case.topology.size(axis) > 1}
+    together: list[set[Axis]] = [{"tensor"}, {"context"}, {"data", "context"}, {"pipeline"}, {*AXES}]
+    if case.muon:
+        together.append({"data", "context", "tensor"})
+    groups = {frozenset(wide & axes) for axes in together} - {frozenset()}
+    return _CUDA_CONTEXT + _NCCL_GROUP * len(groups)
 
 
 def checkpoint_bytes(
@@ -384,7 +386,9 @@ def activation_bytes(case: MemoryCase, share: Share) -> int:
     kept = (len(blocks) - whole) * plain[0][0] + whole * plain[1][0]
     # The last stage keeps its final norm and the head's input; another stage keeps the output that it sends on.
     end = hidden + (stream * _norm_bytes(case, case.shape.style == "llama") if share.is_last else 0)
-    mask = tokens * 4 if case.document_mask else 0  # document numbers; attention builds its masks block by block
+    mask = (
+        case.micro_batch * case.sequence_length * 4 if case.document_mask else 0
+    )  # document numbers; attention builds its masks block by block
     working = 2 * hidden + max((again for _, again in kinds), default=0)  # gradients, and what one block recomputes
     working += _float8_bytes(case, share)
     if case.offload_activations:
@@ -430,14 +434,19 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute) -> tuple[i
     shape, size, tokens = case.shape, case.element_bytes, case.tokens
     stream, inner = tokens * shape.hidden_size // share.slices, tokens * shape.intermediate_size // share.tensor
     queries, keys = tokens * share.heads * shape.head_dim, tokens * share.key_value_heads * shape.head_dim
+    context = case.topology.context
+    # Attention of a context group reads whole sequences of fewer heads, of which each rank needs a key/value head.
+    read = max(keys, tokens * context * shape.head_dim) if context > 1 else keys
     norm = stream * _norm_bytes(case, shape.style == "llama")
     dropout_mask = stream if shape.dropout > 0 else 0  # one byte each
     # The norm and its output, the projections' input; queries, keys, values and attention's output.
-    attention = norm + dropout_mask + (stream + 2 * queries + 2 * (queries if case.repeats_keys else keys)) * size
+    attention = norm + dropout_mask + (stream + 2 * queries + 2 * (queries if case.repeats_keys else read)) * size
+    if context > 1:  # and gives back its output
+        attention += queries * size
     if shape.qk_norm:
         attention += (queries + keys) * _norm_bytes(case, True)
     if case.on_cpu:
-        attention += case.micro_batch * share.heads * kept_probabilities(case.sequence_length) * size
+        attention += case.micro_batch * share.heads // context * kept_probabilities(case.sequence_length) * size
     # The same of the MLP, and up, gelu | gate, silu, up, product.
     mlp = norm + dropout_mask + (stream + (2 if shape.style == "gpt2" else 4) * inner) * size
     hidden, tile = stream * size, 0
@@ -509,7 +518,7 @@ def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]
 
 def frozen_counts(case: MemoryCase, share: Share) -> list[int]:
     """Elements of the frozen parameters, or parts of them, that a rank computes with; under ZeRO 3 that it holds."""
-    frozen, ranks = case.frozen, case.topology.data if case.zero.stage == 3 else 1
+    frozen, ranks = case.frozen, case.topology.data_context if case.zero.stage == 3 else 1
     return [math.ceil(math.prod(size) / ranks) for name, size in share.parameters().items() if name in frozen]
 
 
@@ -551,14 +560,14 @@ def _swap_buffers(case: MemoryCase, groups: Groups) -> dict[str, int]:
     offload = case.zero.offload_optimizer
     assert offload is not None
     own = _own_elements(case, groups)
-    largest_part = max(math.ceil(count / case.topology.data) for group in groups for count in group)
+    largest_part = max(math.ceil(count / case.topology.data_context) for group in groups for count in group)
     sub_group = min(own, case.zero.sub_group_size + largest_part)
     return {"gradients": case.gradient_bytes * own, "swap buffers": 4 * offload.buffer_count * sub_group}
 
 
 def _checkpoint_copy(case: MemoryCase, elements: int, frozen: list[int]) -> dict[str, int]:
     """With checkpoint.async, a copy of the master and the moments that this rank owns, and of its frozen weights."""
-    ranks = 1 if case.zero.stage == 3 else case.topology.data
+    ranks = 1 if case.zero.stage == 3 else case.topology.data_context
     own = elements + sum(math.ceil(count / ranks) for count in frozen)
     return {"checkpoint copy": 4 * own} if case.checkpoint_copy else {}
 
@@ -601,7 +610,7 @@ def _moment_bytes(case: MemoryCase, groups: Groups, elements: int) -> int:
 
 def _own_blocks(case: MemoryCase, groups: Groups) -> int:
     """Blocks that the fullest rank holds wholly or in part; they begin at multiples of their size in a parameter."""
-    ranks = case.topology.data
+    ranks = case.topology.data_context
     if case.zero.stage == 0:
         return sum(_blocks(0, count) for group in groups for count in group)
     if case.zero.stage == 3:
@@ -637,7 +646,7 @@ def _cut(group: list[int], size: int) -> Iterator[tuple[int, int, int, int]]:
 
 def _own_elements(case: MemoryCase, groups: Groups) -> int:
     """Elements of one rank's partition: each parameter divided (stage 3), or each group (stages 1 and 2), or whole."""
-    ranks = case.topology.data
+    ranks = case.topology.data_context
     if case.zero.stage == 0:
         return sum(map(sum, groups))
     if case.zero.stage == 3:
@@ -647,7 +656,7 @@ def _own_elements(case: MemoryCase, groups: Groups) -> int:
 
 def _touched_elements(groups: Groups, case: MemoryCase) -> int:
     """Elements of all parameters that lie wholly or partly in a partition; of the fullest partition."""
-    ranks = case.topology.data
+    ranks = case.topology.data_context
     totals = [0] * ranks
     for group in groups:
         for count, rank, _, _ in _cut(group, case.padded(group) // ranks):
@@ -662,7 +671,7 @@ def _update_bytes(case: MemoryCase, share: Share) -> int:
     shapes = case.shape.parameters()
     names = [name for name in share.parameters() if name.startswith("layers.") and len(shapes[name]) == 2]
     matrices = [math.prod(shapes[name]) for name in names]
-    ranks = case.topology.data * case.topology.tensor
+    ranks = case.topology.data_context * case.topology.tensor
     largest = max(matrices)
     own = max(largest, min(MUON_ROUND, math.ceil(sum(matrices) / ranks)))
     # A message, the whole matrices, orthogonal ones and their pieces; three factors of the one in work.
@@ -684,7 +693,7 @@ def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) ->
     if case.reduces_nothing:
         return 0
     if stage == 0:
-        return 0 if case.topology.data == 1 else max(0, 4 * min(sum(counts), _FLAT_BUCKET) - freed)
+        return 0 if case.topology.data_context == 1 else max(0, 4 * min(sum(counts), _FLAT_BUCKET) - freed)
     if stage == 3:
         # DeepSpeed keeps what it needs again within the reuse distance, prefetches, and adds the module in work.
         kept = min(zero.max_live_parameters, zero.max_reuse_distance + zero.prefetch_bucket_size)

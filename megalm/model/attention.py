@@ -119,6 +119,7 @@ class Attention(nn.Module):
         self.dropout_rate = shape.attention_dropout
         self.clock = clock
         self.place = layers.place(layer, "attention", sharded=True)
+        self.sequence = layers.sequence
         self.project = layers.projection()
         self.query = layers.column(shape.hidden_size, queries, bias, parts=shape.num_attention_heads)
         self.key = layers.column(shape.hidden_size, keys, bias, parts=shape.num_key_value_heads)
@@ -133,11 +134,15 @@ class Attention(nn.Module):
         query, key, value = map(self._heads, self.project(hidden, self.query, self.key, self.value))
         query, key = self.query_norm(query), self.key_norm(key)  # [B, T, N, D], [B, T, K, D]
         if self.rope is not None:
-            start = 0 if cache is None else len(cache)
-            query, key = self.rope(query, start), self.rope(key, start)
+            new = query.shape[1]
+            places = self.sequence.positions(new, query.device)
+            if cache is not None:
+                places = slice(len(cache), len(cache) + new)
+            query, key = self.rope(query, places), self.rope(key, places)
         if cache is not None:
             key, value = cache.extend(key, value)
-        mixed = self._attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
+        by_head = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        mixed = self.sequence.attend(self._attend, *by_head, mask)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     @staticmethod

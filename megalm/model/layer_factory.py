@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,11 +18,56 @@ from megalm.model.float8 import Float8Linear
 from megalm.model.loss import chunk_loss, linear_cross_entropy
 from megalm.model.modules import Dropout, DropoutClock, PositionEmbedding
 
+if TYPE_CHECKING:
+    from megalm.model.attention import DocumentMask
+
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Rectangle = tuple[tuple[int, int], ...]
 # The residual stream [B, T, H] and column layers that all read it -> [B, T, out features held here] of each layer. One
 # call, so that the communication that they need happens once.
 Projection = Callable[..., tuple[Tensor, ...]]
+# Queries [B, N, T, D], keys and values [B, K, T, D] and the mask of whole sequences -> [B, N, T, D].
+Attend = Callable[[Tensor, Tensor, Tensor, "DocumentMask | None"], Tensor]
+
+
+class WholeSequence:
+    """How a rank holds a sample's sequence outside attention: all of it; `megalm.parallel.context_parallel` divides it.
+
+    Shapes: T whole sequence, C = T / parts positions held here, N heads, K key/value heads, D head dimension.
+
+    Attributes:
+        parts: ranks that divide a sequence.
+        multiple: divides the length of a sequence.
+        suffix: of the names that dropout's seeds are derived from: each part has masks of its own.
+    """
+
+    parts = 1
+    multiple = 1
+    suffix = ""
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """[..., T] -> [..., C], the positions held here."""
+        return whole
+
+    def positions(self, length: int, device: torch.device) -> slice | Tensor:
+        """Which positions of the whole sequence are the `length` held here, C."""
+        return slice(0, length)
+
+    def attend(self, attention: Attend, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
+        """Queries [B, N, C, D] and keys and values [B, K, C, D] of positions held here -> [B, N, C, D].
+
+        Args:
+            attention: of some heads over whole sequences.
+            mask: of whole sequences.
+        """
+        return attention(query, key, value, mask)
+
+    def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """[B, C, H] -> [B, H], each sample's row of one of the T `positions` [B], on every rank; without a gradient."""
+        return hidden[torch.arange(len(positions), device=hidden.device), positions]
+
+
+WHOLE_SEQUENCE = WholeSequence()
 
 
 class VocabularyOutput:
@@ -30,13 +75,15 @@ class VocabularyOutput:
 
     Args:
         compiled: the loss of a chunk runs compiled; its matrix products do not need it.
+        sequence: how ranks hold a sample's sequence.
 
     Attributes:
         observe: takes the losses [N] of each token in training, 0 where there is no target.
     """
 
-    def __init__(self, compiled: bool = False) -> None:
+    def __init__(self, compiled: bool = False, sequence: WholeSequence = WHOLE_SEQUENCE) -> None:
         self.chunk = torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss
+        self.sequence = sequence
         self.observe: Callable[[Tensor], None] | None = None
 
     def whole(self, hidden: Tensor) -> Tensor:
@@ -58,13 +105,21 @@ class LayerFactory:
     Args:
         compiled: the loss of a chunk runs compiled.
         float8: column and row layers multiply in float8; embedding and head do not.
+        sequence: how ranks hold a sample's sequence outside attention.
 
     Attributes:
         slices: number of slices of the residual stream's sequence, which must divide its length.
     """
 
-    def __init__(self, clock: DropoutClock, compiled: bool = False, float8: bool = False) -> None:
+    def __init__(
+        self,
+        clock: DropoutClock,
+        compiled: bool = False,
+        float8: bool = False,
+        sequence: WholeSequence = WHOLE_SEQUENCE,
+    ) -> None:
         self.slices = 1
+        self.sequence = sequence
         self.clock = clock
         self.compiled = compiled
         self._linear = Float8Linear if float8 else nn.Linear
@@ -87,7 +142,7 @@ class LayerFactory:
 
     def positions(self, rows: int, width: int) -> PositionEmbedding:
         """A table of position embeddings, whole on every rank."""
-        return PositionEmbedding(rows, width)
+        return PositionEmbedding(rows, width, self.sequence.parts, self.sequence.cut)
 
     def replicated(self, module: AnyModule, sharded: bool) -> AnyModule:
         """`module`, whose parameters are whole on every rank; `sharded`: it sees only this rank's heads."""
@@ -99,11 +154,14 @@ class LayerFactory:
 
     def output(self, vocab_size: int) -> VocabularyOutput:
         """From hidden states to logits and loss."""
-        return VocabularyOutput(self.compiled)
+        return VocabularyOutput(self.compiled, self.sequence)
 
     def place(self, layer: int, site: str, sharded: bool) -> str:
-        """The name that a dropout's seed is derived from; `sharded`: different on each tensor-parallel rank."""
-        return f"{layer}/{site}"
+        """The name that a dropout's seed is derived from; `sharded`: different on each tensor-parallel rank.
+
+        Each part of a sequence has its own.
+        """
+        return f"{layer}/{site}{self.sequence.suffix}"
 
     def dropout(self, rate: float, layer: int, site: str, sharded: bool) -> nn.Module:
         """Dropout with a seed of its `place`."""

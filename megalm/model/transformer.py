@@ -179,7 +179,7 @@ class LanguageModelHead(nn.Module):
             loss = self.output.loss(hidden.flatten(0, 1), self.weight, labels.flatten(), self.chunk_tokens)
             return loss, (labels != IGNORE).sum()
         if positions is not None:
-            hidden = hidden[torch.arange(len(positions), device=hidden.device), positions]
+            hidden = self.output.sequence.rows(hidden, positions)
         return self.output.logits(hidden, self.weight)
 
 
@@ -243,6 +243,7 @@ class StageBuilder:
     ) -> None:
         self.shape = shape
         self.slices = layers.slices
+        self.sequence = layers.sequence
         self._layers = layers
         self._clock = clock
         self._chunk_tokens = chunk_tokens
@@ -316,7 +317,7 @@ class LanguageModel(nn.Module):
         clock = clock or DropoutClock(seed=0)
         layers = layers or LayerFactory(clock)
         build = StageBuilder(shape, layers, clock, chunk_tokens, init, recomputation)
-        self.slices = build.slices
+        self.slices, self.sequence = build.slices, build.sequence
         self.gradient_down_to: int | None = None
         self.embedding = build.embedding()
         self.layers = nn.ModuleList(build.block(index) for index in range(shape.num_hidden_layers))

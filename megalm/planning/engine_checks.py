@@ -6,6 +6,7 @@ ranks names the nearest legal degree. Slow but legal grids get a notice.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class CheckContext:
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.world_size, self.config.parallel.tensor, self.config.parallel.pipeline)
+        parallel = self.config.parallel
+        return Topology(self.world_size, parallel.tensor, parallel.pipeline, parallel.context)
 
     @property
     def shape(self) -> ModelConfig:
@@ -143,14 +145,14 @@ def float8_has_its_kernel(case: CheckContext) -> None:
 def float8_divides_the_model(case: CheckContext) -> None:
     if not case.config.precision.float8:
         return
-    shape, degree = case.shape, case.config.parallel.tensor
+    shape, degree, context = case.shape, case.config.parallel.tensor, case.config.parallel.context
     heads, key_heads = shape.num_attention_heads // degree, max(1, shape.num_key_value_heads // degree)
     for name, size in (
         ("model.hidden_size", shape.hidden_size),
         ("the width of a rank's heads (model.num_attention_heads)", heads * shape.head_dim),
         ("the width of a rank's key/value heads (model.num_key_value_heads)", key_heads * shape.head_dim),
         ("a rank's part of model.intermediate_size", shape.intermediate_size // degree),
-        *(("data.sequence_length", length) for length in case.config.data.sequence_lengths),
+        *((f"a rank's part of data.sequence_length={it}", it // context) for it in case.config.data.sequence_lengths),
     ):
         if size % _FLOAT8_MULTIPLE:
             raise ConfigError(
@@ -267,11 +269,12 @@ def no_recomputation(kind: Recompute, config: RunConfig, device: DeviceFacts, ze
     return ""
 
 
-_HALVES = "each half of a block is a graph of its own, not proven with ZeRO 3, tensor groups and pipelines"
+_HALVES = "each half of a block is a graph of its own, not proven with ZeRO 3, tensor or context groups and pipelines"
 
 
 def _is_divided(config: RunConfig, zero: ZeroSection) -> bool:
-    return zero.stage == 3 or config.parallel.tensor > 1 or config.parallel.pipeline > 1
+    parallel = config.parallel
+    return zero.stage == 3 or max(parallel.tensor, parallel.context, parallel.pipeline) > 1
 
 
 def recomputation_is_one(case: CheckContext) -> None:
@@ -363,7 +366,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
 
 
 def degrees_divide_the_ranks(case: CheckContext) -> None:
-    Topology(case.world_size, case.config.parallel.tensor, case.config.parallel.pipeline)  # raises
+    _ = case.topology  # raises
 
 
 def tensor_divides_the_model(case: CheckContext) -> None:
@@ -382,22 +385,56 @@ def tensor_divides_the_model(case: CheckContext) -> None:
         )
 
 
-def sequence_has_a_tensor_group(case: CheckContext) -> None:
-    parallel, lengths = case.config.parallel, case.config.data.sequence_lengths
-    if not parallel.sequence:
+def context_divides_the_heads(case: CheckContext) -> None:
+    """Attention of a context group exchanges positions for whole heads, which its tensor groups divide first."""
+    parallel, shape = case.config.parallel, case.shape
+    if parallel.context == 1:
         return
-    if parallel.tensor == 1:
+    shared = f"parallel.tensor={parallel.tensor} x " * (parallel.tensor > 1) + f"parallel.context={parallel.context}"
+    ranks = parallel.tensor * parallel.context
+    heads, key_heads = shape.num_attention_heads, shape.num_key_value_heads
+    wrong = ""
+    if heads % ranks:
+        wrong = f"{shared} does not divide model.num_attention_heads={heads}"
+    elif not _shares_key_value_heads(key_heads, ranks):
+        wrong = f"{shared} and model.num_key_value_heads={key_heads}: one must divide the other"
+    if wrong:
+        legal = (
+            n
+            for n in range(1, heads // parallel.tensor + 1)
+            if heads % (n * parallel.tensor) == 0
+            and _shares_key_value_heads(key_heads, n * parallel.tensor)
+            and case.world_size % (n * parallel.tensor * parallel.pipeline) == 0
+        )
+        raise ConfigError(
+            f"{wrong}; on {case.world_size} ranks use parallel.context={_nearest(parallel.context, legal)}"
+        )
+
+
+def sequence_has_a_tensor_group(case: CheckContext) -> None:
+    if case.config.parallel.sequence and case.config.parallel.tensor == 1:
         raise ConfigError(
             "parallel.sequence=true divides the sequence over a tensor group, but parallel.tensor=1; "
             "use parallel.tensor=2 or more, or remove parallel.sequence"
         )
-    for length in lengths:
-        if length % parallel.tensor:
-            below = length // parallel.tensor * parallel.tensor
-            use = f"{below} or {below + parallel.tensor}" if below else f"{parallel.tensor}"
+
+
+def sequences_divide_into_slices(case: CheckContext) -> None:
+    """A context group divides a sequence, and with `parallel.sequence` each of its tensor groups the part of it."""
+    parallel = case.config.parallel
+    divisors = {}
+    if parallel.context > 1:
+        divisors[f"parallel.context={parallel.context}"] = parallel.context
+    if parallel.sequence:
+        divisors[f"parallel.sequence=true with parallel.tensor={parallel.tensor}"] = parallel.tensor
+    slices = math.prod(divisors.values())
+    for length in case.config.data.sequence_lengths:
+        if length % slices:
+            below = length // slices * slices
+            use = f"{below} or {below + slices}" if below else f"{slices}"
             raise ConfigError(
-                f"parallel.sequence=true: data.sequence_length={length} does not divide into parallel.tensor="
-                f"{parallel.tensor} slices; use {use}"
+                f"{' and '.join(divisors)}: data.sequence_length={length} does not divide into {slices} slices; "
+                f"use {use}"
             )
 
 
@@ -411,9 +448,10 @@ def overlap_has_a_tensor_group(case: CheckContext) -> None:
 
 
 def pipeline_has_enough_layers(case: CheckContext) -> None:
-    degree, layers = case.config.parallel.pipeline, case.config.model.num_hidden_layers
+    parallel, layers = case.config.parallel, case.config.model.num_hidden_layers
+    degree, others = parallel.pipeline, parallel.tensor * parallel.context
     if degree > layers:
-        legal = (n for n in range(1, layers + 1) if case.world_size % (n * case.config.parallel.tensor) == 0)
+        legal = (n for n in range(1, layers + 1) if case.world_size % (n * others) == 0)
         raise ConfigError(
             f"parallel.pipeline={degree} is more than model.num_hidden_layers={layers}, but each stage needs a block; "
             f"on {case.world_size} ranks use {_nearest(degree, legal)}"
@@ -462,7 +500,9 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     degrees_divide_the_ranks,
     tensor_divides_the_model,
     float8_divides_the_model,
+    context_divides_the_heads,
     sequence_has_a_tensor_group,
+    sequences_divide_into_slices,
     overlap_has_a_tensor_group,
     pipeline_has_enough_layers,
     pipeline_needs_low_zero,
@@ -494,7 +534,7 @@ def _legal_tensor_degrees(case: CheckContext) -> str:
         if shape.num_attention_heads % n == 0
         and shape.intermediate_size % n == 0
         and _shares_key_value_heads(shape.num_key_value_heads, n)
-        and case.world_size % (n * case.config.parallel.pipeline) == 0
+        and case.world_size % (n * case.config.parallel.context * case.config.parallel.pipeline) == 0
     )
     return f"on {case.world_size} ranks use {_nearest(case.config.parallel.tensor, legal)}"
 

@@ -128,7 +128,7 @@ def resolve(
     check_run(loaded, ds, world_size, device, data_needed)
     loaded = loaded.with_implied(ds.run_settings, ds.path)
     config, settings = loaded.config, ds.settings
-    topology = Topology(world_size, config.parallel.tensor, config.parallel.pipeline)
+    topology = CheckContext(loaded, ds, world_size, device).topology
     precision, precision_notices = choose_precision(settings, device)
     shape, vocab_notices = _shape(config, vocab_size)
 

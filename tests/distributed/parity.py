@@ -72,6 +72,7 @@ class Layout:
 
 
 _TP, _PP = "parallel.tensor=2", "parallel.pipeline=2"
+_CP = "parallel.context=2"
 _SP = (_TP, "parallel.sequence=true")
 # In two chunks of one sample each, in the layouts that test_collective_faults.py breaks; in the others in one message.
 _OVERLAP = "parallel.overlap_tensor_communication=true"
@@ -80,11 +81,17 @@ LAYOUTS = {
     "tp2": Layout(2, (_TP, _OVERLAP)),
     "sp2": Layout(2, (*_SP, _OVERLAP)),
     "pp2": Layout(2, (_PP,)),
+    "cp2": Layout(2, (_CP,)),
     "tp2 x dp2": Layout(4, (_TP,)),
     "sp2 x dp2": Layout(4, _SP),
     "pp2 x dp2": Layout(4, (_PP,)),
     "tp2 x pp2": Layout(4, (_TP, _PP, _OVERLAP)),
     "sp2 x pp2": Layout(4, (*_SP, _PP)),
+    "cp4": Layout(4, ("parallel.context=4",)),
+    "cp2 x dp2": Layout(4, (_CP,)),
+    "tp2 x cp2": Layout(4, (_TP, _CP)),
+    "sp2 x cp2": Layout(4, (*_SP, _CP)),
+    "cp2 x pp2": Layout(4, (_CP, _PP)),
     "tp2 x pp2 x dp2": Layout(8, (_TP, _PP)),
 }
 
