@@ -83,7 +83,7 @@ class DocumentedSection(Section):
 
 ModelStyle = Literal["gpt2", "llama"]
 Recompute = Literal["none", "norms", "attention", "mlp", "full"]
-ContextMethod = Literal["all_to_all"]
+ContextMethod = Literal["all_to_all", "ring"]
 ScheduleKind = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
 WarmupKind = Literal["linear", "log"]
 StepConvention = Literal["standard", "deepspeed"]
@@ -385,7 +385,8 @@ class ParallelSection(Section):
     context: PositiveInt = Field(default=1, description="ranks that divide each sequence, also between the layers")
     context_method: ContextMethod = Field(
         default="all_to_all",
-        description="how attention reads the whole sequence: each rank takes some heads of it",
+        description="how attention reads whole sequences: all_to_all gives each rank some heads of them; in a ring "
+        "keys and values go around",
     )
     sequence: bool = False
     balance: Literal["parameters", "time"] = Field(

@@ -22,12 +22,12 @@ from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.model.activation_offload import OffloadedInputs
-from megalm.model.layer_factory import WHOLE_SEQUENCE, LayerFactory, annotate_shard, shard_of
+from megalm.model.layer_factory import LayerFactory, annotate_shard, shard_of
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, ParameterInit, StageBuilder, initial_weight
-from megalm.parallel.context_parallel import ExchangedSequence
+from megalm.parallel.context_parallel import divided_sequence
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
@@ -71,7 +71,7 @@ def build_engine(
     train = run.config.train
     clock = DropoutClock(train.seed)
     groups = make_groups(run.topology, comm.rank, comm.timeout, with_stages=run.optimizer.muon is not None)
-    sequence = ExchangedSequence(groups.context) if run.topology.context > 1 else WHOLE_SEQUENCE
+    sequence = divided_sequence(groups.context, run.config.parallel.context_method == "ring")
     context = EngineContext(run, shape, device, comm, groups, judge, sequence)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)

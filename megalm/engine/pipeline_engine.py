@@ -134,7 +134,7 @@ class PipelineEngine(EngineBase):
         return (SendGrad,)
 
     def _forward(self, tokens: Tensor) -> Tensor | None:
-        """Run one forward pass of this rank's tokens through all stages; return the output on the last one, else None."""
+        """Run a forward pass of this rank's tokens through all stages; return the output on the last one, else None."""
         output = self._model(tokens if self._model.is_first else self._receive(*tokens.shape))
         if self._model.is_last:
             return output

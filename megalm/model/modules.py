@@ -33,7 +33,7 @@ class PositionEmbedding(nn.Embedding):
         self._cut = cut
 
     def forward(self, length: int, documents: Tensor | None) -> Tensor:  # type: ignore[override]
-        """Embeddings [length, H] of the positions held here, or [B, length, H] with `documents` [B, T], which are whole.
+        """Embeddings [length, H] of positions held here, or [B, length, H] with `documents` [B, T], which are whole.
 
         Positions count from 0, or from the start of each document.
         """

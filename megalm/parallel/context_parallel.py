@@ -1,7 +1,8 @@
 """Context parallelism: the ranks of a group divide each sequence, and only attention reads more than a rank's own part.
 
 `all_to_all` (DeepSpeed-Ulysses, Jacobs et al., 2023) gives each rank whole sequences of some heads for the time of
-attention, and takes back its positions of all heads.
+attention, and takes back its positions of all heads. `ring` leaves queries where they are and sends keys and values
+around (ring_attention.py).
 
 Shapes: R ranks, B batch, T sequence, C = T / R positions held here, N heads, K key/value heads, D head dimension.
 """
@@ -15,12 +16,35 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megalm.model.attention import DocumentMask
-from megalm.model.layer_factory import Attend, WholeSequence
+from megalm.model.layer_factory import WHOLE_SEQUENCE, Attend, WholeSequence
+from megalm.model.modules import uncompiled
 from megalm.parallel import collectives
 from megalm.parallel.process_groups import AxisGroup
+from megalm.parallel.ring_attention import RingPlaces, ring_attention
 
 
-class ExchangedSequence(WholeSequence):
+class _DividedSequence(WholeSequence):
+    """A context group divides each sequence.
+
+    Args:
+        group: the ranks, which hold parts of one size.
+    """
+
+    def __init__(self, group: AxisGroup) -> None:
+        self._group = group
+        self.parts = group.size
+        self.suffix = f"/context {group.index}"
+
+    def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        held = torch.arange(hidden.shape[1] * self.parts, device=hidden.device)[
+            self.positions(hidden.shape[1], hidden.device)
+        ]
+        here = positions.unsqueeze(1) == held  # [B, C]
+        found = super().rows(hidden, here.int().argmax(dim=1))
+        return collectives.sum_over(torch.where(here.any(dim=1, keepdim=True), found, 0.0), self._group)
+
+
+class ExchangedSequence(_DividedSequence):
     """`parallel.context_method=all_to_all`: rank r of a context group holds the r-th of R equal slices.
 
     The heads held here, N, divide over the ranks. Key/value heads do, or R is a multiple of their number: each is then
@@ -28,9 +52,8 @@ class ExchangedSequence(WholeSequence):
     """
 
     def __init__(self, group: AxisGroup) -> None:
-        self._group = group
-        self.parts = self.multiple = group.size
-        self.suffix = f"/context {group.index}"
+        super().__init__(group)
+        self.multiple = group.size
 
     def cut(self, whole: Tensor) -> Tensor:
         return whole.chunk(self.parts, dim=-1)[self._group.index].contiguous()
@@ -40,35 +63,46 @@ class ExchangedSequence(WholeSequence):
         return slice(first, first + length)
 
     def attend(self, attention: Attend, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
-        ranks = self.parts
+        ranks, name = self.parts, self._group.process_group.group_name
         if key.shape[1] < ranks:
             key, value = (x.repeat_interleave(ranks // x.shape[1], dim=1) for x in (key, value))
         # One message for all three: [B, N, C, D] -> [B, R, N / R, C, D] of each.
         by_rank = [x.unflatten(1, (ranks, -1)) for x in (query, key, value)]
         heads = [x.shape[2] for x in by_rank]
-        arrived = self._exchange(torch.cat(by_rank, dim=2).movedim(1, 0))  # [R, B, M, C, D]
+        arrived = Exchange.apply(torch.cat(by_rank, dim=2).movedim(1, 0), name)  # type: ignore[no-untyped-call]  # [R, B, M, C, D]
         whole = arrived.movedim(0, 2).flatten(2, 3)  # [B, M, T, D]
         query, key, value = whole.split(heads, dim=1)
         mixed = attention(query, key, value, mask)  # [B, N / R, T, D]
-        returned = self._exchange(mixed.unflatten(2, (ranks, -1)).movedim(2, 0))  # [R, B, N / R, C, D]
+        returned = Exchange.apply(mixed.unflatten(2, (ranks, -1)).movedim(2, 0), name)  # type: ignore[no-untyped-call]  # [R, B, N / R, C, D]
         return returned.movedim(0, 1).flatten(1, 2)
 
-    def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
-        length = hidden.shape[1]
-        local = positions - self._group.index * length
-        found = super().rows(hidden, local.clamp(0, length - 1))
-        is_held = (local >= 0) & (local < length)
-        return collectives.sum_over(torch.where(is_held.unsqueeze(1), found, 0.0), self._group)
 
-    def _exchange(self, parts: Tensor) -> Tensor:
-        return Exchange.apply(parts, self._group)  # type: ignore[no-untyped-call]  # torch: untyped
+class RingSequence(_DividedSequence):
+    """`parallel.context_method=ring`: rank r holds two pieces of 2 R, the r-th from the front and from the end."""
+
+    def __init__(self, group: AxisGroup) -> None:
+        super().__init__(group)
+        self.multiple = 2 * group.size
+        self._places = RingPlaces(group)
+
+    def cut(self, whole: Tensor) -> Tensor:
+        pieces = whole.chunk(2 * self.parts, dim=-1)
+        return torch.cat([pieces[piece] for piece in self._places.pieces(self._group.index)], dim=-1)
+
+    def positions(self, length: int, device: torch.device) -> slice | Tensor:
+        return self._places.positions(self._group.index, length, device)
+
+    @uncompiled
+    def attend(self, attention: Attend, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
+        """Causal attention in the place of `attention`, which planning/engine_checks.py holds to be plain."""
+        return ring_attention(query, key, value, None if mask is None else mask.documents, self._places)
 
 
 class Exchange(torch.autograd.Function):
     """[R, ...], a part for each rank -> [R, ...], a part from each; so do the gradients travel back."""
 
     @staticmethod
-    def forward(ctx: Any, parts: Tensor, group: AxisGroup) -> Tensor:
+    def forward(ctx: Any, parts: Tensor, group: str) -> Tensor:
         ctx.group = group
         return _exchanged(parts, group)
 
@@ -77,26 +111,29 @@ class Exchange(torch.autograd.Function):
         return _exchanged(gradients[0], ctx.group), None
 
 
-def _exchanged(parts: Tensor, group: AxisGroup) -> Tensor:
-    parts = parts.contiguous()
+def _exchanged(parts: Tensor, group: str) -> Tensor:
     if torch.compiler.is_compiling():
-        result: Tensor = torch.ops.megalm.exchange(parts, group.process_group.group_name)
+        result: Tensor = torch.ops.megalm.exchange(parts.contiguous(), group)
         return result
-    return _all_to_all(parts, group.process_group)
+    return _all_to_all(parts.contiguous(), group)
 
 
-def _all_to_all(parts: Tensor, group: dist.ProcessGroup) -> Tensor:
+def _all_to_all(parts: Tensor, group: str) -> Tensor:
     result = torch.empty_like(parts)
-    dist.all_to_all_single(result, parts, group=group)
+    named = dist.distributed_c10d._resolve_process_group(group)  # type: ignore[attr-defined, arg-type]  # torch: untyped
+    dist.all_to_all_single(result, parts, group=named)
     return result
 
 
-def _exchange_by_name(parts: Tensor, group: str) -> Tensor:
-    return _all_to_all(parts, dist.distributed_c10d._resolve_process_group(group))  # type: ignore[attr-defined, arg-type]  # torch: untyped
-
-
-# As in sharded_linear.py: a compiled graph does not break at an operator.
+# As in sharded_linear.py: a compiled graph does not break at an operator, which takes a process group by its name.
 _OPERATORS = torch.library.Library("megalm", "FRAGMENT")
 _OPERATORS.define("exchange(Tensor parts, str group) -> Tensor")
-_OPERATORS.impl("exchange", _exchange_by_name, "CompositeExplicitAutograd")
+_OPERATORS.impl("exchange", _all_to_all, "CompositeExplicitAutograd")
 torch.library.register_fake("megalm::exchange", lambda parts, group: torch.empty_like(parts), lib=_OPERATORS)
+
+
+def divided_sequence(group: AxisGroup, ring: bool) -> WholeSequence:
+    """How the ranks of a context group hold sequences; `ring`: which of the two methods attention takes."""
+    if group.size == 1:
+        return WHOLE_SEQUENCE
+    return RingSequence(group) if ring else ExchangedSequence(group)

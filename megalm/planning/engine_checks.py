@@ -388,7 +388,7 @@ def tensor_divides_the_model(case: CheckContext) -> None:
 def context_divides_the_heads(case: CheckContext) -> None:
     """Attention of a context group exchanges positions for whole heads, which its tensor groups divide first."""
     parallel, shape = case.config.parallel, case.shape
-    if parallel.context == 1:
+    if parallel.context == 1 or parallel.context_method == "ring":
         return
     shared = f"parallel.tensor={parallel.tensor} x " * (parallel.tensor > 1) + f"parallel.context={parallel.context}"
     ranks = parallel.tensor * parallel.context
@@ -407,7 +407,24 @@ def context_divides_the_heads(case: CheckContext) -> None:
             and case.world_size % (n * parallel.tensor * parallel.pipeline) == 0
         )
         raise ConfigError(
-            f"{wrong}; on {case.world_size} ranks use parallel.context={_nearest(parallel.context, legal)}"
+            f"{wrong}; on {case.world_size} ranks use parallel.context={_nearest(parallel.context, legal)}, or "
+            "parallel.context_method=ring, which divides no heads"
+        )
+
+
+def ring_attends_plainly(case: CheckContext) -> None:
+    parallel, model = case.config.parallel, case.config.model
+    if parallel.context_method != "ring":
+        return
+    if parallel.context == 1:
+        raise ConfigError(
+            "parallel.context_method=ring divides sequences over a context group, but parallel.context=1; use "
+            "parallel.context=2 or more, or remove parallel.context_method"
+        )
+    if model.attention_dropout:
+        raise ConfigError(
+            f"parallel.context_method=ring has no dropout of attention, but model.attention_dropout="
+            f"{model.attention_dropout:g}; use all_to_all, or model.attention_dropout=0"
         )
 
 
@@ -424,7 +441,9 @@ def sequences_divide_into_slices(case: CheckContext) -> None:
     parallel = case.config.parallel
     divisors = {}
     if parallel.context > 1:
-        divisors[f"parallel.context={parallel.context}"] = parallel.context
+        is_ring = parallel.context_method == "ring"
+        two = " and context_method=ring, of which each rank holds two," * is_ring
+        divisors[f"parallel.context={parallel.context}{two}"] = parallel.context * (2 if is_ring else 1)
     if parallel.sequence:
         divisors[f"parallel.sequence=true with parallel.tensor={parallel.tensor}"] = parallel.tensor
     slices = math.prod(divisors.values())
@@ -501,6 +520,7 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     tensor_divides_the_model,
     float8_divides_the_model,
     context_divides_the_heads,
+    ring_attends_plainly,
     sequence_has_a_tensor_group,
     sequences_divide_into_slices,
     overlap_has_a_tensor_group,
@@ -513,10 +533,16 @@ PARALLEL_RULES: tuple[Rule, ...] = (
 
 
 def parallel_notices(config: RunConfig, ranks_per_node: int) -> list[str]:
-    """Return a notice if tensor groups, which communicate several times a layer, leave their node."""
-    degree = config.parallel.tensor
+    """Return a notice if tensor or context groups, which communicate several times a layer, leave their node."""
+    degree, context = config.parallel.tensor, config.parallel.context
     if ranks_per_node % degree == 0:
-        return []
+        if context == 1 or ranks_per_node % (degree * context) == 0:
+            return []
+        return [
+            f"parallel.context={context} with parallel.tensor={degree} takes {degree * context} ranks that share each "
+            f"layer's attention, and a node has {ranks_per_node}: they exchange queries, keys and values over the "
+            "network, which is slow"
+        ]
     relation = "is more than" if degree > ranks_per_node else "does not divide"
     fitting = max(n for n in range(1, ranks_per_node + 1) if ranks_per_node % n == 0 and degree % n == 0)
     return [

@@ -1,0 +1,108 @@
+"""Attention of a context group against one rank in fp64: numbers, gradients, documents, shared key/value heads."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from megalm.model.attention import DocumentMask, blockwise_attention, document_mask
+from megalm.parallel import ring_attention
+from megalm.parallel.context_parallel import ExchangedSequence, RingSequence
+from megalm.parallel.process_groups import AxisGroup, make_groups
+from megalm.parallel.ring_attention import RingPlaces
+from megalm.topology import Topology
+from tests.ranks import run_ranks
+
+pytestmark = pytest.mark.distributed
+
+BATCH, HEADS, LENGTH, WIDTH = 2, 4, 48, 8
+METHODS = {"all_to_all": ExchangedSequence, "ring": RingSequence}
+KEY_HEADS, TILES = (1, 2, 4), (1024, 5)  # a whole half of a rank's part, and several tiles, the last of them shorter
+CASES = [
+    (method, heads, documents, tile)
+    for method, heads, documents, tile in itertools.product(METHODS, KEY_HEADS, (False, True), TILES)
+    if method == "ring" or tile == TILES[0]
+]
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
+    return blockwise_attention(query, key, value, mask.documents if mask else None)
+
+
+def _differences(comm: Any, device: torch.device) -> dict[Any, tuple[float, float]]:
+    """Per case the largest difference of an output, and of a gradient."""
+    group = make_groups(Topology(comm.size, context=comm.size), comm.rank, comm.timeout).context
+    places = torch.arange(LENGTH)
+    # One document begins in the middle of a rank's part; one token is alone: it sees nothing in most parts.
+    documents = torch.stack((places // 10, (places > 17).long() + 7 * (places == 30) + 9 * (places > 30)))
+    found = {}
+    for case in CASES:
+        method, heads, has_documents, ring_attention._TILE = case
+        generator = torch.Generator().manual_seed(heads)
+        sizes = (HEADS, heads, heads, HEADS)
+        *whole, weight = (torch.randn(BATCH, count, LENGTH, WIDTH, generator=generator) for count in sizes)
+        expected = [x.double().requires_grad_() for x in whole]
+        seen = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(BATCH, 1, LENGTH, LENGTH)
+        if has_documents:
+            seen = seen & (documents[:, None, :, None] == documents[:, None, None, :])
+        right = functional.scaled_dot_product_attention(*expected, attn_mask=seen, enable_gqa=True)
+        (right * weight).sum().backward()
+        sequence = METHODS[method](group)
+        held = sequence.positions(LENGTH // comm.size, device)
+        own = [x[:, :, held].clone().requires_grad_() for x in whole]
+        mask = document_mask(documents) if has_documents else None
+        output = sequence.attend(_plain, own[0], own[1], own[2], mask)
+        (output * weight[:, :, held]).sum().backward()
+        gradients = [(x.grad, y.grad) for x, y in zip(own, expected, strict=True)]
+        assert all(x is not None and y is not None for x, y in gradients)
+        found[case] = (
+            float((output - right[:, :, held]).abs().max().detach()),
+            max(float((x - y[:, :, held]).abs().max()) for x, y in gradients if x is not None and y is not None),
+        )
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def differences(request: pytest.FixtureRequest) -> list[dict[Any, tuple[float, float]]]:
+    return run_ranks(request.param, _differences)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_outputs_and_gradients_are_those_of_one_rank(
+    differences: list[dict[Any, tuple[float, float]]], method: str
+) -> None:
+    for rank in differences:
+        for case, (output, gradient) in rank.items():
+            if case[0] == method:
+                assert output < 1e-6, case
+                assert gradient < 2e-6, case
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_a_ring_divides_the_work_evenly(monkeypatch: pytest.MonkeyPatch, ranks: int) -> None:
+    """In each turn of the ring all ranks have as many scores to compute, and all pairs are met once."""
+    monkeypatch.setattr(ring_attention, "_TILE", 5)
+    length = 24
+    met: set[tuple[int, int]] = set()
+    for turn in range(ranks):
+        work = set()
+        for rank in range(ranks):
+            places = RingPlaces(AxisGroup(tuple(range(ranks)), rank, None))  # type: ignore[arg-type]  # sends nothing
+            source = (rank - turn) % ranks
+            queries = places.positions(rank, length, torch.device("cpu"))
+            keys = places.positions(source, length, torch.device("cpu"))
+            own = 0
+            for tile in places.tiles(source, length):
+                assert queries[tile.queries][0] - keys[tile.keys][0] == tile.ahead
+                seen = {(int(q), int(k)) for q in queries[tile.queries] for k in keys[tile.keys] if k <= q}
+                assert not seen & met
+                met |= seen
+                own += len(seen)
+            work.add(own)
+        assert len(work) == 1
+    assert met == {(query, key) for query in range(length * ranks) for key in range(query + 1)}
