@@ -145,6 +145,7 @@ class MemoryCase:
             probabilities of short sequences.
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
         whole_gradients: ZeRO 2 adds up each rank's gradients of a step, and reduces them once.
+        ring: of the two methods of a context group, keys and values go around.
         float8: linear layers multiply rounded copies of their factors.
         repeats_keys: attention keeps a copy of each key/value head for every query head that shares it.
         device_bytes: memory of the device; None: not known.
@@ -171,6 +172,7 @@ class MemoryCase:
     document_mask: bool = False
     on_cpu: bool = False
     sequence_parallel: bool = False
+    ring: bool = False
     checkpoint_copy: bool = False
     whole_gradients: bool = False
     float8: bool = False
@@ -390,7 +392,7 @@ def activation_bytes(case: MemoryCase, share: Share) -> int:
         case.micro_batch * case.sequence_length * 4 if case.document_mask else 0
     )  # document numbers; attention builds its masks block by block
     working = 2 * hidden + max((again for _, again in kinds), default=0)  # gradients, and what one block recomputes
-    working += _float8_bytes(case, share)
+    working += _float8_bytes(case, share) + _context_bytes(case, share)
     if case.offload_activations:
         # One of them on its way; DeepSpeed holds what a stage receives.
         kept += (0 if share.is_first else hidden) - whole * hidden
@@ -436,7 +438,7 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute) -> tuple[i
     queries, keys = tokens * share.heads * shape.head_dim, tokens * share.key_value_heads * shape.head_dim
     context = case.topology.context
     # Attention of a context group reads whole sequences of fewer heads, of which each rank needs a key/value head.
-    read = max(keys, tokens * context * shape.head_dim) if context > 1 else keys
+    read = keys if case.ring else max(keys, tokens * context * shape.head_dim)
     norm = stream * _norm_bytes(case, shape.style == "llama")
     dropout_mask = stream if shape.dropout > 0 else 0  # one byte each
     # The norm and its output, the projections' input; queries, keys, values and attention's output.
@@ -445,7 +447,7 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute) -> tuple[i
         attention += queries * size
     if shape.qk_norm:
         attention += (queries + keys) * _norm_bytes(case, True)
-    if case.on_cpu:
+    if case.on_cpu and not case.ring:
         attention += case.micro_batch * share.heads // context * kept_probabilities(case.sequence_length) * size
     # The same of the MLP, and up, gelu | gate, silu, up, product.
     mlp = norm + dropout_mask + (stream + (2 if shape.style == "gpt2" else 4) * inner) * size
@@ -463,6 +465,30 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute) -> tuple[i
             return attention + hidden, mlp
         case "full":
             return hidden, attention + mlp + tile
+
+
+_RING_TILE = 1024  # queries, and keys, of ring_attention.py
+
+
+def _context_bytes(case: MemoryCase, share: Share) -> int:
+    """What attention of a context group holds for a time, beyond what the MLP behind it has freed in a backward pass.
+
+    Messages; in a ring also sums in fp32, and a tile's scores.
+    """
+    if case.topology.context == 1:
+        return 0
+    inner = case.tokens * case.shape.intermediate_size // share.tensor
+    freed = 0 if case.mlp_chunk_tokens else (2 if case.shape.style == "gpt2" else 4) * inner * case.element_bytes
+    tokens, width = case.tokens, case.shape.head_dim
+    queries = tokens * share.heads * width
+    keys = (
+        2 * tokens * (share.key_value_heads if case.ring else max(share.key_value_heads, case.topology.context)) * width
+    )
+    if not case.ring:
+        return max(0, 2 * (queries + keys) * case.element_bytes - freed)
+    tile = min(_RING_TILE, case.sequence_length // case.topology.context // 2)
+    scores = case.micro_batch * share.heads * tile**2 * (8 + 2 * case.element_bytes)
+    return max(0, scores + 4 * (queries + 3 * keys) + 2 * keys * case.element_bytes - freed)
 
 
 def _tile_bytes(case: MemoryCase, share: Share, mlp: int) -> int:

@@ -363,6 +363,7 @@ def memory_case(
         on_cpu=device.kind == "cpu",
         checkpoint_copy=config.checkpoint.asynchronous,
         sequence_parallel=config.parallel.sequence,
+        ring=config.parallel.context_method == "ring",
         whole_gradients=whole_gradients,
         repeats_keys=repeats_keys,
         device_bytes=device.memory_bytes,

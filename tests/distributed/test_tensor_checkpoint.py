@@ -41,7 +41,9 @@ LAYOUTS: dict[int, dict[str, Case]] = {
     4: {
         "data zero3": Case("zero3.json", overrides=(GROUPED,), settings=NO_PERSISTENCE),
         "tensor 2 zero0": Case("zero1.json", overrides=TENSOR, settings=NO_ZERO),
-        "sequence context zero3": Case("zero3.json", overrides=(*SEQUENCE, *CONTEXT), settings=NO_PERSISTENCE),
+        "sequence context zero3": Case(
+            "zero3.json", overrides=(*SEQUENCE, *CONTEXT, "parallel.context_method=ring"), settings=NO_PERSISTENCE
+        ),
         "tensor 2 zero2 bf16": Case("zero2.json", "bf16", TENSOR),
         "tensor 4 zero1": Case("zero1.json", overrides=(GROUPED, "parallel.tensor=4")),  # two ranks share a kv head
     },
