@@ -24,7 +24,7 @@ _STAGES_SHOWN = 8  # of a longer pipeline, the first and last stages
 _LONGEST_HOURS = 24 * 365 * 20  # a date beyond says nothing
 _TRAFFIC: dict[Axis, str] = {
     "pipeline": "hidden states, each micro-batch",
-    "context": "queries, keys, values and attention's output, twice a layer and pass",
+    "context": "queries, keys and values, in every layer",
     "tensor": "hidden states, several times a layer",
 }
 _DATA_TRAFFIC = (  # by ZeRO stage

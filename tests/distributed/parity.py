@@ -169,7 +169,7 @@ class Row:
 
 # Low precision rounds each product and the layouts round different ones: a part of the matrix shows that it trains.
 _FEW_MODELS = ("gpt2 tied", "llama GQA untied")
-_MORE = ("tp2", "sp2", "pp2")  # fp16, and offload, which by data alone has its own test
+_MORE = ("tp2", "sp2", "pp2", "cp2")  # fp16, and offload, which by data alone has its own test
 _MUON = ("sp2 x dp2", "sp2 x cp2")  # and the largest; test_muon.py compares further layouts with torch's Muon
 # Optimizer states in fewer bytes, where two axes meet; test_optimizer_state_kinds.py has each axis alone.
 _STATES = {"tp2 x dp2": "8bit", "sp2 x dp2": "bf16", "pp2 x dp2": "8bit", "tp2 x pp2": "bf16", "sp2 x pp2": "8bit"}
