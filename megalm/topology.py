@@ -136,7 +136,7 @@ def whole_parts(features: int, parts: int, ranks: int, index: int) -> DimRange:
     With fewer parts than ranks (key/value heads) neighbours hold the same part, the one that their query heads need.
     """
     assert features % parts == 0, (features, parts)
-    assert parts % ranks == 0 or ranks % parts == 0, (parts, ranks)  # planning/checks/parallel.py refuses the others
+    assert parts % ranks == 0 or ranks % parts == 0, (parts, ranks)  # planning/parallel_checks.py refuses the others
     sharers = max(1, ranks // parts)
     part, sharer = divmod(index, sharers)
     size = features // min(parts, ranks)

@@ -63,18 +63,23 @@ class ExchangedSequence(_DividedSequence):
         return slice(first, first + length)
 
     def attend(self, attention: Attend, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
-        ranks, name = self.parts, self._group.process_group.group_name
+        ranks = self.parts
         if key.shape[1] < ranks:
             key, value = (x.repeat_interleave(ranks // x.shape[1], dim=1) for x in (key, value))
         # One message for all three: [B, N, C, D] -> [B, R, N / R, C, D] of each.
         by_rank = [x.unflatten(1, (ranks, -1)) for x in (query, key, value)]
         heads = [x.shape[2] for x in by_rank]
-        arrived = Exchange.apply(torch.cat(by_rank, dim=2).movedim(1, 0), name)  # type: ignore[no-untyped-call]  # [R, B, M, C, D]
+        arrived = self._exchange(torch.cat(by_rank, dim=2).movedim(1, 0))  # [R, B, M, C, D]
         whole = arrived.movedim(0, 2).flatten(2, 3)  # [B, M, T, D]
         query, key, value = whole.split(heads, dim=1)
         mixed = attention(query, key, value, mask)  # [B, N / R, T, D]
-        returned = Exchange.apply(mixed.unflatten(2, (ranks, -1)).movedim(2, 0), name)  # type: ignore[no-untyped-call]  # [R, B, N / R, C, D]
-        return returned.movedim(0, 1).flatten(1, 2)
+        returned = self._exchange(mixed.unflatten(2, (ranks, -1)).movedim(2, 0))  # [R, B, N / R, C, D]
+        return returned.permute(1, 3, 0, 2, 4).flatten(2, 3).transpose(1, 2)  # as the output projection reads it
+
+    def _exchange(self, parts: Tensor) -> Tensor:
+        result = Exchange.apply(parts, self._group.process_group.group_name)  # type: ignore[no-untyped-call]  # torch: untyped
+        assert isinstance(result, Tensor)
+        return result
 
 
 class RingSequence(_DividedSequence):
@@ -94,7 +99,7 @@ class RingSequence(_DividedSequence):
 
     @uncompiled
     def attend(self, attention: Attend, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
-        """Causal attention in the place of `attention`, which planning/engine_checks.py holds to be plain."""
+        """Causal attention in the place of `attention`, which planning/parallel_checks.py holds to be plain."""
         return ring_attention(query, key, value, None if mask is None else mask.documents, self._places)
 
 

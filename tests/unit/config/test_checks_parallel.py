@@ -11,7 +11,7 @@ from config_cases import GPU, notice_of, refused
 
 from megalm.config.loading import load_run_config
 from megalm.cost_model.gpu_specs import gpu_by_name
-from megalm.planning.engine_checks import parallel_notices
+from megalm.planning.parallel_checks import parallel_notices
 from megalm.planning.resolve import ResolvedRun
 from tests.messages import assert_names
 
