@@ -254,7 +254,8 @@ class Manifest(_Part):
     """A checkpoint's metadata. Fields that older versions or weights-only checkpoints lack have defaults.
 
     Attributes:
-        holds: `weights` for an imported model or an average; None for the complete state of a run.
+        holds: `weights` for an imported model or an average; `weights_and_moments` for another toolkit's checkpoint;
+            None for the complete state of a run.
         averaged_from: RUN/step-N of each checkpoint that an average is of.
         validation_loss, validation_tokens: of this step, on the subset of the validation sets used while training;
             `whole_...`: on the complete sets.
@@ -266,7 +267,7 @@ class Manifest(_Part):
     status: Status = "good"
     status_reason: str | None = None
     step: Count
-    holds: Literal["weights"] | None = None
+    holds: Literal["weights", "weights_and_moments"] | None = None
     imported_from: str | None = None
     averaged_from: tuple[str, ...] = ()
     tokens: Count | None = None

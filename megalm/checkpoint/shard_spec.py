@@ -14,6 +14,8 @@ if TYPE_CHECKING:  # planning reads checkpoints without torch
 FragmentKind = Literal["master", "exp_avg", "exp_avg_sq", "momentum_buffer", "ema"]
 # The manifest's "holds" for a checkpoint with masters only, such as an imported model.
 WEIGHTS = "weights"
+# And for one with Adam's moments and the step too, but without a position in data and schedule.
+WEIGHTS_AND_MOMENTS = "weights_and_moments"
 
 
 @dataclass(frozen=True)

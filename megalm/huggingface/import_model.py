@@ -1,4 +1,4 @@
-"""Imports a Hugging Face model as a weights-only checkpoint, which every layout loads."""
+"""Imports a model as a checkpoint, which every layout loads: Hugging Face's, or a universal checkpoint of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from megalm.checkpoint.discovery import folder_name
 from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
-from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey
+from megalm.checkpoint.shard_spec import WEIGHTS, WEIGHTS_AND_MOMENTS, FragmentKey, FragmentKind, FragmentOnAccess
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.validation import to_yaml
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
@@ -29,8 +30,9 @@ from megalm.huggingface.export_tokenizer import (
     added_around,
 )
 from megalm.huggingface.output_folder import complete_folder
-from megalm.huggingface.pretrained_folder import HuggingFaceFolder
-from megalm.huggingface.vocabulary_change import ChangedVocabulary, NewRows, choose_vocabulary
+from megalm.huggingface.pretrained_folder import ModelSource
+from megalm.huggingface.universal_checkpoint import MOMENTS, OptimizerFacts, UniversalCheckpoint
+from megalm.huggingface.vocabulary_change import NewRows, choose_vocabulary
 from megalm.model.model_config import ModelConfig
 
 MODEL_FILE = "model.yaml"
@@ -52,6 +54,7 @@ class Imported:
         notes: what became of the rows of a changed vocabulary; a line for each way in which megalm treats texts
             differently than these files specify.
         shape: of the model, as it is imported.
+        optimizer: what is known of the training that the checkpoint continues; None: it holds weights alone.
     """
 
     checkpoint: Path
@@ -59,50 +62,69 @@ class Imported:
     tokenizer: Tokenizer
     notes: tuple[str, ...]
     shape: ModelConfig
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """A whole parameter, read only when it is written."""
-
-    key: FragmentKey
-    read: Callable[[str], Tensor]
-    advance: Callable[[], None]
-
-    @property
-    def tensor(self) -> Tensor:
-        self.advance()
-        return self.read(self.key.name).reshape(-1)
+    optimizer: OptimizerFacts | None = None
 
 
 def import_model(
-    source: HuggingFaceFolder,
+    source: ModelSource,
     target: Path,
     tokenizer: Path | None,
     advance: Callable[[], None],
     add_tokens: Path | None = None,
     new_rows: NewRows | None = None,
 ) -> Imported:
-    """Write the folder `target`: checkpoints/step-00000000, model.yaml and the tokenizer's files.
+    """Write the folder `target`: checkpoints/step-N, model.yaml and the tokenizer's files.
+
+    N is the step of a source with moments, else 0.
 
     Args:
         tokenizer: a file or a folder; None: the model's own. Rows go to another tokenizer's tokens by what these stand
             for, see `change_vocabulary`.
-        advance: called for each parameter.
+        advance: called for each tensor that is written, see `tensor_count`.
         add_tokens: a file with tokens to add, see `read_tokens`.
         new_rows: how rows of new tokens begin; None: as the mean.
 
     Raises:
         ConfigError: `target` is not free.
-        DataError: a tensor or the tokenizer is unusable, or the disk has too little space.
+        CheckpointError: a file of a universal checkpoint is unusable.
+        DataError: a tensor or the tokenizer is unusable, or the disk has too little space; or the rows of a source with
+            moments would change.
     """
+    if isinstance(source, UniversalCheckpoint):
+        tokenizer = tokenizer or source.config_folder
     with tempfile.TemporaryDirectory() as scratch:
         chosen = choose_vocabulary(source, find_tokenizer, tokenizer, (add_tokens, new_rows), Path(scratch))
+        if chosen[0] is not source and _optimizer_of(source) is not None:
+            raise DataError(
+                "the tokenizer changes the rows of the vocabulary, and new rows have no moments; import the weights "
+                "alone with --weights-only"
+            )
         return _import(*chosen, target, advance)
 
 
+def tensor_count(source: ModelSource) -> int:
+    """How often `import_model` calls `advance`."""
+    return len(source.shape.parameters()) * len(_kinds(source))
+
+
+def _optimizer_of(source: ModelSource) -> OptimizerFacts | None:
+    return source.optimizer if isinstance(source, UniversalCheckpoint) else None
+
+
+def _kinds(source: ModelSource) -> tuple[FragmentKind, ...]:
+    return ("master",) if _optimizer_of(source) is None else ("master", *MOMENTS)
+
+
+def _values(source: ModelSource, key: FragmentKey, advance: Callable[[], None]) -> Tensor:
+    advance()
+    if key.kind == "master":
+        return source.read(key.name).reshape(-1)
+    assert isinstance(source, UniversalCheckpoint)
+    return source.read(key.name, key.kind).reshape(-1)
+
+
 def _import(
-    source: HuggingFaceFolder | ChangedVocabulary,
+    source: ModelSource,
     found: Tokenizer,
     changes: tuple[str, ...],
     target: Path,
@@ -115,8 +137,14 @@ def _import(
             f"{own.name} has {found.vocab_size:,} ids, but the model's vocabulary is {shape.vocab_size:,}; name the "
             "model's own tokenizer with --tokenizer"
         )
-    keys = (FragmentKey(name, "master", size, 0, math.prod(size)) for name, size in shape.parameters().items())
-    stored = [_Stored(key, source.read, advance) for key in keys]
+    keys = (
+        FragmentKey(name, kind, size, 0, math.prod(size))
+        for name, size in shape.parameters().items()
+        for kind in _kinds(source)
+    )
+    stored = [FragmentOnAccess(key, partial(_values, source, key, advance)) for key in keys]
+    optimizer = _optimizer_of(source)
+    step = 0 if optimizer is None else optimizer.step
 
     def fill(folder: Path) -> None:
         for path in (own, *map(own.with_name, BESIDE)):
@@ -128,17 +156,19 @@ def _import(
         text = _HEADER.format(source=source.folder.name) + to_yaml(content)
         (folder / MODEL_FILE).write_text(text, encoding="utf-8")
         facts = {**manifest_facts(source, target.resolve().name, found), "tokenizer": place}
+        if optimizer is not None:
+            facts |= {"holds": WEIGHTS_AND_MOMENTS, "counters": optimizer.counters}
+        copies, alone = [folder / MODEL_FILE], SingleProcessCommunicator()
         try:
-            save_checkpoint(
-                folder / "checkpoints", 0, stored, facts, [folder / MODEL_FILE], SingleProcessCommunicator()
-            )
+            save_checkpoint(folder / "checkpoints", step, stored, facts, copies, alone)
         except TrainingError as error:  # its message is about training
             raise (error.__cause__ or error) from None
 
     complete_folder(target, bytes_needed(stored) + own.stat().st_size, fill)
     kept = load_tokenizer(target / own.name, found.eod_id if found.eod_is_chosen else None)
-    checkpoint = target / "checkpoints" / folder_name(0)
-    return Imported(checkpoint, target / MODEL_FILE, kept, (*changes, *_notes(source, kept)), shape)
+    checkpoint = target / "checkpoints" / folder_name(step)
+    notes = (*changes, *_notes(source, kept), *(() if optimizer is None else _training_notes(optimizer)))
+    return Imported(checkpoint, target / MODEL_FILE, kept, notes, shape, optimizer)
 
 
 def find_tokenizer(folder: Path) -> Path:
@@ -156,7 +186,7 @@ def find_tokenizer(folder: Path) -> Path:
     )
 
 
-def _notes(source: HuggingFaceFolder | ChangedVocabulary, tokenizer: Tokenizer) -> Iterator[str]:
+def _notes(source: ModelSource, tokenizer: Tokenizer) -> Iterator[str]:
     if added := added_around(tokenizer):
         yield f"the tokenizer adds {' '.join(added)} around a text; megalm adds no tokens, in training or in generation"
     eos = source.config.get("eos_token_id")
@@ -167,7 +197,19 @@ def _notes(source: HuggingFaceFolder | ChangedVocabulary, tokenizer: Tokenizer) 
         )
 
 
-def manifest_facts(source: HuggingFaceFolder | ChangedVocabulary, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
+def _training_notes(optimizer: OptimizerFacts) -> Iterator[str]:
+    skipped = optimizer.step - optimizer.updates
+    yield (
+        f"a run continues after step {optimizer.step:,} with AdamW's moments"
+        f"{f' of {optimizer.updates:,} updates, for {skipped:,} were skipped' if skipped else ''}"
+    )
+    for settings in optimizer.settings:
+        stated = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+        yield f"a parameter group of DeepSpeed's had {stated}; state it in the DeepSpeed JSON and the schedule"
+    yield "the learning-rate schedule and the position in the data are not imported: the run's own hold"
+
+
+def manifest_facts(source: ModelSource, name: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """The manifest's fields: a model without training state.
 
     Args:

@@ -136,15 +136,16 @@ class Card:
         if name:
             yield "dataset", name
         if tokens := manifest.tokens:
-            yield "tokens", f"{tokens:,} in {manifest.step:,} steps"
+            # Fewer steps than the checkpoint's where another toolkit trained before: those tokens are not counted.
+            yield "tokens", f"{tokens:,} in {manifest.data_position.steps or manifest.step:,} steps"
             if whole:
                 yield "epochs", f"{tokens / whole:.2f} of {whole:,} tokens"
             yield "tokens per parameter", f"{tokens / self.shape.parameter_count():.2f}"
 
     def _origin(self) -> str | None:
-        """The run and checkpoint whose weights this run started from, if any."""
+        """The run and checkpoint that this run started from, if any."""
         rows = read_metrics(self._metrics) if self._metrics is not None else ()
-        first = next((row for row in rows if row.get("event") == "start"), {})
+        first = next((row for row in rows if row.get("event") in ("start", "resume")), {})
         path = Path(first["path"]) if first.get("path") else None
         return None if path is None else f"the weights of {path.parent.parent.name}, {path.name}"
 

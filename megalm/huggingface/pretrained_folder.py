@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,14 +20,30 @@ from megalm.errors import DataError
 from megalm.huggingface.config_json import to_shape
 from megalm.huggingface.export_weights import INDEX, WEIGHTS, from_hf
 from megalm.huggingface.weight_mapping import HFTensor, base_model_prefix, hf_tensors
+from megalm.model.model_config import ModelConfig
 from megalm.utils.atomic_files import read_json
 
 _EXACT = ("F32", "F16", "BF16")  # converting these to fp32 is exact
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 # Masks and tables that older versions of transformers saved; the configuration determines them.
 _BUFFER = re.compile(r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq)")
-_HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"
 _SHOWN = 3
+
+
+class ModelSource(Protocol):
+    """A model to import: the content of its config.json, its dimensions, and its parameters by canonical name, fp32."""
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def config(self) -> dict[str, Any]: ...
+
+    @property
+    def shape(self) -> ModelConfig: ...
+
+    def read(self, name: str) -> Tensor: ...
 
 
 class HuggingFaceFolder:
@@ -69,9 +85,9 @@ class HuggingFaceFolder:
         prefix = base_model_prefix(self.shape)
         for file, opened in self._files.items():
             for stored in opened.keys():  # noqa: SIM118  (not a dictionary)
-                if _BUFFER.fullmatch(stored):
+                if is_buffer(stored):
                     continue
-                name = stored if stored.startswith(prefix) or stored == _HEAD else prefix + stored
+                name = stored if stored.startswith(prefix) or stored == HEAD else prefix + stored
                 if name in self._places:
                     raise DataError(f"{self.folder}: {self._places[name][0]} and {file} both hold {stored}")
                 self._places[name] = (file, stored)
@@ -99,14 +115,14 @@ class HuggingFaceFolder:
 
     def _drop_tied_head(self) -> None:
         """A stored head of a model with tied weights must equal the token embedding."""
-        if _HEAD not in self._places:
+        if HEAD not in self._places:
             return
         table = next(tensor.name for tensor in hf_tensors(self.shape))
-        if table in self._places and not torch.equal(self._load(_HEAD), self._load(table)):
+        if table in self._places and not torch.equal(self._load(HEAD), self._load(table)):
             raise DataError(
-                f"{self.folder}: {_HEAD} differs from {table}, but tie_word_embeddings is true; correct one of them"
+                f"{self.folder}: {HEAD} differs from {table}, but tie_word_embeddings is true; correct one of them"
             )
-        del self._places[_HEAD]
+        del self._places[HEAD]
 
     def _load(self, name: str) -> Tensor:
         file, stored = self._places[name]
@@ -117,14 +133,28 @@ class HuggingFaceFolder:
         return found
 
 
+def is_buffer(name: str) -> bool:
+    """Whether a stored tensor is no parameter: the configuration determines it."""
+    return _BUFFER.fullmatch(name) is not None
+
+
 def _config(folder: Path, ignored_keys: Collection[str]) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a local folder with config.json and {WEIGHTS}")
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} has no config.json; give the folder of a Hugging Face model")
-    config = read_json(folder / "config.json")
+    return read_config(folder / "config.json", ignored_keys)
+
+
+def read_config(path: Path, ignored_keys: Collection[str]) -> dict[str, Any]:
+    """Read a config.json.
+
+    Raises:
+        DataError: it cannot be read, is no JSON object, or lacks a key that is to be ignored.
+    """
+    config = read_json(path)
     if not isinstance(config, dict):
-        raise DataError(f"{folder / 'config.json'} is not a JSON object")
+        raise DataError(f"{path} is not a JSON object")
     if absent := [key for key in ignored_keys if key not in config]:
         raise DataError(f"--ignore-key {absent[0]}: config.json has no such key")
     return config

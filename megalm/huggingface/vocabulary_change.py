@@ -22,7 +22,7 @@ from torch import Tensor
 from megalm.data.tokenizers.tokenizer import BYTE, SPECIAL, TEXT, TokenContent, Tokenizer, load_tokenizer
 from megalm.errors import DataError
 from megalm.huggingface.export_tokenizer import BESIDE, GENERATION_CONFIG, TOKENIZER, write_tokenizer
-from megalm.huggingface.pretrained_folder import HuggingFaceFolder
+from megalm.huggingface.pretrained_folder import ModelSource
 from megalm.utils.atomic_files import read_json, write_json
 from megalm.utils.did_you_mean import did_you_mean
 
@@ -68,7 +68,7 @@ class ChangedVocabulary:
         new: ids of the tokens without an old row; `dropped`: number of old tokens without a new row.
     """
 
-    source: HuggingFaceFolder
+    source: ModelSource
     rows: npt.NDArray[np.int64]
     known: npt.NDArray[np.bool_]
     new: tuple[int, ...]
@@ -88,7 +88,7 @@ class ChangedVocabulary:
         return self.source.config
 
     def read(self, name: str) -> Tensor:
-        """See `HuggingFaceFolder.read`."""
+        """See `ModelSource.read`."""
         found = self.source.read(name)
         if name not in _WITH_ROWS:
             return found
@@ -111,7 +111,7 @@ class ChangedVocabulary:
         )
 
 
-def change_vocabulary(source: HuggingFaceFolder, old: Tokenizer, new: Tokenizer, rule: NewRows) -> ChangedVocabulary:
+def change_vocabulary(source: ModelSource, old: Tokenizer, new: Tokenizer, rule: NewRows) -> ChangedVocabulary:
     """Match the tokens of two tokenizers by what they stand for.
 
     Raises:
@@ -245,12 +245,12 @@ def _check_added(made: Tokenizer, before: Tokenizer, added: Sequence[dict[str, A
 
 
 def choose_vocabulary(
-    source: HuggingFaceFolder,
+    source: ModelSource,
     find: Callable[[Path], Path],
     named: Path | None,
     request: tuple[Path | None, NewRows | None],
     scratch: Path,
-) -> tuple[HuggingFaceFolder | ChangedVocabulary, Tokenizer, tuple[str, ...]]:
+) -> tuple[ModelSource, Tokenizer, tuple[str, ...]]:
     """Return the model, with other rows if its tokenizer changes; the tokenizer; and what to say of the rows.
 
     Args:

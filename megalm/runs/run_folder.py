@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from megalm.checkpoint.discovery import BEST, LATEST, complete_checkpoints, list_checkpoints
+from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.shard_spec import WEIGHTS
 from megalm.config.deepspeed.json_reader import parse_deepspeed_json
 from megalm.config.schema import RunSection
@@ -211,7 +212,7 @@ class RunFolder:
             return None
         entries = list_checkpoints(self.checkpoints)
         holds = {None if entry.manifest is None else entry.manifest.holds for entry in entries}
-        return entries[-1].path if holds == {WEIGHTS} else None
+        return entries[-1].path if holds and None not in holds else None
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,11 @@ def refuse_existing_run(folder: RunFolder, resume: bool) -> None:
     """
     path = folder.path
     if (checkpoint := folder.imported) is not None:
-        raise weights_only_error(checkpoint)
+        if read_manifest(checkpoint).holds == WEIGHTS:
+            raise weights_only_error(checkpoint)
+        raise ConfigError(
+            f"{path} holds an imported checkpoint; start a new run from it: run.name=NEW --resume {checkpoint}"
+        )
     if path.exists() and not resume and not folder.never_started:
         resumable = "resume it with --resume auto, or " if complete_checkpoints(folder.checkpoints) else ""
         raise ConfigError(f"run {path} exists; {resumable}choose another run.name")

@@ -90,6 +90,8 @@ _SHAPES = (
 def with_schedule(run: ResolvedRun, manifest: Manifest | None, more: int | None = None) -> RunSchedule:
     """Return the schedule of a run that resumes from `manifest`; None: a new run.
 
+    An imported checkpoint has no schedule: the run's own holds from its first step on, and goes on at that step.
+
     A schedule that the checkpoint already knows changes nothing. Another one takes effect at the next step, and counts
     steps from the run's start. An extension by `more` steps starts a new schedule.
     """
@@ -97,7 +99,8 @@ def with_schedule(run: ResolvedRun, manifest: Manifest | None, more: int | None 
     if manifest is None:
         return RunSchedule((ScheduleSegment(1, 0, run.schedule),), (configured,))
     step = manifest.step
-    segments = tuple(ScheduleSegment.of(stored) for stored in manifest.schedule.segments)
+    stored = manifest.schedule.segments
+    segments = tuple(map(ScheduleSegment.of, stored)) or (ScheduleSegment(1, 0, run.schedule),)
     known = manifest.schedule.stated or (segments[-1].schedule.as_json(),)
     if more is not None:
         added = ScheduleSegment(step + 1, step, _extension(run, rate_at(segments, max(step, 1)), more, known[-1]))
@@ -343,7 +346,7 @@ def _same_rates(segments: Sequence[ScheduleSegment]) -> bool:
 
 def _of_order(segments: Sequence[DataSegment]) -> list[DataSegment]:
     """Return the segments of the current order."""
-    first = max(index for index, segment in enumerate(segments) if segment.begins != "on")
+    first = max((index for index, segment in enumerate(segments) if segment.begins != "on"), default=0)
     return list(segments[first:])
 
 

@@ -6,14 +6,13 @@ The rules about what may change are in compatibility.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import Beginning, Manifest, require_training_state, shape_of
-from megalm.checkpoint.shard_spec import WEIGHTS
 from megalm.communicator import Communicator, SingleProcessCommunicator
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import ConfigError
@@ -146,7 +145,7 @@ def _find(
 
 
 def _require_state(path: Path, manifest: Manifest) -> None:
-    if manifest.holds == WEIGHTS:
+    if manifest.holds is not None:
         shape_of(path, manifest)
     else:
         require_training_state(path, manifest)
@@ -195,15 +194,48 @@ def plan_resume(point: ResumePoint, data: RunData) -> ResumePlan:
         return ResumePlan(run, data, shape, identity, position, None, options, (), ())
     options = replace(options, allow=(*options.allow, *run.config.resume.allow))
     plan = ResumePlan(run, data, shape, identity, position, found.reader, options, (), found.warnings)
-    return (_plan_from_weights if options.weights_only else _plan_continuation)(plan, found.reader)
+    if options.weights_only:
+        return _plan_from_weights(plan, found.reader)
+    is_import = found.reader.manifest.holds is not None
+    return (_plan_from_import if is_import else _plan_continuation)(plan, found.reader)
 
 
 def _plan_from_weights(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
     """Return the plan from a checkpoint's weights alone; only model and tokenizer must be the same."""
+    _refuse_other_model(plan, reader)
+    return replace(plan, notes=(f"the run starts from the weights of {reader.path}, at step 0 and the first sample",))
+
+
+def _plan_from_import(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
+    """Return the plan from another toolkit's weights, moments and step, with this run's schedule and data."""
+    _refuse_other_model(plan, reader)
+    run, manifest = plan.run, reader.manifest
+    position = replace(plan.position, stage=run.stages.at(manifest.step + 1), step=manifest.step)
+    notes = (
+        f"the run continues {reader.path} with its moments at step {manifest.step:,} of the run's own schedule, and at "
+        "the first sample",
+        *frozen_notes(manifest, run, plan.shape),
+        *ema_notes(manifest, run),
+        *_skip_steps(plan, position, plan.identity),
+    )
+    to_come = run.stages.samples(run.config.train.steps, after=position.step)
+    data = replace(plan.data, samples=position.samples + to_come)
+    return replace(plan, data=data, position=position, notes=notes)
+
+
+def _refuse_other_model(plan: ResumePlan, reader: CheckpointReader) -> None:
+    """Raise CheckpointError if the checkpoint's model or tokenizer is another one."""
     differences = incompatibilities(reader.manifest, identity_of(plan.run, plan.shape, plan.identity, 0))
     of_model = {thing: words for thing, words in differences.items() if thing in ("model", "tokenizer")}
     refuse_incompatible(reader.path, of_model, plan.resume.allow)
-    return replace(plan, notes=(f"the run starts from the weights of {reader.path}, at step 0 and the first sample",))
+
+
+def _skip_steps(plan: ResumePlan, position: TrainingProgress, identity: DataIdentity) -> Iterator[str]:
+    """Move `position` over the data of the steps that `--skip-steps` names, and say so."""
+    if steps := plan.resume.skip_steps:
+        samples = plan.run.stages.samples(position.step + steps, after=position.step)
+        position.skip(samples, identity.at(position.samples)["order"])
+        yield f"skipping the data of {steps} steps, {samples:,} samples"
 
 
 def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
@@ -224,10 +256,7 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
     if position.best_loss is not None and manifest.validation not in (None, identity.validation):
         position.best_loss, position.stale_evaluations = None, 0
         notes += ("the validation data changed: the lowest loss so far no longer counts",)
-    if resume.skip_steps:
-        samples = run.stages.samples(position.step + resume.skip_steps, after=position.step)
-        position.skip(samples, identity.at(position.samples)["order"])
-        notes += (f"skipping the data of {resume.skip_steps} steps, {samples:,} samples",)
+    notes += tuple(_skip_steps(plan, position, identity))
     notes = (
         *change_notes(position, manifest, run),
         *frozen_notes(manifest, run, plan.shape),

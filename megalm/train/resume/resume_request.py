@@ -177,4 +177,4 @@ def write_attempt(folder: RunFolder, request: LastAttempt) -> None:
 
 def _next_sample(found: CheckpointReader) -> int:
     segments = found.manifest.data_position.segments
-    return 0 if found.holds_weights_only else segments[-1].next_sample
+    return segments[-1].next_sample if segments else 0  # an imported checkpoint has none

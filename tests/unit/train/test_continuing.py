@@ -106,6 +106,18 @@ def test_an_extension_starts_where_the_rate_was() -> None:
     assert (said.segments[-1].schedule.kind, rate_at(said.segments, 110)) == ("linear", 0.0)
 
 
+def test_an_imported_checkpoint_takes_the_runs_own_schedule() -> None:
+    then = manifest(4, segment(256, 16, 0, 64)).amended(schedule={}, data_position={})
+    now = run("train.steps=20")
+    schedule = scheduled(then, now)
+    assert schedule.segments == scheduled(then.amended(step=9), now).segments == with_schedule(now, None).segments
+    longer = scheduled(then, now, more=6)
+    assert [(part.first_step, part.last_step) for part in longer.segments][-1] == (5, 10)
+    assert rate_at(longer.segments, 5) < rate_at(schedule.segments, 4)
+    assert first_sample_of(then, now)(5) == 0
+    assert first_sample_of(then, now)(7) == 2 * now.stages.at(5).samples
+
+
 def test_segments_survive_a_manifest() -> None:
     schedule = scheduled(manifest(10, segment(256, 16, 0, 160)), run("train.steps=10"), more=7)
     stored = manifest(10, schedule=schedule.as_json()).schedule.segments

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megalm.checkpoint.save_transaction import save_checkpoint
-from megalm.checkpoint.shard_spec import WEIGHTS
+from megalm.checkpoint.shard_spec import WEIGHTS, WEIGHTS_AND_MOMENTS
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
@@ -88,6 +88,14 @@ def test_an_imported_model_is_no_run(tmp_path: Path, resume: bool) -> None:
     assert [child.name for child in (tmp_path / "base").iterdir()] == ["checkpoints"]
     (tmp_path / "base" / "config.yaml").touch()
     assert open_run_folder(tmp_path, "base", None, resume=True).path == tmp_path / "base"
+
+
+def test_an_imported_checkpoint_is_no_run(tmp_path: Path) -> None:
+    facts = {"tokens": 0, "counters": {}, "holds": WEIGHTS_AND_MOMENTS}
+    path = save_checkpoint(tmp_path / "base" / "checkpoints", 9, [], facts, [], SingleProcessCommunicator())
+    with pytest.raises(ConfigError) as refused:
+        open_run_folder(tmp_path, "base", None, True)
+    assert_names(refused.value, f"--resume {path}", "run.name=NEW")
 
 
 def test_a_root_that_cannot_be_written_is_told(tmp_path: Path) -> None:
