@@ -21,6 +21,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     PrivateAttr,
@@ -32,7 +33,7 @@ from pydantic import (
 from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.config.schema import ScheduleKind, StepConvention, WarmupKind
 from megalm.errors import CheckpointError
-from megalm.model.model_config import ModelConfig
+from megalm.model.model_config import ModelConfig, completed_settings
 from megalm.utils.atomic_files import write_durably
 
 FORMAT = 2
@@ -232,12 +233,17 @@ def _lowest(size: float) -> int:
     return 1 if isinstance(size, int) else 0
 
 
+def _completed_model(value: Any) -> Any:
+    return completed_settings(value) if isinstance(value, Mapping) else value
+
+
 def _checked_model(value: dict[str, Any]) -> dict[str, Any]:
     if not ModelConfig.__dataclass_fields__.keys() - value.keys():
         for name, size in vars(_SHAPE.validate_python(value)).items():
-            is_number = not isinstance(size, (str, bool))
+            if not isinstance(size, (bool, int, float)):
+                continue
             is_typed = type(value[name]) in ((float, int) if isinstance(size, float) else (type(size),))
-            if not is_typed or (is_number and not _lowest(size) <= size <= _LARGEST):
+            if not is_typed or not (isinstance(size, bool) or _lowest(size) <= size <= _LARGEST):
                 raise ValueError(f"{name} is {value[name]!r}")
     return value
 
@@ -284,7 +290,7 @@ class Manifest(_Part):
     data_position: DataPosition = DataPosition()
     schedule: StoredSchedule = StoredSchedule()
     topology: StoredTopology | None = None
-    model: Annotated[dict[str, Any], AfterValidator(_checked_model)] = {}
+    model: Annotated[dict[str, Any], BeforeValidator(_completed_model), AfterValidator(_checked_model)] = {}
     data: dict[str, Any] = {}
     fingerprints: Fingerprints = Fingerprints()
     tokenizer: str | None = None
@@ -302,7 +308,7 @@ class Manifest(_Part):
         if self.counters.get("optimizer_step", 0) > self.step or self.data_position.steps > self.step:
             raise ValueError(f"counters or data_position have more steps than step {self.step}")
         if self.model.keys() == ModelConfig.__dataclass_fields__.keys():
-            shape = ModelConfig(**self.model)
+            shape = _SHAPE.validate_python(self.model)
             if shape.num_hidden_layers > len(self.tensors):  # too many, perhaps, to list their tensors
                 raise ValueError(f"{len(self.tensors)} tensors are too few for num_hidden_layers")
             expected = shape.parameters()

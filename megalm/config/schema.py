@@ -29,9 +29,11 @@ class Section(BaseModel):
 
     Attributes:
         hint: ends the message about a value that is no section.
+        is_value: a mapping that is given, inherited and replaced as a whole, or is null.
     """
 
     hint: ClassVar[str] = ""
+    is_value: ClassVar[bool] = False
     model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
 
 
@@ -82,6 +84,10 @@ class DocumentedSection(Section):
 
 
 ModelStyle = Literal["gpt2", "llama"]
+NormKind = Literal["layer_norm", "rms_norm"]
+NormPlacement = Literal["pre", "post", "both"]
+PositionKind = Literal["learned_absolute", "rope", "none"]
+Activation = Literal["gelu", "gelu_pytorch_tanh", "silu", "relu2"]
 Recompute = Literal["none", "norms", "attention", "mlp", "full"]
 ContextMethod = Literal["all_to_all", "ring"]
 ScheduleKind = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
@@ -98,10 +104,33 @@ class RunSection(Section):
     root: UserPath = Field(default="runs", description="folder of the run folders and of the default MLflow store")
 
 
-class ModelSection(Section):
-    """Field names as in Hugging Face configurations."""
+class RopeScaling(Section):
+    """Rotary frequencies for sequences longer than those of the first training; key names of transformers."""
 
-    style: ModelStyle = "llama"
+    is_value: ClassVar[bool] = True
+    rope_type: Literal["linear", "llama3", "yarn"]
+    factor: Annotated[float, Field(ge=1, allow_inf_nan=False)]
+    original_max_position_embeddings: PositiveInt | None = Field(default=None, description="llama3 and yarn need it")
+    low_freq_factor: PositiveFloat = Field(default=1.0, description="of llama3")
+    high_freq_factor: PositiveFloat = Field(default=4.0, description="of llama3")
+    beta_fast: PositiveFloat = Field(default=32.0, description="of yarn")
+    beta_slow: PositiveFloat = Field(default=1.0, description="of yarn")
+    attention_factor: PositiveFloat | None = Field(default=None, description="of yarn; null: 0.1 ln(factor) + 1")
+    truncate: bool = Field(default=True, description="of yarn: the ramp begins and ends at whole dimensions")
+
+
+# Layers of the model, counted from 0; or a number n: every n-th layer, which are n-1, 2n-1, ...
+LayerChoice = PositiveInt | tuple[NonNegativeInt, ...]
+
+
+class ModelSection(Section):
+    """Field names as in Hugging Face configurations; null: what `style` says."""
+
+    style: ModelStyle = Field(
+        default="llama",
+        description="gpt2: layer_norm, learned_absolute, gelu_pytorch_tanh, biases, tied; llama: rms_norm, rope, gated "
+        "silu, no biases, untied",
+    )
     vocab_size: PositiveInt | None = Field(default=None, description="null: the tokenizer's")
     vocab_multiple: PositiveInt | None = Field(
         default=None, description="pad the tokenizer's vocabulary to a multiple of this; the ids added are never drawn"
@@ -114,13 +143,65 @@ class ModelSection(Section):
     )
     head_dim: PositiveInt | None = Field(default=None, description="default hidden_size / num_attention_heads")
     intermediate_size: PositiveInt | None = Field(
-        default=None, description="default 4 x hidden (gpt2), 8/3 x hidden rounded up to 64 (llama)"
+        default=None, description="default 8/3 x hidden rounded up to 64 if gated, else 4 x hidden"
     )
     max_position_embeddings: PositiveInt | None = Field(default=None, description="default the longest sequence length")
     tie_word_embeddings: bool | None = Field(default=None, description="default true for gpt2, false for llama")
-    rope_theta: PositiveFloat = 10_000.0
+    normalization: NormKind | None = None
+    norm_placement: NormPlacement = Field(
+        default="pre",
+        description="before attention and MLP, after them (before the residual sum, as OLMo 2), or both (Gemma)",
+    )
     norm_epsilon: PositiveFloat = 1e-5
-    qk_norm: bool = Field(default=False, description="RMS norm on queries and keys, one gain per head dimension")
+    norm_zero_centered: bool = Field(default=False, description="multiply by 1 + gain (Gemma); the gain starts at 0")
+    qk_norm: bool | Literal["whole"] = Field(
+        default=False,
+        description="RMS norm on queries and keys: true, of each head, one gain per head dimension (Qwen3); whole, of "
+        "all heads together (OLMo 2)",
+    )
+    position_embedding_type: PositionKind | None = None
+    rope_theta: PositiveFloat = 10_000.0
+    rope_local_theta: PositiveFloat | None = Field(
+        default=None, description="of layers with a sliding window; null: rope_theta"
+    )
+    rope_scaling: RopeScaling | None = Field(
+        default=None, description="{rope_type: linear | llama3 | yarn, factor, ...}, of layers without a sliding window"
+    )
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="share of each head's dimensions that rotates, the first ones"
+    )
+    no_rope_layers: LayerChoice | None = Field(
+        default=None, description="layers without positions: numbers from 0, or n: every n-th layer (SmolLM3: 4)"
+    )
+    sliding_window: PositiveInt | None = Field(
+        default=None, description="a token attends to itself and the sliding_window - 1 tokens before it"
+    )
+    full_attention_layers: LayerChoice | None = Field(
+        default=None, description="layers without the sliding window: numbers from 0, or n: every n-th (Gemma 3: 6)"
+    )
+    attention_scale: PositiveFloat | None = Field(default=None, description="of the scores; null: 1/sqrt(head_dim)")
+    attn_logit_softcapping: PositiveFloat | None = Field(
+        default=None, description="scores become cap x tanh(score / cap) (Gemma 2)"
+    )
+    attention_sinks: bool = Field(
+        default=False, description="each head has a learned score that takes a share of the softmax and has no value"
+    )
+    qkv_bias: bool | None = None
+    attention_output_bias: bool | None = None
+    mlp_bias: bool | None = None
+    hidden_act: Activation | None = Field(
+        default=None, description="gelu, its tanh form, silu (swish), or squared ReLU (relu2)"
+    )
+    gated_mlp: bool | None = Field(default=None, description="down(act(gate x) * up x), else down(act(up x))")
+    parallel_residual: bool = Field(
+        default=False, description="attention and MLP both read the block's input (GPT-NeoX)"
+    )
+    embedding_scale: PositiveFloat | None = Field(
+        default=None, description="multiplies token embeddings (Gemma: the root of hidden_size)"
+    )
+    final_logit_softcapping: PositiveFloat | None = Field(
+        default=None, description="logits become cap x tanh(logit / cap) (Gemma 2)"
+    )
     dropout: Probability = Field(default=0.0, description="embeddings and residual branches")
     attention_dropout: Probability = 0.0
     initializer_range: PositiveFloat = 0.02
@@ -337,6 +418,11 @@ class TrainSection(Section):
     )
     slow_seconds: PositiveFloat | None = Field(
         default=120.0, description="report a rank that is slow for this long; null: watch none"
+    )
+    z_loss: NonNegativeFloat = Field(
+        default=0.0,
+        description="coefficient of log(Z)^2, which training minimises beside the loss; usual is 1e-4. Z: the sum that "
+        "the softmax divides by. Losses are shown without it",
     )
     loss_chunk_tokens: PositiveInt | None = Field(
         default=None,

@@ -143,7 +143,7 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     for member in members(field.annotation):
         # In Python 3.10 tuple[str] is an instance of type.
         if get_origin(member) is None and isinstance(member, type) and issubclass(member, BaseModel):
-            return member
+            return None if getattr(member, "is_value", False) else member
     return None
 
 

@@ -107,6 +107,8 @@ class Share:
         if name.endswith(_ROWS):
             return (size[0], size[1] // self.tensor)
         layer = next((column for column in _COLUMNS if f".{column}." in name), None)
+        if name.endswith(".attention.sinks"):
+            return (self.heads,)
         if layer is None:
             return size
         if layer in ("attention.key", "attention.value"):
@@ -381,32 +383,30 @@ def activation_bytes(case: MemoryCase, share: Share) -> int:
     tokens = case.tokens
     stream = tokens * case.shape.hidden_size // share.slices
     hidden = stream * case.element_bytes
-    blocks, whole = _trained_blocks(case, share), _whole_blocks(case, share)
-    # Of each kind of block, what it keeps, and what its recomputation holds again for a time.
-    plain = block_bytes(case, share, case.recompute), block_bytes(case, share, "full")
-    kinds = [it for it, count in zip(plain, (len(blocks) - whole, whole), strict=True) if count]
-    kept = (len(blocks) - whole) * plain[0][0] + whole * plain[1][0]
+    whole = _whole_blocks(case, share)
+    # Of each block, what it keeps, and what its recomputation holds again for a time.
+    blocks = [
+        block_bytes(case, share, "full" if layer in whole else case.recompute, layer)
+        for layer in _trained_blocks(case, share)
+    ]
+    kept = sum(kept for kept, _ in blocks)
     # The last stage keeps its final norm and the head's input; another stage keeps the output that it sends on.
-    end = hidden + (stream * _norm_bytes(case, case.shape.style == "llama") if share.is_last else 0)
-    mask = (
-        case.micro_batch * case.sequence_length * 4 if case.document_mask else 0
-    )  # document numbers; attention builds its masks block by block
-    working = 2 * hidden + max((again for _, again in kinds), default=0)  # gradients, and what one block recomputes
+    end = hidden + (stream * _norm_bytes(case, case.shape.normalization == "rms_norm") if share.is_last else 0)
+    # Document numbers; attention builds its masks block by block.
+    mask = case.micro_batch * case.sequence_length * 4 if case.document_mask else 0
+    working = 2 * hidden + max((again for _, again in blocks), default=0)  # gradients, and what one block recomputes
     working += _float8_bytes(case, share) + _context_bytes(case, share)
     if case.offload_activations:
         # One of them on its way; DeepSpeed holds what a stage receives.
-        kept += (0 if share.is_first else hidden) - whole * hidden
-        working += min(2, whole) * hidden
+        kept += (0 if share.is_first else hidden) - len(whole) * hidden
+        working += min(2, len(whole)) * hidden
     return (kept + end + mask) * share.in_flight(case.accumulation) + working
 
 
-def _whole_blocks(case: MemoryCase, share: Share) -> int:
-    """Blocks of a stage that are recomputed whole."""
-    blocks = _trained_blocks(case, share)
-    if case.recompute == "full":
-        return len(blocks)
-    every = case.checkpoint_activations_every
-    return len([index for index in blocks if every and index % every == 0])
+def _whole_blocks(case: MemoryCase, share: Share) -> list[int]:
+    """Numbers of the blocks of a stage that are recomputed whole."""
+    every = 1 if case.recompute == "full" else case.checkpoint_activations_every
+    return [index for index in _trained_blocks(case, share) if every and index % every == 0]
 
 
 def _trained_blocks(case: MemoryCase, share: Share) -> range:
@@ -421,7 +421,7 @@ def _offloaded_inputs(case: MemoryCase, share: Share) -> dict[str, int]:
     each = case.tokens * case.shape.hidden_size // share.slices * case.element_bytes
     if not case.on_cpu:
         each = 1 << (each - 1).bit_length()  # torch allocates page-locked memory in powers of two
-    return {"block inputs": each * _whole_blocks(case, share) * share.in_flight(case.accumulation)}
+    return {"block inputs": each * len(_whole_blocks(case, share)) * share.in_flight(case.accumulation)}
 
 
 def _float8_bytes(case: MemoryCase, share: Share) -> int:
@@ -431,15 +431,16 @@ def _float8_bytes(case: MemoryCase, share: Share) -> int:
     return elements * (5 if case.on_cpu else 1) if case.float8 else 0
 
 
-def block_bytes(case: MemoryCase, share: Share, recompute: Recompute) -> tuple[int, int]:
-    """Bytes that one block keeps, and those that it holds again while it is recomputed."""
+def block_bytes(case: MemoryCase, share: Share, recompute: Recompute, layer: int = 0) -> tuple[int, int]:
+    """Bytes that the block `layer` keeps, and those that it holds again while it is recomputed."""
     shape, size, tokens = case.shape, case.element_bytes, case.tokens
     stream, inner = tokens * shape.hidden_size // share.slices, tokens * shape.intermediate_size // share.tensor
     queries, keys = tokens * share.heads * shape.head_dim, tokens * share.key_value_heads * shape.head_dim
     context = case.topology.context
     # Attention of a context group reads whole sequences of fewer heads, of which each rank needs a key/value head.
     read = keys if case.ring else max(keys, tokens * context * shape.head_dim)
-    norm = stream * _norm_bytes(case, shape.style == "llama")
+    # Before attention and MLP or after them, the input of one norm is kept; that of the layer's projections is too.
+    norm = (2 if shape.norm_placement == "both" else 1) * stream * _norm_bytes(case, shape.normalization == "rms_norm")
     dropout_mask = stream if shape.dropout > 0 else 0  # one byte each
     # The norm and its output, the projections' input; queries, keys, values and attention's output.
     attention = norm + dropout_mask + (stream + 2 * queries + 2 * (queries if case.repeats_keys else read)) * size
@@ -448,17 +449,22 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute) -> tuple[i
     if shape.qk_norm:
         attention += (queries + keys) * _norm_bytes(case, True)
     if case.on_cpu and not case.ring:
-        attention += case.micro_batch * share.heads // context * kept_probabilities(case.sequence_length) * size
+        heads = case.micro_batch * share.heads // context
+        attention += heads * kept_probabilities(shape, layer, case.sequence_length) * size
     # The same of the MLP, and up, gelu | gate, silu, up, product.
-    mlp = norm + dropout_mask + (stream + (2 if shape.style == "gpt2" else 4) * inner) * size
+    mlp = norm + dropout_mask + (stream + (4 if shape.gated_mlp else 2) * inner) * size
     hidden, tile = stream * size, 0
+    widened = case.on_cpu and size < 4 and shape.normalization == "rms_norm"  # each norm keeps an fp32 copy
+    if shape.parallel_residual and not widened:  # both norms, or projections, have one input
+        mlp -= hidden
     if case.mlp_chunk_tokens is not None:
         tile, mlp = _tile_bytes(case, share, mlp - dropout_mask), hidden + dropout_mask
     match recompute:
         case "none":
             return attention + mlp, tile
         case "norms":
-            return attention + mlp - (1 if tile else 2) * norm, max(norm + hidden, tile)
+            spared = _recomputed_norm_bytes(case, stream)
+            return attention + mlp - (1 if tile else 2) * spared, max(spared + hidden, tile)
         case "attention":
             return hidden + mlp, max(attention, tile)
         case "mlp":
@@ -478,7 +484,7 @@ def _context_bytes(case: MemoryCase, share: Share) -> int:
     if case.topology.context == 1:
         return 0
     inner = case.tokens * case.shape.intermediate_size // share.tensor
-    freed = 0 if case.mlp_chunk_tokens else (2 if case.shape.style == "gpt2" else 4) * inner * case.element_bytes
+    freed = 0 if case.mlp_chunk_tokens else (4 if case.shape.gated_mlp else 2) * inner * case.element_bytes
     tokens, width = case.tokens, case.shape.head_dim
     queries = tokens * share.heads * width
     keys = (
@@ -497,13 +503,20 @@ def _tile_bytes(case: MemoryCase, share: Share, mlp: int) -> int:
     Args:
         mlp: bytes that the whole MLP would keep.
     """
-    tokens, style = min(case.tokens, case.mlp_chunk_tokens or case.tokens), case.shape.style
+    tokens, gated = min(case.tokens, case.mlp_chunk_tokens or case.tokens), case.shape.gated_mlp
     # Beside what a tile keeps, gradients: of gelu and up | of product, silu and up, less the product.
-    gradients = (1 if style == "gpt2" else 2) * case.shape.intermediate_size // share.tensor * case.element_bytes
+    gradients = (2 if gated else 1) * case.shape.intermediate_size // share.tensor * case.element_bytes
     name = f"layers.{share.first_block}.mlp."
     weights = sum(math.prod(size) for own, size in share.parameters().items() if own.startswith(name))
     # Gradients of the weights are summed in fp32, beside those of a tile.
     return mlp * tokens // case.tokens + tokens * gradients + (4 + case.element_bytes) * weights
+
+
+def _recomputed_norm_bytes(case: MemoryCase, stream: int) -> int:
+    """What the recomputation of a norm before attention or MLP spares, which a block may lack."""
+    return (
+        0 if case.shape.norm_placement == "post" else stream * _norm_bytes(case, case.shape.normalization == "rms_norm")
+    )
 
 
 def _norm_bytes(case: MemoryCase, rms: bool) -> int:

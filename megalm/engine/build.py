@@ -76,12 +76,13 @@ def build_engine(
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
     float8 = run.config.precision.float8
-    layers = LayerFactory(clock, run.compiled, float8, sequence)
+    layers = LayerFactory(clock, run.compiled, float8, train.z_loss, sequence)
     if run.topology.tensor > 1:
         how = run.config.parallel.sequence, run.compiled, float8, run.tensor_chunks
-        layers = TensorLayers(clock, groups.tensor, *how, sequence)
-    if run.compiled:  # a graph for each length, in training and in validation, and of the loss's last chunk
-        graphs = 4 * len(set(run.config.data.sequence_lengths))
+        layers = TensorLayers(clock, groups.tensor, *how, train.z_loss, sequence)
+    if run.compiled:
+        # A graph for each length and kind of layer, in training and in validation, and the loss's last chunk.
+        graphs = 4 * len(set(run.config.data.sequence_lengths)) * shape.kinds_of_layers
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
     sizes = shape.parameters()
     draw = (lambda name: initial_weight(name, sizes[name], shape, train.seed)) if initial_weights else None
@@ -128,7 +129,7 @@ def _pipeline_engine(
     from megalm.engine.pipeline_stage import MicroBatchContext, PipelineStage
 
     run = context.run
-    stage = PipelineStage(build, MicroBatchContext(clock), run.topology, blocks)
+    stage = PipelineStage(build, MicroBatchContext(clock, context.shape, build.sequence.parts), run.topology, blocks)
     part = stage.part_of_model()
     with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups.data_context) as weights:
         weights.fill(part)

@@ -78,9 +78,9 @@ class PipelineEngine(EngineBase):
 
         def before_forward(index: int) -> None:
             self._by_dataset.of(batch.micro_batches[index].datasets)
-            _, labels, documents = micro_batches[index]
+            tokens, labels, documents = micro_batches[index]
             self._clock.step, self._clock.micro_batch = step, self._micro_batch(index)
-            model.context.set(documents, labels)
+            model.context.set(tokens, documents, labels)
 
         def before_update() -> None:
             self._by_dataset.of(None)
@@ -96,7 +96,7 @@ class PipelineEngine(EngineBase):
         self._model.loss_sum = 0.0
         for micro_batch in micro_batches:
             tokens, labels, documents = self._tensors(micro_batch)
-            self._model.context.set(documents, labels)
+            self._model.context.set(tokens, documents, labels)
             self._forward(tokens)
         return float(self._sum_over_ranks(self._model.loss_sum))
 
@@ -105,10 +105,11 @@ class PipelineEngine(EngineBase):
         self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
         self._model.eval()
-        self._model.context.set(None, positions=torch.from_numpy(positions).to(self._device))
+        inputs = self._padded(tokens, self._model.slices)
+        self._model.context.set(inputs, None, positions=torch.from_numpy(positions).to(self._device))
         with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
-            last = self._forward(self._padded(tokens, self._model.slices))
-        logits = torch.empty(len(tokens), self._model.vocab_size, device=self._device) if last is None else last.float()
+            last = self._forward(inputs)
+        logits = torch.empty(len(inputs), self._model.vocab_size, device=self._device) if last is None else last.float()
         dist.broadcast(logits, src=self._pipeline.ranks[-1], group=self._pipeline.process_group)
         return logits.cpu().numpy()
 

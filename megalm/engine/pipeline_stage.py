@@ -18,8 +18,9 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from megalm.engine.deepspeed_patches import prints_to_log
-from megalm.model.attention import DocumentMask, document_mask
+from megalm.model.attention_kernels import AttentionMask, attention_mask
 from megalm.model.layer_factory import VocabularyOutput, annotate_shard, shard_of
+from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
 from megalm.model.transformer import LanguageModelHead, StageBuilder
 from megalm.topology import Topology
@@ -33,24 +34,34 @@ class MicroBatchContext:
 
     Args:
         clock: of the dropout layers.
+        shape: of the whole model.
+        parts: number of ranks that divide each sequence.
 
     Attributes:
         documents: [B, T] document numbers; None: a sample is one document.
-        mask: made from `documents`, once for all blocks of the stage.
+        mask: of attention, made once for all blocks of the stage.
         labels: [B, T], for the loss; None to compute logits.
         positions: [B], the position in each sequence whose logits to compute.
     """
 
     clock: DropoutClock
+    shape: ModelConfig
+    parts: int = 1
     documents: Tensor | None = field(default=None, init=False)
-    mask: DocumentMask | None = field(default=None, init=False)
+    mask: AttentionMask | None = field(default=None, init=False)
     labels: Tensor | None = field(default=None, init=False)
     positions: Tensor | None = field(default=None, init=False)
 
-    def set(self, documents: Tensor | None, labels: Tensor | None = None, positions: Tensor | None = None) -> None:
-        """Set the data of the next forward pass."""
+    def set(
+        self,
+        tokens: Tensor,
+        documents: Tensor | None,
+        labels: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> None:
+        """Set the data of the next forward pass; `tokens` are this rank's."""
         self.documents, self.labels, self.positions = documents, labels, positions
-        self.mask = None if documents is None else document_mask(documents)
+        self.mask = attention_mask(self.shape, tokens.shape[1] * self.parts, tokens.device, documents)
 
 
 class EmbeddingLayer(nn.Module):

@@ -15,6 +15,7 @@ from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
+from megalm.data.tokenizers.sentencepiece_tokenizer import SPACE
 from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer
 from megalm.errors import DataError
 from megalm.huggingface.export_tokenizer import own_chat_template, read_tokenizer_config
@@ -36,6 +37,9 @@ _PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, bool]] = {
     (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_REST}",): ("llama-bpe", True),
     (rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_REST}",): ("qwen2", False),
 }
+
+_UNIGRAM = "it is a unigram model, whose unknown characters llama.cpp does not write as bytes"
+_SPACE_NOTE = "a U+2581 in a text is read as a space by llama.cpp, as bytes by megalm"
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,9 @@ def to_gguf(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
         if tokenizer.spec == BYTES:
             made = _bytes(rows)
         elif Path(tokenizer.spec).suffix == ".json":
-            made = _byte_level(tokenizer, rows)
+            definition = read_json(Path(tokenizer.spec))
+            is_of_pieces = definition["model"].get("byte_fallback") and not definition.get("pre_tokenizer")
+            made = (_converted_pieces if is_of_pieces else _byte_level)(tokenizer, rows, definition)
         else:
             made = _sentencepiece(tokenizer, rows)
     except NoEquivalentError as reason:
@@ -92,7 +98,7 @@ def to_gguf(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
 def _sentencepiece(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
     converted = SentencePieceModel(tokenizer.spec)
     if converted.is_unigram:
-        raise NoEquivalentError("it is a unigram model, whose unknown characters llama.cpp does not write as bytes")
+        raise NoEquivalentError(_UNIGRAM)
     converted.to_tokenizer()  # refuses normalization, and pieces that are cut out first
     model = sentencepiece_model_pb2.ModelProto.FromString(Path(tokenizer.spec).read_bytes())
     kinds = {
@@ -115,7 +121,7 @@ def _sentencepiece(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
         scores=[*(piece.score for piece in model.pieces), *(-1e4 for _ in free)],
         special={name: ids[token] for name, token in special.items() if token in ids},
         template=None if template is None else template.template,
-        note="a U+2581 in a text is read as a space by llama.cpp, as bytes by megalm",
+        note=_SPACE_NOTE,
     )
 
 
@@ -128,8 +134,52 @@ def _bytes(rows: int) -> GGUFTokenizer:
     return GGUFTokenizer("gpt2", names, kinds, pre="gpt-2", merges=[f"{bytes_[254]} {bytes_[255]}"])
 
 
-def _byte_level(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
-    definition = read_json(Path(tokenizer.spec))
+def _converted_pieces(tokenizer: Tokenizer, rows: int, definition: dict[str, Any]) -> GGUFTokenizer:
+    """SentencePiece's BPE as an export writes it into tokenizer.json, whose `.model` others did not keep.
+
+    llama.cpp merges whatever two pieces give a third, by the third one's score: the merges have to be all of these, and
+    in an order of the third pieces.
+    """
+    model = definition["model"]
+    if model.get("type") == "Unigram":
+        raise NoEquivalentError(_UNIGRAM)
+    if model.get("type") != "BPE" or definition.get("normalizer") or model.get("ignore_merges"):
+        raise NoEquivalentError("it is neither a byte-level BPE nor a SentencePiece model's BPE")
+    added = {entry["content"]: entry for entry in definition.get("added_tokens") or ()}
+    bytes_ = {f"<0x{byte:02X}>" for byte in range(256)}
+    normal = {name for name in model["vocab"] if name not in added and name not in bytes_}
+    pairs = [tuple(pair) if isinstance(pair, list) else tuple(pair.split(" ", 1)) for pair in model["merges"]]
+    made = [left + right for left, right in pairs]
+    ranks = {name: rank for rank, name in enumerate(dict.fromkeys(made))}
+    every = {
+        (name[:cut], name[cut:])
+        for name in normal
+        for cut in range(1, len(name))
+        if name[:cut] in normal and name[cut:] in normal
+    }
+    if set(pairs) != every or [ranks[name] for name in made] != sorted(ranks[name] for name in made):
+        raise NoEquivalentError("its merges are not those of a SentencePiece model")
+    tokens, kinds, scores = list(map(_unused, range(rows))), [UNUSED] * rows, [-1e4] * rows
+    for name, token in model["vocab"].items():
+        tokens[token], kinds[token] = name.replace(" ", SPACE), BYTE if name in bytes_ else NORMAL
+        scores[token] = -float(ranks.get(name, 0))
+    for name, entry in added.items():
+        tokens[entry["id"]], kinds[entry["id"]] = name, CONTROL if entry["special"] else USER_DEFINED
+        if name == model.get("unk_token"):
+            kinds[entry["id"]] = UNKNOWN
+    template = own_chat_template(tokenizer)
+    return GGUFTokenizer(
+        "llama",
+        tokens,
+        kinds,
+        scores=scores,
+        special={name: tokens.index(text) for name, text in _special(tokenizer) if text in tokens},
+        template=None if template is None else template.template,
+        note=_SPACE_NOTE,
+    )
+
+
+def _byte_level(tokenizer: Tokenizer, rows: int, definition: dict[str, Any]) -> GGUFTokenizer:
     model = definition["model"]
     if model.get("type") != "BPE" or model.get("byte_fallback"):
         raise NoEquivalentError("it is no byte-level BPE")

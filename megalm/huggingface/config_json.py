@@ -7,14 +7,13 @@ to change no number of a forward pass. Any other key is refused.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from pydantic import ValidationError
 
 from megalm.config.schema import ModelSection
 from megalm.errors import CheckpointError, DataError
-from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.model_config import ModelConfig, build_model_config, model_settings
 
 Config = Mapping[str, Any]
 Accepts = Callable[[Any], bool]
@@ -239,7 +238,7 @@ def to_shape(config: Config, ignored: Collection[str] = ()) -> ModelConfig:
 
 def section_of(shape: ModelConfig) -> dict[str, Any]:
     """The complete `model:` section of a run configuration for this model, without defaults."""
-    return {name: value for name, value in asdict(shape).items() if name in ModelSection.model_fields}
+    return {name: value for name, value in model_settings(shape).items() if name in ModelSection.model_fields}
 
 
 def _problems(config: Config, family: str) -> Iterator[str]:

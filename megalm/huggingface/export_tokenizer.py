@@ -32,7 +32,14 @@ PAD = "<|pad|>"
 # Keys of a tokenizer_config.json that hold for another class than PreTrainedTokenizerFast, or would change ids.
 _OF_ANOTHER_CLASS = (
     *("add_bos_token", "add_eos_token", "add_prefix_space", "auto_map", "backend", "is_local", "legacy"),
-    *("name_or_path", "sp_model_kwargs", "split_special_tokens", "tokenizer_file", "use_default_system_prompt"),
+    *(
+        "local_files_only",
+        "name_or_path",
+        "sp_model_kwargs",
+        "split_special_tokens",
+        "tokenizer_file",
+        "use_default_system_prompt",
+    ),
 )
 _EOD = "<eod>"  # the bytes tokenizer has no names
 _TOKENS_PER_TEXT = 500
@@ -134,11 +141,17 @@ def write_tokenizer(
         write_bytes_atomically(folder / TEMPLATE_FILE, template.template.encode())
         files.append(TEMPLATE_FILE)
     write_json(folder / TOKENIZER_CONFIG, config)
+    unended = template is not None and _leaves_turns_open(template, special)
     note = f"{TOKENIZER} gives megalm's ids on {texts - ties} of {texts} test texts"
     if made.pieces is not None and made.pieces.is_unigram:
         note += (
             "; if two segmentations of a text are equally likely, it may choose the other one (it adds scores in 64 "
             f"bits, SentencePiece in 32): {SENTENCEPIECE} always gives megalm's ids"
+        )
+    if unended:
+        note += (
+            f"; the chat template ends the assistant's turns without {special['eos_token']}: a model that is "
+            "fine-tuned with it does not learn to stop, unless another token ends them and is given as its eos_token"
         )
     vocabulary = made.tokenizer.get_vocab(with_added_tokens=True)
     ids = {key: vocabulary[name] for key, name in special.items() if name is not None}
@@ -163,6 +176,17 @@ def own_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
         return load_chat_template(None, tokenizer.spec)
     except DataError:
         return None
+
+
+def _leaves_turns_open(template: ChatTemplate, special: dict[str, str | None]) -> bool:
+    """Whether what is trained of a conversation does not end with the token that ends a document."""
+    names = {key: name for key, name in special.items() if name is not None}
+    messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "answer"}]
+    try:
+        text, trained = ChatTemplate(template.template, names).render(json.dumps({"messages": messages, "tools": None}))
+    except DataError:  # a template for other messages than these
+        return False
+    return bool(trained) and not text[slice(*trained[-1])].rstrip().endswith(names["eos_token"])
 
 
 def _padding(made: _Converted, rows: int) -> str | None:

@@ -7,7 +7,7 @@ import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from megalm.huggingface.output_folder import complete_folder
 from megalm.huggingface.pretrained_folder import ModelSource
 from megalm.huggingface.universal_checkpoint import MOMENTS, OptimizerFacts, UniversalCheckpoint
 from megalm.huggingface.vocabulary_change import NewRows, choose_vocabulary
-from megalm.model.model_config import ModelConfig
+from megalm.model.model_config import ModelConfig, model_settings
 
 MODEL_FILE = "model.yaml"
 
@@ -225,7 +225,7 @@ def manifest_facts(source: ModelSource, name: str, tokenizer: Tokenizer) -> dict
         "validation_loss": None,
         "validation_tokens": None,
         "counters": {"optimizer_step": 0, "skipped_steps": 0, "loss_scaler": {}},
-        "model": asdict(source.shape),
+        "model": model_settings(source.shape),
         "data": {},
         "fingerprints": {"tokenizer": tokenizer.fingerprint},
         "eod_id": tokenizer.eod_id,

@@ -56,8 +56,7 @@ class Card:
         parts = [
             f"---\n{self._front_matter()}---\n",
             f"# {self.name}\n",
-            f"A language model of {self.shape.parameter_count():,} parameters, pretrained with megalm. It continues "
-            "text; it is not tuned to follow instructions.\n",
+            f"A language model of {self.shape.parameter_count():,} parameters{self._kind()}\n",
             *self._section("Model", self._model()),
             *self._section("Trained on", self._trained_on()),
             *self._section("Validation", self._validation()),
@@ -77,8 +76,15 @@ class Card:
         path = self._run / METRICS_FILE
         return path if path.is_file() and self.manifest.run == self._run.name else None
 
+    def _kind(self) -> str:
+        if self.manifest.imported_from:
+            return "."
+        if self.tokenizer.has_chat_template or self._origin():  # perhaps trained on conversations, here or before
+            return ", trained with megalm."
+        return ", pretrained with megalm. It continues text; it is not tuned to follow instructions."
+
     def _front_matter(self) -> str:
-        tags = ["megalm", "pretrained", model_type(self.shape)]
+        tags = ["megalm", *([] if self.manifest.imported_from else ["pretrained"]), model_type(self.shape)]
         content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
         if results := list(self._results()):
             content["model-index"] = [{"name": self.name, "results": results}]

@@ -141,6 +141,11 @@ def is_buffer(name: str) -> bool:
 def _config(folder: Path, ignored_keys: Collection[str]) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a local folder with config.json and {WEIGHTS}")
+    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
+        raise DataError(
+            f"{folder} has an adapter (adapter_config.json), not a whole model; merge it into its model and save that "
+            "(peft: merge_and_unload, docs/after-training.md)"
+        )
     if not (folder / "config.json").is_file():
         raise DataError(f"{folder} has no config.json; give the folder of a Hugging Face model")
     return read_config(folder / "config.json", ignored_keys)

@@ -9,25 +9,26 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from megalm.model.float8 import Float8Linear
-from megalm.model.loss import chunk_loss, linear_cross_entropy
-from megalm.model.modules import Dropout, DropoutClock, PositionEmbedding
+from megalm.model.loss import LogitRule, chunk_loss, linear_cross_entropy
+from megalm.model.modules import Dropout, DropoutClock, PositionEmbedding, RMSNorm
 
 if TYPE_CHECKING:
-    from megalm.model.attention import DocumentMask
+    from megalm.model.attention_kernels import AttentionMask, ScoreRule
 
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Rectangle = tuple[tuple[int, int], ...]
 # The residual stream [B, T, H] and column layers that all read it -> [B, T, out features held here] of each layer. One
 # call, so that the communication that they need happens once.
 Projection = Callable[..., tuple[Tensor, ...]]
-# Queries [B, N, T, D], keys and values [B, K, T, D] and the mask of whole sequences -> [B, N, T, D].
-Attend = Callable[[Tensor, Tensor, Tensor, "DocumentMask | None"], Tensor]
+# Queries [B, N, T, D], keys and values [B, K, T, D], the mask of whole sequences, sinks [N] or None -> [B, N, T, D].
+Attend = Callable[[Tensor, Tensor, Tensor, "AttentionMask | None", Tensor | None], Tensor]
 
 
 class WholeSequence:
@@ -53,14 +54,24 @@ class WholeSequence:
         """Which positions of the whole sequence are the `length` held here, C."""
         return slice(0, length)
 
-    def attend(self, attention: Attend, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
+    def attend(
+        self,
+        attention: Attend,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask | None,
+        rule: ScoreRule,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Queries [B, N, C, D] and keys and values [B, K, C, D] of positions held here -> [B, N, C, D].
 
         Args:
-            attention: of some heads over whole sequences.
+            attention: of some heads over whole sequences, by `rule`.
             mask: of whole sequences.
+            sinks: [N] scores of no token, or None.
         """
-        return attention(query, key, value, mask)
+        return attention(query, key, value, mask, sinks)
 
     def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """[B, C, H] -> [B, H], each sample's row of one of the T `positions` [B], on every rank; without a gradient."""
@@ -74,6 +85,7 @@ class VocabularyOutput:
     """From the last hidden states to logits or to the loss, with the vocabulary's weight.
 
     Args:
+        rule: what becomes of the products with the weight.
         compiled: the loss of a chunk runs compiled; its matrix products do not need it.
         sequence: how ranks hold a sample's sequence.
 
@@ -81,8 +93,10 @@ class VocabularyOutput:
         observe: takes the losses [N] of each token in training, 0 where there is no target.
     """
 
-    def __init__(self, compiled: bool = False, sequence: WholeSequence = WHOLE_SEQUENCE) -> None:
-        self.chunk = torch.compile(chunk_loss, dynamic=False) if compiled else chunk_loss
+    def __init__(self, rule: LogitRule, compiled: bool = False, sequence: WholeSequence = WHOLE_SEQUENCE) -> None:
+        chunk = partial(chunk_loss, rule=rule)
+        self.rule = rule
+        self.chunk = torch.compile(chunk, dynamic=False) if compiled else chunk
         self.sequence = sequence
         self.observe: Callable[[Tensor], None] | None = None
 
@@ -96,7 +110,7 @@ class VocabularyOutput:
 
     def logits(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """[..., H], [V, H] -> [..., V]."""
-        return hidden @ weight.t()
+        return self.rule.capped(hidden @ weight.t())
 
 
 class LayerFactory:
@@ -105,6 +119,7 @@ class LayerFactory:
     Args:
         compiled: the loss of a chunk runs compiled.
         float8: column and row layers multiply in float8; embedding and head do not.
+        z_loss: coefficient of the loss's penalty.
         sequence: how ranks hold a sample's sequence outside attention.
 
     Attributes:
@@ -116,12 +131,14 @@ class LayerFactory:
         clock: DropoutClock,
         compiled: bool = False,
         float8: bool = False,
+        z_loss: float = 0.0,
         sequence: WholeSequence = WHOLE_SEQUENCE,
     ) -> None:
         self.slices = 1
         self.sequence = sequence
         self.clock = clock
         self.compiled = compiled
+        self.z_loss = z_loss
         self._linear = Float8Linear if float8 else nn.Linear
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
@@ -148,13 +165,21 @@ class LayerFactory:
         """`module`, whose parameters are whole on every rank; `sharded`: it sees only this rank's heads."""
         return module
 
+    def of_heads(self, heads: int) -> nn.Parameter:
+        """One number for each head, divided like the heads."""
+        return nn.Parameter(torch.empty(heads))
+
+    def norm_over_heads(self, width: int, heads: int, epsilon: float, zero_centered: bool) -> RMSNorm:
+        """An RMS norm over all heads together, whose features [..., width] may be divided between heads."""
+        return RMSNorm(width, epsilon, zero_centered)
+
     def vocabulary_weight(self, vocab_size: int, hidden_size: int) -> nn.Parameter:
         """The output projection of an untied head, divided like `embedding`."""
         return nn.Parameter(torch.empty(vocab_size, hidden_size))
 
-    def output(self, vocab_size: int) -> VocabularyOutput:
-        """From hidden states to logits and loss."""
-        return VocabularyOutput(self.compiled, self.sequence)
+    def output(self, vocab_size: int, softcap: float | None) -> VocabularyOutput:
+        """From hidden states to logits, capped or not, and loss."""
+        return VocabularyOutput(LogitRule(softcap, self.z_loss), self.compiled, self.sequence)
 
     def place(self, layer: int, site: str, sharded: bool) -> str:
         """The name that a dropout's seed is derived from; `sharded`: different on each tensor-parallel rank.

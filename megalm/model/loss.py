@@ -11,6 +11,7 @@ backward pass would allocate anyway. A frozen projection has none.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,11 +22,41 @@ ChunkLoss = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 IGNORE = -100  # the label of a token that no loss counts, as in torch.nn.functional.cross_entropy
 
 
-def chunk_loss(logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    """Losses [C] of a chunk [C, V], 0 where a label is IGNORE; with `gradient` that of their sum in the logits' type.
+@dataclass(frozen=True)
+class LogitRule:
+    """What becomes of the products of hidden states and the vocabulary's weight.
 
-    Without, the logits stand in its place.
+    Attributes:
+        softcap: logits are softcap x tanh(product / softcap), as in Gemma 2; None: the products.
+        z_loss: coefficient of log(Z)^2, the square of the logarithm of the softmax's sum, which training minimises
+            beside the cross-entropy (PaLM: Chowdhery et al., 2022). It is in the gradients and not in the losses, so
+            that those of training and validation compare.
     """
+
+    softcap: float | None = None
+    z_loss: float = 0.0
+
+    def capped(self, products: Tensor) -> Tensor:
+        return products if self.softcap is None else self.softcap * torch.tanh(products / self.softcap)
+
+    def slope(self, capped: Tensor) -> Tensor | float:
+        """The derivative of `capped`, from its result."""
+        return 1.0 if self.softcap is None else 1 - (capped / self.softcap).square()
+
+    def gradient_factor(self, log_sums: Tensor) -> Tensor | float:
+        """What multiplies the probabilities in the logits' gradient: 1 + the derivative of the z-loss by log(Z)."""
+        return 1 + 2 * self.z_loss * log_sums if self.z_loss else 1.0
+
+
+PLAIN = LogitRule()
+
+
+def chunk_loss(products: Tensor, labels: Tensor, gradient: bool, rule: LogitRule = PLAIN) -> tuple[Tensor, Tensor]:
+    """Losses [C] of a chunk [C, V], 0 where a label is IGNORE; with `gradient` that of their sum in the products' type.
+
+    Without, the products stand in its place.
+    """
+    logits = rule.capped(products)
     valid = (labels != IGNORE).unsqueeze(1)
     targets = labels.clamp(min=0).unsqueeze(1)
     # Exponentials are taken once, for their sum and for the gradient: a log-softmax takes them twice.
@@ -34,11 +65,16 @@ def chunk_loss(logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, 
     target = shifted.gather(1, targets)
     exponentials = shifted.exp_()
     total = exponentials.sum(-1, keepdim=True)
-    losses = ((total.log() - target) * valid).squeeze(1)
+    log_total = total.log()
+    losses = ((log_total - target) * valid).squeeze(1)
     if not gradient:
-        return losses, logits
-    gradients = exponentials.mul_(valid / total).to(logits.dtype)
-    return losses, gradients.scatter_(1, targets, ((target.exp() / total - 1) * valid).to(logits.dtype))
+        return losses, products
+    factor = rule.gradient_factor(log_total + highest)
+    at_target = (target.exp() / total * factor - 1) * valid
+    gradients = exponentials.mul_(valid / total * factor)
+    if rule.softcap is None:
+        return losses, gradients.to(products.dtype).scatter_(1, targets, at_target.to(products.dtype))
+    return losses, gradients.scatter_(1, targets, at_target).mul_(rule.slope(logits.float())).to(products.dtype)
 
 
 def linear_cross_entropy(

@@ -7,15 +7,49 @@ counts its parameters and memory, and a test compares the two.
 from __future__ import annotations
 
 import math
-from collections.abc import Set
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from megalm.config.schema import ModelSection, ModelStyle, Recompute
+from megalm.config.schema import (
+    Activation,
+    LayerChoice,
+    ModelSection,
+    ModelStyle,
+    NormKind,
+    NormPlacement,
+    PositionKind,
+    Recompute,
+    RopeScaling,
+)
+
+# What a style stands for; each setting can be stated beside it.
+STYLES: Mapping[ModelStyle, Mapping[str, Any]] = {
+    "gpt2": {
+        "normalization": "layer_norm",
+        "position_embedding_type": "learned_absolute",
+        "hidden_act": "gelu_pytorch_tanh",
+        "gated_mlp": False,
+        **dict.fromkeys(("qkv_bias", "attention_output_bias", "mlp_bias", "tie_word_embeddings"), True),
+    },
+    "llama": {
+        "normalization": "rms_norm",
+        "position_embedding_type": "rope",
+        "hidden_act": "silu",
+        "gated_mlp": True,
+        **dict.fromkeys(("qkv_bias", "attention_output_bias", "mlp_bias", "tie_word_embeddings"), False),
+    },
+}
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The model section with every default resolved."""
+    """The model section with every default resolved.
+
+    Attributes:
+        no_rope_layers: numbers of the layers that do not rotate queries and keys.
+        full_attention_layers: numbers of the layers without the sliding window.
+    """
 
     style: ModelStyle
     vocab_size: int
@@ -27,23 +61,60 @@ class ModelConfig:
     intermediate_size: int
     max_position_embeddings: int
     tie_word_embeddings: bool
-    rope_theta: float
+    normalization: NormKind
+    norm_placement: NormPlacement
     norm_epsilon: float
-    qk_norm: bool
+    norm_zero_centered: bool
+    qk_norm: bool | Literal["whole"]
+    position_embedding_type: PositionKind
+    rope_theta: float
+    rope_local_theta: float | None
+    rope_scaling: RopeScaling | None
+    partial_rotary_factor: float
+    no_rope_layers: tuple[int, ...]
+    sliding_window: int | None
+    full_attention_layers: tuple[int, ...]
+    attention_scale: float | None
+    attn_logit_softcapping: float | None
+    attention_sinks: bool
+    qkv_bias: bool
+    attention_output_bias: bool
+    mlp_bias: bool
+    hidden_act: Activation
+    gated_mlp: bool
+    parallel_residual: bool
+    embedding_scale: float | None
+    final_logit_softcapping: float | None
     dropout: float
     attention_dropout: float
     initializer_range: float
 
+    @property
+    def rotary_dim(self) -> int:
+        """The leading dimensions of a head that rotate."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    def rotates(self, layer: int) -> bool:
+        return self.position_embedding_type == "rope" and layer not in self.no_rope_layers
+
+    def window(self, layer: int) -> int | None:
+        """The tokens that a token of this layer attends to, itself included; None: all."""
+        return None if layer in self.full_attention_layers else self.sliding_window
+
+    @property
+    def kinds_of_layers(self) -> int:
+        """The number of kinds of blocks, which compute otherwise."""
+        return len({(self.rotates(layer), self.window(layer)) for layer in range(self.num_hidden_layers)})
+
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of every parameter of the unsharded model, in the model's order."""
-        gpt2 = self.style == "gpt2"
         shapes: dict[str, tuple[int, ...]] = {"embedding.tokens.weight": (self.vocab_size, self.hidden_size)}
-        if gpt2:
+        if self.position_embedding_type == "learned_absolute":
             shapes["embedding.positions.weight"] = (self.max_position_embeddings, self.hidden_size)
+        block = self._block_parameters()
         for layer in range(self.num_hidden_layers):
-            for name, shape in self._block_parameters(bias=gpt2).items():
-                shapes[f"layers.{layer}.{name}"] = shape
-        shapes |= self._norm("final_norm", bias=gpt2)
+            shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
+        shapes |= self._norm("final_norm")
         if not self.tie_word_embeddings:
             shapes["head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
@@ -51,36 +122,37 @@ class ModelConfig:
     def parameter_count(self) -> int:
         return sum(math.prod(shape) for shape in self.parameters().values())
 
-    def _norm(self, name: str, bias: bool) -> dict[str, tuple[int, ...]]:
-        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (self.hidden_size,)}
-        return shapes | ({f"{name}.bias": (self.hidden_size,)} if bias else {})
+    def _norm(self, name: str) -> dict[str, tuple[int, ...]]:
+        kinds = ("weight", "bias") if self.normalization == "layer_norm" else ("weight",)
+        return {f"{name}.{kind}": (self.hidden_size,) for kind in kinds}
 
-    def _block_parameters(self, bias: bool) -> dict[str, tuple[int, ...]]:
+    def _block_parameters(self) -> dict[str, tuple[int, ...]]:
         hidden, inner = self.hidden_size, self.intermediate_size
         queries = self.num_attention_heads * self.head_dim
         keys = self.num_key_value_heads * self.head_dim
-        linears = {
-            "attention.query": (queries, hidden),
-            "attention.key": (keys, hidden),
-            "attention.value": (keys, hidden),
-            "attention.output": (hidden, queries),
-        }
-        mlp = {"mlp.up": (inner, hidden), "mlp.down": (hidden, inner)}
-        if self.style == "llama":
-            mlp = {"mlp.gate": (inner, hidden), **mlp}
 
-        def with_bias(items: dict[str, tuple[int, int]]) -> dict[str, tuple[int, ...]]:
-            shapes: dict[str, tuple[int, ...]] = {}
-            for name, shape in items.items():
-                shapes[f"{name}.weight"] = shape
-                if bias:
-                    shapes[f"{name}.bias"] = shape[:1]
-            return shapes
+        def linear(name: str, outputs: int, inputs: int, bias: bool) -> dict[str, tuple[int, ...]]:
+            return {f"{name}.weight": (outputs, inputs)} | ({f"{name}.bias": (outputs,)} if bias else {})
 
-        shapes = self._norm("attention_norm", bias) | with_bias(linears)
+        before, after = self.norm_placement != "post", self.norm_placement != "pre"
+        shapes = self._norm("attention_norm") if before else {}
+        if self.attention_sinks:
+            shapes["attention.sinks"] = (self.num_attention_heads,)
+        shapes |= linear("attention.query", queries, hidden, self.qkv_bias)
+        shapes |= linear("attention.key", keys, hidden, self.qkv_bias)
+        shapes |= linear("attention.value", keys, hidden, self.qkv_bias)
+        shapes |= linear("attention.output", hidden, queries, self.attention_output_bias)
         if self.qk_norm:
-            shapes |= {"attention.query_norm.weight": (self.head_dim,), "attention.key_norm.weight": (self.head_dim,)}
-        return shapes | self._norm("mlp_norm", bias) | with_bias(mlp)
+            widths = (queries, keys) if self.qk_norm == "whole" else (self.head_dim, self.head_dim)
+            shapes |= {
+                f"attention.{name}_norm.weight": (width,) for name, width in zip(("query", "key"), widths, strict=True)
+            }
+        shapes |= self._norm("attention_output_norm") if after else {}
+        shapes |= self._norm("mlp_norm") if before else {}
+        shapes |= linear("mlp.gate", inner, hidden, self.mlp_bias) if self.gated_mlp else {}
+        shapes |= linear("mlp.up", inner, hidden, self.mlp_bias)
+        shapes |= linear("mlp.down", hidden, inner, self.mlp_bias)
+        return shapes | (self._norm("mlp_output_norm") if after else {})
 
 
 def build_model_config(model: ModelSection, vocab_size: int, sequence_length: int) -> ModelConfig:
@@ -90,25 +162,61 @@ def build_model_config(model: ModelSection, vocab_size: int, sequence_length: in
         vocab_size: the tokenizer's, used where `model.vocab_size` is not set, padded to `model.vocab_multiple`.
         sequence_length: tokens in a sample; the default of `max_position_embeddings`.
     """
-    gpt2 = model.style == "gpt2"
+    of_style = {
+        name: default if (own := getattr(model, name)) is None else own for name, default in STYLES[model.style].items()
+    }
     multiple = model.vocab_multiple or 1
-    swiglu_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
+    gated_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
+    inner = gated_size if of_style["gated_mlp"] else 4 * model.hidden_size
     resolved = {
         "vocab_size": model.vocab_size or math.ceil(vocab_size / multiple) * multiple,
         "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
         "head_dim": model.head_dim or model.hidden_size // model.num_attention_heads,
-        "intermediate_size": model.intermediate_size or (4 * model.hidden_size if gpt2 else swiglu_size),
+        "intermediate_size": model.intermediate_size or inner,
         "max_position_embeddings": model.max_position_embeddings or sequence_length,
-        "tie_word_embeddings": gpt2 if model.tie_word_embeddings is None else model.tie_word_embeddings,
+        "rope_scaling": model.rope_scaling,
+        "no_rope_layers": _layers(model.no_rope_layers, model.num_hidden_layers),
+        "full_attention_layers": _layers(model.full_attention_layers, model.num_hidden_layers),
     }
-    return ModelConfig(**model.model_dump(exclude={"vocab_multiple"}) | resolved)
+    return ModelConfig(**model.model_dump(exclude={"vocab_multiple"}) | of_style | resolved)
+
+
+# What manifests of the first releases do not state: their models are what `style` says.
+_CHOICES = (
+    *("normalization", "norm_placement", "norm_zero_centered", "position_embedding_type", "rope_local_theta"),
+    *("rope_scaling", "partial_rotary_factor", "no_rope_layers", "sliding_window", "full_attention_layers"),
+    *("attention_scale", "attn_logit_softcapping", "attention_sinks", "qkv_bias", "attention_output_bias", "mlp_bias"),
+    *("hidden_act", "gated_mlp", "parallel_residual", "embedding_scale", "final_logit_softcapping"),
+)
+
+
+def model_settings(shape: ModelConfig) -> dict[str, Any]:
+    """The settings of a model as JSON values, as a manifest holds them."""
+    scaling = shape.rope_scaling
+    found = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(shape).items()}
+    return found | {"rope_scaling": None if scaling is None else scaling.model_dump()}
+
+
+def completed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a manifest, also of one that was written before models had these choices."""
+    if stored.get("style") not in STYLES:
+        return dict(stored)
+    defaults = model_settings(build_model_config(ModelSection(style=stored["style"]), 1, 1))
+    return {name: defaults[name] for name in _CHOICES} | dict(stored)
+
+
+def _layers(choice: LayerChoice | None, count: int) -> tuple[int, ...]:
+    if isinstance(choice, int):
+        return tuple(range(choice - 1, count, choice))
+    return tuple(sorted(choice or ()))
 
 
 def flops_per_token(shape: ModelConfig, sequence_length: int, frozen: Set[str] = frozenset()) -> int:
     """Floating-point operations of the forward and the backward pass, per token of a full sequence.
 
     It counts 6 for each parameter of a matrix product (2 forward, 4 backward), the head included even where it is
-    tied, and attention's own products, 12 x layers x T x heads x head_dim, halved because the mask is causal. It does
+    tied, and attention's own products, 12 x layers x T x heads x head_dim, halved because the mask is causal, or what a
+    sliding window leaves of them. It does
     not count embedding lookups, norms, activations, the softmax and recomputed blocks. The backward pass spares 2 for
     each parameter that is frozen, and 2 for each product whose input no parameter that trains has a part in.
     """
@@ -124,26 +232,32 @@ def _flops_of_products(shape: ModelConfig, sequence_length: int, frozen: Set[str
     for name, size in sizes.items():
         if name.startswith("layers.") and len(size) == 2:
             linear += (2 + 2 * (name not in frozen) + 2 * (lowest < _depth(name))) * math.prod(size)
-    core = sequence_length * shape.num_attention_heads * shape.head_dim
     for layer in range(shape.num_hidden_layers):
-        others += (6 if lowest < (layer, _ATTENTION) else 2) * core
+        others += (6 if lowest < (layer, _ATTENTION) else 2) * _attention_products(shape, layer, sequence_length)
     head = "embedding.tokens.weight" if shape.tie_word_embeddings else "head.weight"
     below = lowest < (math.inf, 1)
     others += (2 + 2 * (head not in frozen) + 2 * below) * shape.vocab_size * shape.hidden_size
     return linear, others
 
 
+def _attention_products(shape: ModelConfig, layer: int, length: int) -> int:
+    """Multiplications and additions of a token's scores and of their product with values, halved as they are causal."""
+    window = min(shape.window(layer) or length, length)
+    return shape.num_attention_heads * shape.head_dim * (2 * window - window * window // length)
+
+
 # How far a block's parameters are from its input; attention's own products come after the projections and their norms.
 _ATTENTION = 3
-_DEPTHS = {"attention_norm": 0, "query": 1, "key": 1, "value": 1, "query_norm": 2, "key_norm": 2, "output": 4}
-_DEPTHS |= {"mlp_norm": 5, "gate": 6, "up": 6, "down": 7}
+_DEPTHS = {"attention_norm": 0, "query": 1, "key": 1, "value": 1, "query_norm": 2, "key_norm": 2, "sinks": 3}
+_DEPTHS |= {"output": 4, "attention_output_norm": 5}
+_DEPTHS |= {"mlp_norm": 6, "gate": 7, "up": 7, "down": 8, "mlp_output_norm": 9}
 
 
 def _depth(name: str) -> tuple[float, int]:
     """Return how far a parameter is from the model's input: (block, depth in it), before and after all blocks too."""
     part, *path = name.split(".")
     if part == "layers":
-        return int(path[0]), _DEPTHS[path[-2]]
+        return int(path[0]), _DEPTHS[path[-2] if path[-1] in ("weight", "bias") else path[-1]]
     return {"embedding": (-1, 0), "final_norm": (math.inf, 0), "head": (math.inf, 1)}[part]
 
 
@@ -170,21 +284,23 @@ def recomputed_flops_per_token(
     def matrices(part: str) -> int:
         return sum(count for name, count in sizes.items() if name.startswith(f"layers.0.{part}."))
 
-    queries = shape.num_attention_heads * shape.head_dim
-    projections, ends = matrices("attention"), {"attention": queries * shape.hidden_size, "mlp": matrices("mlp.down")}
-    core = sequence_length * queries  # of both products of attention, halved
-    attention, mlp = projections + core, matrices("mlp")
+    projections, output, mlp, down = map(matrices, ("attention", "attention.output", "mlp", "mlp.down"))
+    if shape.norm_placement != "pre":  # the norm after it reads the product
+        output = down = 0
     tiled = mlp if tiles else 0
-    by_kind: dict[Recompute, int] = {
-        "none": tiled,
-        "norms": tiled,
-        "attention": attention - ends["attention"] + tiled,
-        "mlp": tiled or mlp - ends["mlp"],
-        "full": attention + (tiled or mlp - ends["mlp"]),
-    }
-    blocks = range(lowest_block(shape, frozen), shape.num_hidden_layers)
-    whole = len([index for index in blocks if every and index % every == 0])
-    return 2 * (whole * by_kind["full"] + (len(blocks) - whole) * by_kind[recompute])
+    mlp_again = tiled or mlp - down
+    total = 0
+    for layer in range(lowest_block(shape, frozen), shape.num_hidden_layers):
+        attention = projections + _attention_products(shape, layer, sequence_length)
+        by_kind: dict[Recompute, int] = {
+            "none": tiled,
+            "norms": tiled,
+            "attention": attention - output + tiled,
+            "mlp": mlp_again,
+            "full": attention + mlp_again,
+        }
+        total += 2 * by_kind["full" if every and layer % every == 0 else recompute]
+    return total
 
 
 def float8_share(shape: ModelConfig, sequence_length: int, float8: bool, frozen: Set[str] = frozenset()) -> float:
@@ -212,11 +328,22 @@ def query_blocks(length: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def keeps_probabilities(length: int) -> bool:
-    """Whether the backward pass reads stored probabilities; longer sequences recompute them to save memory."""
-    return length <= _LONGEST_KEPT
+def first_key(start: int, window: int | None) -> int:
+    """The first key that a block of queries from `start` on may see."""
+    return 0 if window is None else max(0, start - window + 1)
 
 
-def kept_probabilities(length: int) -> int:
-    """Number of probabilities that one head keeps for one sequence."""
-    return sum((end - start) * end for start, end in query_blocks(length)) if keeps_probabilities(length) else 0
+def keeps_probabilities(length: int, softcap: float | None = None) -> bool:
+    """Whether the backward pass reads stored probabilities; longer sequences recompute them to save memory.
+
+    A soft cap's slope is computed from the scores again, and with them the probabilities.
+    """
+    return length <= _LONGEST_KEPT and softcap is None
+
+
+def kept_probabilities(shape: ModelConfig, layer: int, length: int) -> int:
+    """Number of probabilities that one head of a layer keeps for one sequence."""
+    if not keeps_probabilities(length, shape.attn_logit_softcapping):
+        return 0
+    window = shape.window(layer)
+    return sum((end - start) * (end - first_key(start, window)) for start, end in query_blocks(length))

@@ -6,6 +6,7 @@ Shapes: B batch, T sequence, N heads, D head dimension, H hidden, P positions.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from megalm.config.schema import Activation, RopeScaling
 from megalm.model.model_config import ModelConfig
 
 
@@ -53,26 +55,65 @@ def position_ids(length: int, documents: Tensor | None, device: torch.device) ->
 class RotaryEmbedding(nn.Module):
     """Rotary position embeddings (Su et al., 2021), in the half-split layout of Hugging Face's Llama.
 
-    They rotate pairs (i, i + D/2) of each head by angles position x theta^(-2i/D). All layers share the tables, which
-    are no parameters: no state dict holds them.
+    They rotate pairs (i, i + R/2) of the first R dimensions of each head by angles position x theta^(-2i/R). Layers
+    share the tables, which are no parameters: no state dict holds them.
+
+    Args:
+        rotary_dim: R.
+        scaling: of the frequencies.
     """
 
     cosine: Tensor
     sine: Tensor
 
-    def __init__(self, head_dim: int, max_positions: int, theta: float) -> None:
+    def __init__(self, rotary_dim: int, max_positions: int, theta: float, scaling: RopeScaling | None = None) -> None:
         super().__init__()
-        frequencies = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-        angles = torch.arange(max_positions, dtype=torch.float64).unsqueeze(1) * frequencies  # [P, D/2]
-        self.register_buffer("cosine", angles.cos().float(), persistent=False)
-        self.register_buffer("sine", angles.sin().float(), persistent=False)
+        frequencies, factor = rotary_frequencies(rotary_dim, theta, scaling)
+        angles = torch.arange(max_positions, dtype=torch.float64).unsqueeze(1) * frequencies  # [P, R/2]
+        self.rotary_dim = rotary_dim
+        self.register_buffer("cosine", (angles.cos() * factor).float(), persistent=False)
+        self.register_buffer("sine", (angles.sin() * factor).float(), persistent=False)
 
     def forward(self, x: Tensor, positions: slice | Tensor) -> Tensor:
         """[B, T, N, D] -> the same, rotated by the T `positions`."""
-        cosine = self.cosine[positions].to(x.dtype).unsqueeze(1)  # [T, 1, D/2]
+        cosine = self.cosine[positions].to(x.dtype).unsqueeze(1)  # [T, 1, R/2]
         sine = self.sine[positions].to(x.dtype).unsqueeze(1)
-        first, second = x.chunk(2, dim=-1)
-        return torch.cat((first * cosine - second * sine, second * cosine + first * sine), dim=-1)
+        first, second, rest = x.split((sine.shape[-1], sine.shape[-1], x.shape[-1] - self.rotary_dim), dim=-1)
+        rotated = (first * cosine - second * sine, second * cosine + first * sine)
+        return torch.cat((*rotated, rest) if rest.shape[-1] else rotated, dim=-1)
+
+
+def rotary_frequencies(rotary_dim: int, theta: float, scaling: RopeScaling | None) -> tuple[Tensor, float]:
+    """Return radians per position [R/2] in fp64, and the factor of the rotated vectors.
+
+    The scalings are those of transformers' `modeling_rope_utils`: positions divided by the factor (linear; Chen et
+    al., 2023), only those of waves that the first training saw less than one of (llama3), or a ramp between both by
+    the number of waves in it (YaRN; Peng et al., 2023).
+    """
+    plain = theta ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    if scaling is None:
+        return plain, 1.0
+    stretched = plain / scaling.factor
+    if scaling.rope_type == "linear":
+        return stretched, 1.0
+    positions = scaling.original_max_position_embeddings
+    assert positions is not None  # planning/run_checks.py
+    if scaling.rope_type == "llama3":
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        kept = ((positions * plain / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        return kept * plain + (1 - kept) * stretched, 1.0
+
+    def dimension_with(waves: float) -> float:
+        return rotary_dim * math.log(positions / (waves * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = dimension_with(scaling.beta_fast), dimension_with(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, rotary_dim - 1)
+    steps = torch.arange(rotary_dim // 2, dtype=torch.float64)
+    slowed = ((steps - first) / max(last - first, 0.001)).clamp(0, 1)
+    own_factor = 0.1 * math.log(scaling.factor) + 1
+    return slowed * stretched + (1 - slowed) * plain, scaling.attention_factor or own_factor
 
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
@@ -166,19 +207,46 @@ class Dropout(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight, without a mean or a bias (Zhang and Sennrich, 2019); rms(x) is taken in fp32."""
+    """x / rms(x) * gain, without a mean or a bias (Zhang and Sennrich, 2019); rms(x) is taken in fp32.
 
-    def __init__(self, size: int, epsilon: float) -> None:
+    Args:
+        zero_centered: the gain is 1 + weight, as in Gemma.
+    """
+
+    def __init__(self, size: int, epsilon: float, zero_centered: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
         self.epsilon = epsilon
+        self.zero_centered = zero_centered
+
+    def gain(self) -> Tensor:
+        # In fp32: bf16 holds no number between 1 and 1.0078.
+        return 1 + self.weight.float() if self.zero_centered else self.weight
 
     def forward(self, x: Tensor) -> Tensor:  # [..., size] -> [..., size]
-        return functional.rms_norm(x, self.weight.shape, self.weight, self.epsilon)
+        if not self.zero_centered or x.dtype == self.weight.dtype == torch.float32:
+            return functional.rms_norm(x, self.weight.shape, self.gain(), self.epsilon)
+        return (functional.rms_norm(x.float(), self.weight.shape, None, self.epsilon) * self.gain()).to(x.dtype)
 
 
 def norm(shape: ModelConfig) -> nn.Module:
-    """The norm of a style: LayerNorm with bias for gpt2, RMSNorm for llama."""
-    if shape.style == "gpt2":
+    """LayerNorm with bias, or RMSNorm."""
+    if shape.normalization == "layer_norm":
         return nn.LayerNorm(shape.hidden_size, eps=shape.norm_epsilon)
-    return RMSNorm(shape.hidden_size, shape.norm_epsilon)
+    return RMSNorm(shape.hidden_size, shape.norm_epsilon, shape.norm_zero_centered)
+
+
+def _squared_relu(x: Tensor) -> Tensor:
+    return functional.relu(x).square()  # So et al., 2021
+
+
+def _tanh_gelu(x: Tensor) -> Tensor:
+    return functional.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    "gelu": functional.gelu,
+    "gelu_pytorch_tanh": _tanh_gelu,
+    "silu": functional.silu,
+    "relu2": _squared_relu,
+}

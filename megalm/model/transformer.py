@@ -16,43 +16,43 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from megalm.model.attention import Attention, DocumentMask, KeyValueCache, document_mask
+from megalm.model.attention import Attention, KeyValueCache
+from megalm.model.attention_kernels import AttentionMask, attention_mask
 from megalm.model.layer_factory import LayerFactory, VocabularyOutput, shard_of
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import ModelConfig
-from megalm.model.modules import DropoutClock, RotaryEmbedding, norm
+from megalm.model.modules import ACTIVATIONS, DropoutClock, RotaryEmbedding, norm
 from megalm.model.recomputation import KEEP_ALL, Recomputation, TokenTiles, of_recomputed_norm, recomputed
 
 
 class MLP(nn.Module):
-    """The feed-forward part of a block.
-
-    gpt2: down(gelu(up(x))), with biases and the tanh form of GELU. llama: SwiGLU (Shazeer, 2020),
-    down(silu(gate(x)) * up(x)), without biases.
-    """
+    """The feed-forward part of a block: down(act(up(x))), or gated (Shazeer, 2020), down(act(gate(x)) * up(x))."""
 
     def __init__(self, shape: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
         hidden, inner = shape.hidden_size, shape.intermediate_size
-        bias = shape.style == "gpt2"
+        bias = shape.mlp_bias
+        self.activation = ACTIVATIONS[shape.hidden_act]
         self.project = layers.projection()
-        self.gate = None if shape.style == "gpt2" else layers.column(hidden, inner, bias, parts=inner)
+        self.gate = layers.column(hidden, inner, bias, parts=inner) if shape.gated_mlp else None
         self.up = layers.column(hidden, inner, bias, parts=inner)
         self.down = layers.row(inner, hidden, bias, parts=inner)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] -> [B, T, H]
         if self.gate is None:
             (up,) = self.project(hidden, self.up)
-            return self.down(functional.gelu(up, approximate="tanh"))
+            return self.down(self.activation(up))
         gate, up = self.project(hidden, self.gate, self.up)
-        return self.down(functional.silu(gate) * up)
+        return self.down(self.activation(gate) * up)
 
 
 class Block(nn.Module):
-    """One pre-norm transformer block: the half with its attention, then the half with its MLP.
+    """One transformer block: the half with its attention, then the half with its MLP.
+
+    A half adds output_norm(layer(norm(x))) to the residual stream x, with one of the norms or both. With a parallel
+    residual both halves read the block's input.
 
     Args:
         layer: counted from 1; dropout's place 0 is the embedding's.
@@ -73,27 +73,37 @@ class Block(nn.Module):
         self._recompute = recomputation.of(layer - 1)
         self._inputs = recomputation.inputs
         self._compiled_halves: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
-        self.attention_norm = layers.replicated(norm(shape), sharded=False)
+        self._parallel = shape.parallel_residual
+        before, after = shape.norm_placement != "post", shape.norm_placement != "pre"
+
+        def norm_if(wanted: bool) -> nn.Module | None:
+            return layers.replicated(norm(shape), sharded=False) if wanted else None
+
+        self.attention_norm = norm_if(before)
         self.attention = Attention(shape, layers, rope, clock, layer)
+        self.attention_output_norm = norm_if(after)
         self.attention_dropout = layers.dropout(shape.dropout, layer, "attention_output", sharded=False)
-        self.mlp_norm = layers.replicated(norm(shape), sharded=False)
+        self.mlp_norm = norm_if(before)
         self.mlp = MLP(shape, layers)
+        self.mlp_output_norm = norm_if(after)
         self.mlp_dropout = layers.dropout(shape.dropout, layer, "mlp_output", sharded=False)
         chunk = recomputation.mlp_chunk_tokens
         tokens = None if chunk is None else max(1, chunk // layers.slices)
-        self._tiles = None if tokens is None else TokenTiles((self.mlp_norm, self.mlp), tokens)
+        of_mlp = [module for module in (self.mlp_norm, self.mlp, self.mlp_output_norm) if module is not None]
+        self._tiles = None if tokens is None else TokenTiles(of_mlp, tokens)
 
-    def forward(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, mask: AttentionMask | None, cache: KeyValueCache | None = None) -> Tensor:
         """[B, T, H] -> [B, T, H], recomputed in part if the block is to be; `run` recomputes it whole too."""
         attention_half, mlp_half = self._compiled_halves or (self._attention_half, self._mlp_half)
         again = self._recompute if self.training else "none"
         if again == "attention":
-            hidden = recomputed(attention_half, self._clock, hidden, mask)
+            attended = recomputed(attention_half, self._clock, hidden, mask)
         else:
-            hidden = attention_half(hidden, mask, cache)
-        return recomputed(mlp_half, self._clock, hidden) if again == "mlp" else mlp_half(hidden)
+            attended = attention_half(hidden, mask, cache)
+        inputs = (attended, hidden) if self._parallel else (attended,)
+        return recomputed(mlp_half, self._clock, *inputs) if again == "mlp" else mlp_half(*inputs)
 
-    def run(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
+    def run(self, hidden: Tensor, mask: AttentionMask | None, cache: KeyValueCache | None = None) -> Tensor:
         """[B, T, H] -> [B, T, H], with the recomputation that the block is built with."""
         if self.training and self._recompute == "full":
             with self._inputs.instead_of(hidden) if self._inputs else nullcontext():
@@ -116,24 +126,33 @@ class Block(nn.Module):
         else:
             self.compile(dynamic=False, **options)
 
-    def _attention_half(self, hidden: Tensor, mask: DocumentMask | None, cache: KeyValueCache | None = None) -> Tensor:
+    def _attention_half(self, hidden: Tensor, mask: AttentionMask | None, cache: KeyValueCache | None = None) -> Tensor:
         attended = self._after(self.attention_norm, hidden, lambda normed: self.attention(normed, mask, cache))
+        if self.attention_output_norm is not None:
+            attended = self.attention_output_norm(attended)
         return hidden + self.attention_dropout(attended)
 
-    def _mlp_half(self, hidden: Tensor) -> Tensor:
+    def _mlp_half(self, hidden: Tensor, source: Tensor | None = None) -> Tensor:
+        """hidden + the MLP of `source`, by default of `hidden`."""
+        source = hidden if source is None else source
         if self._tiles is not None:
-            return hidden + self.mlp_dropout(self._tiles(hidden))
-        return hidden + self.mlp_dropout(self._after(self.mlp_norm, hidden, self.mlp))
+            return hidden + self.mlp_dropout(self._tiles(source))
+        computed = self._after(self.mlp_norm, source, self.mlp)
+        if self.mlp_output_norm is not None:
+            computed = self.mlp_output_norm(computed)
+        return hidden + self.mlp_dropout(computed)
 
-    def _after(self, norm: nn.Module, hidden: Tensor, layers: Callable[[Tensor], Tensor]) -> Tensor:
+    def _after(self, norm: nn.Module | None, hidden: Tensor, layers: Callable[[Tensor], Tensor]) -> Tensor:
         """layers(norm(hidden))."""
+        if norm is None:
+            return layers(hidden)
         if self.training and self._recompute == "norms":
             return of_recomputed_norm(norm, hidden, layers)
         return layers(norm(hidden))
 
 
 class Embedding(nn.Module):
-    """Token embeddings, plus learned positions for gpt2, which start again with each document under a mask.
+    """Token embeddings, scaled or not, plus learned positions, which start again with each document under a mask.
 
     Args:
         own_table: false: the caller passes token embeddings, which it looked up in a table shared with the head.
@@ -142,13 +161,16 @@ class Embedding(nn.Module):
     def __init__(self, shape: ModelConfig, layers: LayerFactory, own_table: bool = True) -> None:
         super().__init__()
         self.tokens = layers.embedding(shape.vocab_size, shape.hidden_size) if own_table else None
-        learned = shape.style == "gpt2"
+        self.scale = shape.embedding_scale
+        learned = shape.position_embedding_type == "learned_absolute"
         self.positions = layers.positions(shape.max_position_embeddings, shape.hidden_size) if learned else None
         self.dropout = layers.dropout(shape.dropout, 0, "embedding", sharded=False)
 
     def forward(self, tokens: Tensor, documents: Tensor | None, start: int = 0) -> Tensor:
         """[B, T] tokens, or their embeddings [B, T, H] without a table -> [B, T, H]; positions count from `start`."""
         hidden = tokens if self.tokens is None else self.tokens(tokens)
+        if self.scale is not None:
+            hidden = hidden * self.scale
         if self.positions is not None:
             hidden = hidden + self.positions(start + hidden.shape[1], documents)[..., start:, :]
         return self.dropout(hidden)
@@ -249,11 +271,7 @@ class StageBuilder:
         self._chunk_tokens = chunk_tokens
         self._init = init
         self._recomputation = recomputation
-        self._rope = (
-            RotaryEmbedding(shape.head_dim, shape.max_position_embeddings, shape.rope_theta).to(init.device)
-            if shape.style == "llama"
-            else None
-        )
+        self._rotations: dict[bool, RotaryEmbedding] = {}
 
     def token_table(self) -> nn.Module:
         """The embedding table alone, whose `weight` the head may share."""
@@ -264,8 +282,21 @@ class StageBuilder:
         return self._built("embedding", lambda: Embedding(self.shape, self._layers, own_table))
 
     def block(self, index: int) -> Block:
-        parts = self.shape, self._layers, self._rope, self._clock
+        parts = self.shape, self._layers, self._rotation(index), self._clock
         return self._built(f"layers.{index}", lambda: Block(*parts, index + 1, self._recomputation))
+
+    def _rotation(self, index: int) -> RotaryEmbedding | None:
+        """The tables of a block: layers with a sliding window have their own theta, and no scaling."""
+        shape = self.shape
+        if not shape.rotates(index):
+            return None
+        local = shape.window(index) is not None
+        if local not in self._rotations:
+            theta = (local and shape.rope_local_theta) or shape.rope_theta
+            scaling = None if local else shape.rope_scaling
+            tables = RotaryEmbedding(shape.rotary_dim, shape.max_position_embeddings, theta, scaling)
+            self._rotations[local] = tables.to(self._init.device)
+        return self._rotations[local]
 
     def final_norm(self) -> nn.Module:
         return self._built("final_norm", lambda: self._layers.replicated(norm(self.shape), sharded=False))
@@ -273,7 +304,7 @@ class StageBuilder:
     def head(self, table: nn.Module | None) -> LanguageModelHead:
         """The head with the weight of `table`, or with its own where the model does not tie them."""
         size = self.shape.vocab_size, self.shape.hidden_size
-        output = self._layers.output(self.shape.vocab_size)
+        output = self._layers.output(self.shape.vocab_size, self.shape.final_logit_softcapping)
         if not self.shape.tie_word_embeddings:
             return self._built(
                 "head", lambda: LanguageModelHead(self._layers.vocabulary_weight(*size), output, self._chunk_tokens)
@@ -318,6 +349,7 @@ class LanguageModel(nn.Module):
         layers = layers or LayerFactory(clock)
         build = StageBuilder(shape, layers, clock, chunk_tokens, init, recomputation)
         self.slices, self.sequence = build.slices, build.sequence
+        self._shape = shape
         self.gradient_down_to: int | None = None
         self.embedding = build.embedding()
         self.layers = nn.ModuleList(build.block(index) for index in range(shape.num_hidden_layers))
@@ -364,7 +396,7 @@ class LanguageModel(nn.Module):
         Args:
             caches: keys and values of the tokens before these, one for each block; they take those of `tokens` too.
         """
-        mask = None if documents is None else document_mask(documents)
+        mask = attention_mask(self._shape, tokens.shape[1] * self.sequence.parts, tokens.device, documents)
         hidden = self.embedding(tokens, documents, len(caches[0]) if caches else 0)
         for index, block in enumerate(self.layers):
             assert isinstance(block, Block)
@@ -384,13 +416,13 @@ _RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight")
 def initial_weight(name: str, size: tuple[int, ...], shape: ModelConfig, seed: int) -> Tensor:
     """The full, unsharded fp32 weight `name` on the CPU.
 
-    Norm gains are 1, biases 0 and matrices normal with `initializer_range`. The projections that write to the
+    Norm gains are 1, biases and sinks 0 and matrices normal with `initializer_range`. The projections that write to the
     residual stream are divided by sqrt(2 x layers), as in GPT-2 (Radford et al., 2019).
     """
-    if name.endswith(".bias"):
+    if name.endswith((".bias", ".sinks")):
         return torch.zeros(size)
     if "norm" in name:
-        return torch.ones(size)
+        return torch.zeros(size) if shape.norm_zero_centered else torch.ones(size)
     std = shape.initializer_range
     if name.endswith(_RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * shape.num_hidden_layers)

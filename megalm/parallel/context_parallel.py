@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.model.attention import DocumentMask
+from megalm.model.attention_kernels import AttentionMask, ScoreRule
 from megalm.model.layer_factory import WHOLE_SEQUENCE, Attend, WholeSequence
 from megalm.model.modules import uncompiled
 from megalm.parallel import collectives
@@ -62,7 +62,16 @@ class ExchangedSequence(_DividedSequence):
         first = self._group.index * length
         return slice(first, first + length)
 
-    def attend(self, attention: Attend, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
+    def attend(
+        self,
+        attention: Attend,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask | None,
+        rule: ScoreRule,
+        sinks: Tensor | None,
+    ) -> Tensor:
         ranks = self.parts
         if key.shape[1] < ranks:
             key, value = (x.repeat_interleave(ranks // x.shape[1], dim=1) for x in (key, value))
@@ -72,7 +81,8 @@ class ExchangedSequence(_DividedSequence):
         arrived = self._exchange(torch.cat(by_rank, dim=2).movedim(1, 0))  # [R, B, M, C, D]
         whole = arrived.movedim(0, 2).flatten(2, 3)  # [B, M, T, D]
         query, key, value = whole.split(heads, dim=1)
-        mixed = attention(query, key, value, mask)  # [B, N / R, T, D]
+        own = None if sinks is None else sinks.chunk(ranks)[self._group.index]
+        mixed = attention(query, key, value, mask, own)  # [B, N / R, T, D]
         returned = self._exchange(mixed.unflatten(2, (ranks, -1)).movedim(2, 0))  # [R, B, N / R, C, D]
         return returned.permute(1, 3, 0, 2, 4).flatten(2, 3).transpose(1, 2)  # as the output projection reads it
 
@@ -98,9 +108,19 @@ class RingSequence(_DividedSequence):
         return self._places.positions(self._group.index, length, device)
 
     @uncompiled
-    def attend(self, attention: Attend, query: Tensor, key: Tensor, value: Tensor, mask: DocumentMask | None) -> Tensor:
-        """Causal attention in the place of `attention`, which planning/parallel_checks.py holds to be plain."""
-        return ring_attention(query, key, value, None if mask is None else mask.documents, self._places)
+    def attend(
+        self,
+        attention: Attend,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask | None,
+        rule: ScoreRule,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Attention by the same rule in the place of `attention`; it has no dropout (planning/parallel_checks.py)."""
+        documents = None if mask is None else mask.documents
+        return ring_attention(query, key, value, documents, rule, sinks, self._places)
 
 
 class Exchange(torch.autograd.Function):

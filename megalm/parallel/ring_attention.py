@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalm.model.attention_kernels import ScoreRule
 from megalm.parallel.process_groups import AxisGroup
 
 _TILE = 1024  # queries, and keys
@@ -42,8 +43,8 @@ class RingPlaces:
         half = length // 2
         return torch.cat([torch.arange(piece * half, (piece + 1) * half, device=device) for piece in self.pieces(rank)])
 
-    def tiles(self, source: int, length: int) -> Iterator[_Tile]:
-        """The tiles of this rank's queries and a source rank's keys that are not wholly later."""
+    def tiles(self, source: int, length: int, window: int | None) -> Iterator[_Tile]:
+        """The tiles of this rank's queries and a source rank's keys of which a query sees a key."""
         half = length // 2
         for query_half, query_piece in enumerate(self.pieces(self.group.index)):
             for key_half, key_piece in enumerate(self.pieces(source)):
@@ -51,7 +52,10 @@ class RingPlaces:
                     last_query = query_piece * half + min(queries + _TILE, half) - 1
                     for keys in range(0, half, _TILE):
                         first_key = key_piece * half + keys
+                        last_key = key_piece * half + min(keys + _TILE, half) - 1
                         if first_key > last_query:
+                            continue
+                        if window is not None and query_piece * half + queries - last_key >= window:
                             continue
                         rows = slice(query_half * half + queries, query_half * half + min(queries + _TILE, half))
                         columns = slice(key_half * half + keys, key_half * half + min(keys + _TILE, half))
@@ -75,7 +79,15 @@ class _Documents:
     keys: Tensor
 
 
-def ring_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, places: RingPlaces) -> Tensor:
+def ring_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    documents: Tensor | None,
+    rule: ScoreRule,
+    sinks: Tensor | None,
+    places: RingPlaces,
+) -> Tensor:
     """Causal attention of the positions held here to whole sequences, within a document if `documents` is given.
 
     Collective in the places' group.
@@ -84,30 +96,40 @@ def ring_attention(query: Tensor, key: Tensor, value: Tensor, documents: Tensor 
         query: [B, N, C, D], of any floating type.
         key, value: [B, K, C, D], the same type.
         documents: [B, T] document numbers of whole sequences.
+        sinks: [N] scores that take their share of each softmax and have no value, or None.
 
     Returns:
         [B, N, C, D]. Probabilities and sums are fp32; in bf16 both factors of a product are bf16.
     """
-    return _RingAttention.apply(query, key, value, documents, places)  # type: ignore[no-untyped-call]  # torch: untyped
+    return _RingAttention.apply(query, key, value, documents, sinks, rule, places)  # type: ignore[no-untyped-call]  # torch: untyped
 
 
 class _RingAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, documents: Tensor | None, places: RingPlaces
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        documents: Tensor | None,
+        sinks: Tensor | None,
+        rule: ScoreRule,
+        places: RingPlaces,
     ) -> Tensor:
         batch, _, length, width = query.shape
         shared = batch * key.shape[1]
         wide = torch.promote_types(query.dtype, torch.float32)
         own = torch.stack((key, value)).view(2, shared, length, width)
-        query = query.reshape(shared, -1, length, width) * (1 / math.sqrt(width))  # [S, G, C, D]
+        query = query.reshape(shared, -1, length, width) * rule.scale  # [S, G, C, D]
         highest = query.new_full(query.shape[:3], -math.inf, dtype=wide)  # [S, G, C], of the scores until now
         total = torch.zeros_like(highest)  # of exp(score - highest)
+        if sinks is not None:  # a score of its own in each row
+            highest, total = _per_row(sinks, highest), torch.ones_like(highest)
         mixed = query.new_zeros(query.shape, dtype=wide)
         for source, keys, values in _around(own, places):
             names = _documents(documents, places, source, length)
-            for tile in places.tiles(source, length):
-                scores = _scores(query, keys, tile, names)  # [S, G, Q, E]
+            for tile in places.tiles(source, length, rule.window):
+                scores, _ = _scores(query, keys, tile, names, rule)  # [S, G, Q, E]
                 before = highest[:, :, tile.queries]
                 top = torch.maximum(before, scores.amax(-1))
                 base = top.masked_fill(top == -math.inf, 0.0)  # of a row without a key until now
@@ -120,13 +142,14 @@ class _RingAttention(torch.autograd.Function):
                 )
                 highest[:, :, tile.queries] = top
         result = (mixed / total.unsqueeze(-1)).to(query.dtype)
-        ctx.save_for_backward(query, own, result, highest + total.log(), documents)
-        ctx.places = places
+        ctx.save_for_backward(query, own, result, highest + total.log(), documents, sinks)
+        ctx.rule, ctx.places = rule, places
         return result.view(batch, -1, length, width)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, ...]:
-        query, own, result, logarithms, documents = ctx.saved_tensors
+        query, own, result, logarithms, documents, sinks = ctx.saved_tensors
+        rule: ScoreRule = ctx.rule
         places: RingPlaces = ctx.places
         batch, length, width = len(outer[0]), query.shape[2], query.shape[3]
         upper = outer[0].reshape(query.shape)
@@ -138,13 +161,15 @@ class _RingAttention(torch.autograd.Function):
         for source, keys, values in _around(own, places):
             names = _documents(documents, places, source, length)
             grads = torch.zeros_like(own, dtype=wide)  # of the source's keys and values
-            for tile in places.tiles(source, length):
-                probabilities = _scores(query, keys, tile, names)
-                probabilities = probabilities.sub_(logarithms[:, :, tile.queries].unsqueeze(-1)).exp_()
+            for tile in places.tiles(source, length, rule.window):
+                scores, slope = _scores(query, keys, tile, names, rule)
+                probabilities = scores.sub_(logarithms[:, :, tile.queries].unsqueeze(-1)).exp_()
                 above = upper[:, :, tile.queries].flatten(1, 2)
                 grads[1, :, tile.keys] += probabilities.flatten(1, 2).to(query.dtype).transpose(1, 2) @ above
                 of_scores = (above @ values[:, tile.keys].transpose(1, 2)).view(probabilities.shape).to(wide)
                 of_scores = of_scores.sub_(row[:, :, tile.queries].unsqueeze(-1)).mul_(probabilities)
+                if slope is not None:
+                    of_scores = of_scores * slope
                 narrow = of_scores.flatten(1, 2).to(query.dtype)
                 query_grad[:, :, tile.queries] += (narrow @ keys[:, tile.keys]).view(*probabilities.shape[:3], width)
                 grads[0, :, tile.keys] += narrow.transpose(1, 2) @ query[:, :, tile.queries].flatten(1, 2)
@@ -152,10 +177,14 @@ class _RingAttention(torch.autograd.Function):
                 grads += arriving()
             arriving = _begin_shift(grads, places.group)
         assert arriving is not None
-        query_grad *= 1 / math.sqrt(width)
+        query_grad *= rule.scale
+        sinks_grad = None
+        if sinks is not None:  # a sink has no value, and so no other gradient than the softmax's
+            share = (_per_row(sinks, logarithms) - logarithms).exp()
+            sinks_grad = -(share * row).sum(-1).view(batch, -1).sum(0).to(sinks.dtype)
         grads = arriving()  # home after a whole turn
         shapes = query_grad, grads[0], grads[1]
-        return (*(x.reshape(batch, -1, length, width).to(query.dtype) for x in shapes), None, None)
+        return (*(x.reshape(batch, -1, length, width).to(query.dtype) for x in shapes), None, sinks_grad, None, None)
 
 
 def _around(own: Tensor, places: RingPlaces) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -189,16 +218,32 @@ def _documents(whole: Tensor | None, places: RingPlaces, source: int, length: in
     return _Documents(whole[:, own], whole[:, other])
 
 
-def _scores(query: Tensor, key: Tensor, tile: _Tile, documents: _Documents | None) -> Tensor:
-    """[S, G, Q, E] of a tile, in fp32; -inf where a query does not attend to a key."""
+def _per_row(sinks: Tensor, like: Tensor) -> Tensor:
+    """[N] -> [S, G, C], the sink of each row's head."""
+    shared, groups, _ = like.shape
+    by_head = sinks.to(like.dtype).view(-1, groups).repeat(shared * groups // len(sinks), 1)
+    return by_head.unsqueeze(-1).expand_as(like).clone()
+
+
+def _scores(
+    query: Tensor, key: Tensor, tile: _Tile, documents: _Documents | None, rule: ScoreRule
+) -> tuple[Tensor, Tensor | None]:
+    """[S, G, Q, E] of a tile, in fp32, -inf where a query does not attend to a key; and a soft cap's slope there."""
     shared, groups, _, _ = query.shape
     scores = query[:, :, tile.queries].flatten(1, 2) @ key[:, tile.keys].transpose(1, 2)
     rows, columns = tile.queries.stop - tile.queries.start, scores.shape[-1]
     by_head = scores.to(torch.promote_types(scores.dtype, torch.float32)).view(shared, groups, rows, columns)
+    slope = None
+    if rule.softcap is not None:
+        ratio = torch.tanh(by_head / rule.softcap)
+        by_head, slope = ratio * rule.softcap, 1 - ratio.square()
     if tile.ahead < columns - 1:
         later = torch.ones(rows, columns, dtype=torch.bool, device=query.device).triu_(tile.ahead + 1)
         by_head.masked_fill_(later, -math.inf)
+    if rule.window is not None and tile.ahead + rows - 1 >= rule.window:
+        past = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril_(tile.ahead - rule.window)
+        by_head.masked_fill_(past, -math.inf)
     if documents is not None:
         others = documents.queries[:, tile.queries, None] != documents.keys[:, None, tile.keys]  # [B, Q, E]
         by_head.view(len(others), -1, rows, columns).masked_fill_(others.unsqueeze(1), -math.inf)
-    return by_head
+    return by_head, slope

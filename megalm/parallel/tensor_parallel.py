@@ -24,7 +24,8 @@ from megalm.model.layer_factory import (
     WholeSequence,
     annotate_shard,
 )
-from megalm.model.modules import DropoutClock, PositionEmbedding
+from megalm.model.loss import LogitRule
+from megalm.model.modules import DropoutClock, PositionEmbedding, RMSNorm
 from megalm.parallel import collectives
 from megalm.parallel.process_groups import AxisGroup
 from megalm.parallel.sharded_linear import TensorProducts
@@ -88,6 +89,7 @@ class TensorLayers(LayerFactory):
         compiled: the element-wise work of the loss runs compiled.
         float8: column and row layers multiply in float8.
         chunks: of a micro-batch, whose communication runs while others are multiplied; 1: they take turns.
+        z_loss: coefficient of the loss's penalty.
         context: how a context group holds a sample's sequence.
     """
 
@@ -99,9 +101,10 @@ class TensorLayers(LayerFactory):
         compiled: bool = False,
         float8: bool = False,
         chunks: int = 1,
+        z_loss: float = 0.0,
         context: WholeSequence = WHOLE_SEQUENCE,
     ) -> None:
-        super().__init__(clock, compiled, float8, context)
+        super().__init__(clock, compiled, float8, z_loss, context)
         self._group = group
         self._products = TensorProducts(group, sequence, float8, chunks)
         self._stream = self._products.stream
@@ -148,8 +151,20 @@ class TensorLayers(LayerFactory):
         _annotate(weight, (vocab_size, hidden_size), 0, part)
         return weight
 
-    def output(self, vocab_size: int) -> VocabParallelOutput:
-        return VocabParallelOutput(vocab_size, self._stream, self.compiled, self.sequence)
+    def of_heads(self, heads: int) -> nn.Parameter:
+        part = whole_parts(heads, heads, self._group.size, self._group.index)
+        parameter = nn.Parameter(torch.empty(part.size))
+        _annotate(parameter, (heads,), 0, part)
+        return parameter
+
+    def norm_over_heads(self, width: int, heads: int, epsilon: float, zero_centered: bool) -> RMSNorm:
+        part = whole_parts(width, heads, self._group.size, self._group.index)
+        return self.replicated(ShardedRMSNorm(width, part, epsilon, zero_centered, self._group), sharded=True)
+
+    def output(self, vocab_size: int, softcap: float | None) -> VocabParallelOutput:
+        return VocabParallelOutput(
+            vocab_size, LogitRule(softcap, self.z_loss), self._stream, self.compiled, self.sequence
+        )
 
     def place(self, layer: int, site: str, sharded: bool) -> str:
         place = super().place(layer, site, sharded)
@@ -169,6 +184,38 @@ class TensorLayers(LayerFactory):
     def _sum_gradient(self, gradient: Tensor) -> Tensor:
         total = collectives.sum_over(gradient.to(torch.float32, copy=True).contiguous(), self._group)
         return total.to(gradient.dtype)
+
+
+class ShardedRMSNorm(RMSNorm):
+    """An RMS norm over features [..., W] of which a rank holds `part`; the weight [W] is whole.
+
+    Ranks that share a part, key/value heads, count it once each: in the mean square, and in its gradient.
+    """
+
+    def __init__(self, width: int, part: DimRange, epsilon: float, zero_centered: bool, group: AxisGroup) -> None:
+        super().__init__(width, epsilon, zero_centered)
+        self._part = part
+        self._group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        count = self.weight.shape[0] * self._part.sharers
+        squares = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self._group)  # type: ignore[no-untyped-call]  # torch: untyped
+        normed = wide * torch.rsqrt(squares / count + self.epsilon)
+        return (normed * self.gain()[self._part.first : self._part.last].float()).to(x.dtype)
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum of the ranks' tensors, of which each rank makes another use: its gradient is summed too."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: AxisGroup) -> Tensor:
+        ctx.group = group
+        return collectives.sum_over(own.clone(memory_format=torch.contiguous_format), group)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return collectives.sum_over(gradients[0].clone(memory_format=torch.contiguous_format), ctx.group), None
 
 
 class RowLinear(nn.Module):

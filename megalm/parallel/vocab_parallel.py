@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalm.model.layer_factory import WHOLE_SEQUENCE, VocabularyOutput, WholeSequence
-from megalm.model.loss import IGNORE
+from megalm.model.loss import IGNORE, LogitRule
 from megalm.model.modules import uncompiled
 from megalm.parallel import collectives
 from megalm.parallel.collectives import ReplicatedResidual
@@ -42,13 +42,20 @@ class VocabParallelOutput(VocabularyOutput):
 
     Args:
         vocab_size: V.
+        rule: what becomes of the products with the weight.
         compiled: the element-wise work of a chunk runs compiled.
         sequence: how ranks hold a sample's sequence.
     """
 
     def __init__(
-        self, vocab_size: int, stream: ReplicatedResidual, compiled: bool, sequence: WholeSequence = WHOLE_SEQUENCE
+        self,
+        vocab_size: int,
+        rule: LogitRule,
+        stream: ReplicatedResidual,
+        compiled: bool,
+        sequence: WholeSequence = WHOLE_SEQUENCE,
     ) -> None:
+        self.rule = rule
         self.chunk = self._chunk
         self.sequence = sequence
         self.observe = None
@@ -69,21 +76,27 @@ class VocabParallelOutput(VocabularyOutput):
         """[..., H], [R, H] -> [..., V]."""
         ranks = self._group.size
         sizes = [vocabulary_rows(self._vocab_size, ranks, index).size for index in range(ranks)]
-        own = functional.pad(hidden @ weight.t(), (0, sizes[0] - self._part.size))
+        own = functional.pad(self.rule.capped(hidden @ weight.t()), (0, sizes[0] - self._part.size))
         gathered = collectives.gather(own, self._group)
         return torch.cat([each[..., :size] for each, size in zip(gathered, sizes, strict=True)], dim=-1)
 
-    def _chunk(self, logits: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-        """`megalm.model.loss.chunk_loss` on this rank's logits [C, R]."""
+    def _chunk(self, products: Tensor, labels: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        """`megalm.model.loss.chunk_loss` on this rank's products [C, R]."""
+        logits = self.rule.capped(products)
         maxima = collectives.maximum_over(logits.amax(dim=-1).float(), self._group)
         local, held = _local(labels.clamp(min=0), self._part)
         exponentials, sums = self._exponentials(logits, maxima, local, held)
         denominators, targets = collectives.sum_over(sums, self._group)
         valid = labels != IGNORE
-        losses = (denominators.log() - targets) * valid
+        log_sums = denominators.log()
+        losses = (log_sums - targets) * valid
         if not gradient:
-            return losses, logits
-        return losses, self._gradient(exponentials, denominators, local, held, valid).to(logits.dtype)
+            return losses, products
+        factor = self.rule.gradient_factor(log_sums + maxima)
+        gradients = self._gradient(exponentials, factor / denominators, local, held, valid)
+        if self.rule.softcap is not None:
+            gradients = gradients * self.rule.slope(logits.float())
+        return losses, gradients.to(products.dtype)
 
 
 def _local(tokens: Tensor, part: DimRange) -> tuple[Tensor, Tensor]:
@@ -100,7 +113,7 @@ def _exponentials(logits: Tensor, maxima: Tensor, local: Tensor, held: Tensor) -
     return exponentials, torch.stack((exponentials.sum(dim=-1), targets))
 
 
-def _gradient(exponentials: Tensor, denominators: Tensor, local: Tensor, held: Tensor, valid: Tensor) -> Tensor:
+def _gradient(exponentials: Tensor, factors: Tensor, local: Tensor, held: Tensor, valid: Tensor) -> Tensor:
     """Gradient of the loss in this rank's logits [C, R]: probabilities, less one at a target in this rank's part."""
-    probabilities = exponentials.div_(denominators.unsqueeze(1))
+    probabilities = exponentials.mul_(factors.unsqueeze(1))
     return probabilities.scatter_add_(1, local.unsqueeze(1), -held.float().unsqueeze(1)).mul_(valid.unsqueeze(1))

@@ -15,7 +15,16 @@ from typing import Any
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts
 from megalm.config.deepspeed.translate import translate
 from megalm.config.loading import LoadedConfig
-from megalm.config.schema import BatchStage, DataSection, DataStage, ParallelSection, RunConfig, ScheduleSection
+from megalm.config.schema import (
+    BatchStage,
+    DataSection,
+    DataStage,
+    LayerChoice,
+    ModelSection,
+    ParallelSection,
+    RunConfig,
+    ScheduleSection,
+)
 from megalm.config.validation import shown
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.engine_checks import ALLOW_CPU_FP16
@@ -168,6 +177,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
                 "num_key_value_heads": grouped,
                 "head_dim": 16 if sets_head_dim else None,
                 "intermediate_size": 88,
+                **_small_choices(model, layers),
                 "vocab_size": None,
                 "vocab_multiple": None,
                 "max_position_embeddings": None,
@@ -203,6 +213,25 @@ def _small_config(own: ResolvedRun) -> RunConfig:
     defaults = RunConfig()
     plain = {name: getattr(defaults, name) for name in (*_NOT_TRAINED, "batch", "documented")}
     return config.model_copy(update={**updates, **plain, "preset": None, "deepspeed_config": None})
+
+
+def _small_choices(model: ModelSection, layers: int) -> dict[str, Any]:
+    """Return a model's choices that have a size: each of them still has an effect."""
+
+    def of_layers(choice: LayerChoice | None) -> LayerChoice | None:
+        if choice is None or isinstance(choice, int):
+            return choice and min(choice, layers)
+        return tuple(layer for layer in choice if layer < layers) or (choice and (layers - 1,))
+
+    scaling = model.rope_scaling
+    if scaling is not None and scaling.original_max_position_embeddings is not None:
+        scaling = scaling.model_copy(update={"original_max_position_embeddings": _LENGTH // 2})
+    return {
+        "no_rope_layers": of_layers(model.no_rope_layers),
+        "full_attention_layers": of_layers(model.full_attention_layers),
+        "sliding_window": model.sliding_window and min(model.sliding_window, _LENGTH // 3),
+        "rope_scaling": scaling,
+    }
 
 
 def _small_data(data: DataSection) -> DataSection:
@@ -272,7 +301,8 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
         *([("schedule.batch", _in_short(own), _in_short(run))] if own.stages.grow else []),
         ("data.sequence_length", own.config.data.sample_length, run.config.data.sample_length),
     ]
-    for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "sliding_window")
+    for name in (*sizes, "full_attention_layers", "no_rope_layers"):
         pairs.append((f"model.{name}", getattr(own.config.model, name), getattr(run.config.model, name)))
     for name in ("dropout", "attention_dropout"):
         pairs.append((f"model.{name}", getattr(own.config.model, name), getattr(run.config.model, name)))

@@ -27,6 +27,7 @@ from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
 from megalm.planning.diagnostics import profiled_steps
 from megalm.planning.engine_checks import DEEPSPEED_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
+from megalm.planning.model_checks import MODEL_RULES
 from megalm.planning.parallel_checks import PARALLEL_RULES
 from megalm.planning.training_stages import TrainingStages
 from megalm.rank_environment import JOB_FIELDS
@@ -119,7 +120,7 @@ def with_steps(case: CheckContext, stages: TrainingStages, parameters: int) -> t
     return loaded, [notice]
 
 
-# --- run and model ----------------------------------------------------------------------------------------------------
+# --- run and optimizer groups ----------------------------------------------------------------------------------------
 
 
 def run_name(case: CheckContext) -> None:
@@ -132,52 +133,6 @@ def run_name(case: CheckContext) -> None:
     if name is not None and not _NAME.fullmatch(name):
         raise ConfigError(
             f"run.name={name!r} is not a folder name: use letters, digits, '.', '_' and '-'; run.root is the parent"
-        )
-
-
-def hidden_divides_into_heads(case: CheckContext) -> None:
-    model = case.config.model
-    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
-        raise ConfigError(
-            f"model.hidden_size={model.hidden_size} does not divide into model.num_attention_heads="
-            f"{model.num_attention_heads}; change one of them or set model.head_dim"
-        )
-
-
-def vocabulary_is_a_multiple(case: CheckContext) -> None:
-    entries, multiple = case.config.model.vocab_size, case.config.model.vocab_multiple
-    if entries is not None and multiple is not None and entries % multiple:
-        raise ConfigError(
-            f"model.vocab_size={entries} is not a multiple of model.vocab_multiple={multiple}; remove one of them, or "
-            f"set model.vocab_size={math.ceil(entries / multiple) * multiple}"
-        )
-
-
-def heads_divide_into_groups(case: CheckContext) -> None:
-    heads, groups = case.config.model.num_attention_heads, case.config.model.num_key_value_heads
-    if groups is not None and heads % groups:
-        raise ConfigError(
-            f"model.num_attention_heads={heads} does not divide into model.num_key_value_heads={groups}; "
-            "use equally many heads for each key/value head"
-        )
-
-
-def rotary_needs_even_heads(case: CheckContext) -> None:
-    model = case.config.model
-    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
-    if model.style == "llama" and head_dim % 2:
-        raise ConfigError(
-            f"head_dim={head_dim} (model.hidden_size / model.num_attention_heads) is odd; the rotary positions of "
-            "style llama need an even one"
-        )
-
-
-def sequence_fits_positions(case: CheckContext) -> None:
-    length, positions = case.config.data.sample_length, case.config.model.max_position_embeddings
-    if positions is not None and length > positions:
-        raise ConfigError(
-            f"data.sequence_length={length} is longer than model.max_position_embeddings={positions}; "
-            "shorten the one or raise the other"
         )
 
 
@@ -703,11 +658,7 @@ _KEYS = {*leaf_fields(RunConfig), *DEEPSPEED_NAMES}
 
 RULES: tuple[Rule, ...] = (
     run_name,
-    vocabulary_is_a_multiple,
-    hidden_divides_into_heads,
-    heads_divide_into_groups,
-    rotary_needs_even_heads,
-    sequence_fits_positions,
+    *MODEL_RULES,
     parameter_groups_match,
     some_parameters_train,
     frozen_groups_have_no_settings,

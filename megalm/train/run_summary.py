@@ -6,7 +6,6 @@ import math
 import shlex
 import threading
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.sampling.sample_order import stride_warning
 from megalm.data.tokenizers.tokenizer import describe_eod
 from megalm.errors import ConfigError, DataError
-from megalm.model.model_config import ModelConfig
+from megalm.model.model_config import ModelConfig, model_settings
 from megalm.model.parameter_groups import frozen_parameters
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.planning.resolve import ResolvedRun
@@ -288,7 +287,7 @@ def _resolved_settings(run: ResolvedRun, shape: ModelConfig) -> dict[str, Any]:
     model, schedule = run.config.model, run.schedule
     rates = ("peak_learning_rate", "initial_learning_rate", "final_learning_rate")
     return {
-        "model": {name: value for name, value in asdict(shape).items() if getattr(model, name) is None},
+        "model": {name: value for name, value in model_settings(shape).items() if getattr(model, name) is None},
         "schedule": {
             **{name: getattr(schedule, name) for name in rates},
             **({"decay_steps": schedule.decay_steps} if schedule.kind == "wsd" else {}),

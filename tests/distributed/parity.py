@@ -37,16 +37,41 @@ _GPT2 = (*_SMALL, "model.style=gpt2", "model.qk_norm=false", "data.document_mask
 _LLAMA = (*_SMALL, "model.style=llama")
 MODELS: dict[str, tuple[str, ...]] = {
     "gpt2 tied": (*_GPT2, "model.tie_word_embeddings=true"),
-    "gpt2 MQA untied": (
+    # As GPT-NeoX and OLMo 2: norms after the layers, which both read the block's input.
+    "composed MQA untied": (
         *_GPT2,
         "model.num_key_value_heads=1",  # held by both ranks of a tensor group
         "model.tie_word_embeddings=false",
+        "model.norm_placement=post",
+        "model.parallel_residual=true",
+        "model.qk_norm=whole",
+        "model.position_embedding_type=rope",
+        "model.embedding_scale=50",  # the embeddings of 0.02 are small beside a normed layer
+        "model.rope_scaling={rope_type: yarn, factor: 2, original_max_position_embeddings: 12}",
+        "model.partial_rotary_factor=0.5",
+        "model.no_rope_layers=[0]",
+        "model.hidden_act=relu2",
+        "model.qkv_bias=false",
+        "model.attention_scale=0.5",
+        "train.z_loss=1e-3",
         "train.checkpoint_activations_every=1",
     ),
-    "llama MQA tied": (
+    # As Gemma: norms on both sides, windows, soft caps; and the sinks of gpt-oss.
+    "composed MQA tied": (
         *_LLAMA,
         "model.num_key_value_heads=1",
         "model.tie_word_embeddings=true",
+        "model.norm_placement=both",
+        "model.norm_zero_centered=true",
+        "model.hidden_act=gelu_pytorch_tanh",
+        "model.embedding_scale=5.6",
+        "model.sliding_window=7",
+        "model.full_attention_layers=2",
+        "model.rope_local_theta=500",
+        "model.attn_logit_softcapping=2",
+        "model.final_logit_softcapping=3",
+        "model.attention_sinks=true",
+        "model.qkv_bias=true",
         "train.checkpoint_activations_every=1",
         # On both stages of a pipeline, because the weight is tied.
         "train.parameter_groups=[{match: embedding.*, learning_rate_scale: 0.1, weight_decay: 0}]",

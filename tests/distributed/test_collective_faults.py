@@ -26,11 +26,11 @@ pytestmark = pytest.mark.distributed
 
 STEPS, SEQUENCES = 2, 4
 ROWS = (
-    Row("dp2", "llama MQA tied", 1),  # weights drawn by turns
-    Row("tp2", "llama MQA tied", 1),
+    Row("dp2", "composed MQA tied", 1),  # weights drawn by turns
+    Row("tp2", "composed MQA tied", 1),
     Row("sp2", "gpt2 tied", 0),
-    Row("sp2", "llama MQA tied", 1),
-    Row("tp2", "gpt2 MQA untied", 2),
+    Row("sp2", "composed MQA tied", 1),
+    Row("tp2", "composed MQA untied", 2),
     Row("pp2", "llama GQA untied", 1),
     Row("pp2", "gpt2 tied", 0),
     Row("tp2", "llama GQA untied", 1, muon=True),

@@ -36,14 +36,14 @@ TOLERANCES = {"float8 mlp": 0.06, "compiled float8 mlp": 0.06, "float8 training"
 CLOCK = DropoutClock(seed=0)
 
 
-def shape(style: str, key_value_heads: int, vocab_size: int = VOCAB) -> ModelConfig:
+def shape(style: str, key_value_heads: int, vocab_size: int = VOCAB, **choices: Any) -> ModelConfig:
     section = ModelSection(
         style=style,
         hidden_size=HIDDEN,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=key_value_heads,
-        qk_norm=True,
+        **{"qk_norm": True, **choices},
     )
     return build_model_config(section, vocab_size, LENGTH)
 
@@ -123,8 +123,12 @@ def difference(found: Tensor | None, expected: Tensor, whole: Tensor) -> float:
     return float((found - expected).abs().max() / whole.abs().max().clamp(min=1e-3))
 
 
-def _attention(lab: Lab, style: str, key_value_heads: int) -> dict[str, float]:
-    sizes = shape(style, key_value_heads)
+COMPOSED = {"qk_norm": "whole", "attention_sinks": True, "attn_logit_softcapping": 1.0, "sliding_window": 5}
+COMPOSED |= {"norm_zero_centered": True, "qkv_bias": True, "attention_output_bias": False}
+
+
+def _attention(lab: Lab, style: str, key_value_heads: int, **choices: Any) -> dict[str, float]:
+    sizes = shape(style, key_value_heads, **choices)
     return lab.compare(lambda layers: Attention(sizes, layers, None, CLOCK, 1), sizes, None)
 
 
@@ -211,11 +215,12 @@ def _embedding(lab: Lab, documents: bool) -> dict[str, float]:
     return lab.compare_gradients(dense, sharded)
 
 
-def _loss(lab: Lab, vocab_size: int, scale: float) -> dict[str, float]:
+def _loss(lab: Lab, vocab_size: int, scale: float, softcap: float | None = None) -> dict[str, float]:
     """Loss, its gradients and the logits; `scale` makes logits so large that exp of them overflows."""
 
     def make(layers: LayerFactory) -> nn.Module:
-        return LanguageModelHead(layers.vocabulary_weight(vocab_size, HIDDEN), layers.output(vocab_size), 10)
+        layers.z_loss = 0.1 if softcap else 0.0
+        return LanguageModelHead(layers.vocabulary_weight(vocab_size, HIDDEN), layers.output(vocab_size, softcap), 10)
 
     dense, sharded = lab.twins(make, shape("llama", 4, vocab_size))
     hidden = torch.randn(BATCH, LENGTH, HIDDEN, generator=seeded("hidden")) * scale
@@ -265,6 +270,8 @@ CHECKS: dict[str, Callable[[Lab], dict[str, float]]] = {
         f"attention {style}, {heads} kv": lambda lab, style=style, heads=heads: _attention(lab, style, heads)
         for style, heads in (("gpt2", 4), ("llama", 4), ("llama", 2), ("llama", 1))
     },
+    "attention composed, 2 kv": lambda lab: _attention(lab, "llama", 2, **COMPOSED),
+    "attention composed, 1 kv": lambda lab: _attention(lab, "gpt2", 1, **COMPOSED),
     **{f"mlp {style}": lambda lab, style=style: _mlp(lab, style) for style in ("gpt2", "llama")},
     "mlp gpt2, one sample": lambda lab: _mlp_of_one_sample(lab, "gpt2"),
     "mlp llama, one sample": lambda lab: _mlp_of_one_sample(lab, "llama"),
@@ -277,6 +284,7 @@ CHECKS: dict[str, Callable[[Lab], dict[str, float]]] = {
     "loss, even vocabulary": lambda lab: _loss(lab, 128, 1.0),
     "loss, one row a rank": lambda lab: _loss(lab, lab.group.size + 1, 1.0),
     "loss, large logits": lambda lab: _loss(lab, VOCAB, 1e4),
+    "loss, soft cap and z-loss": lambda lab: _loss(lab, VOCAB, 10.0, softcap=2.0),
     "model gpt2": lambda lab: _model(lab, "gpt2", 4),
     "model llama, 2 kv": lambda lab: _model(lab, "llama", 2),
     "model llama, 1 kv, recomputed": lambda lab: _model(lab, "llama", 1, Recomputation(every=1)),

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ import torch
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.huggingface.export_model import export_checkpoint, plan_export
+from tests.e2e.cached_packages import cached_packages
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, megalm
 from tests.huggingface_models import SECTIONS, random_model, save_model
@@ -33,7 +32,6 @@ VERSIONS = {
     "4.57.6": ("tokenizers==0.22.2", "huggingface_hub==0.36.0"),
     "development": (),
 }
-CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "megalm-tests"
 UNKNOWN_THERE = {"4.46.3": "qwen3"}  # came with 4.51
 MODELS = ("llama-gqa-tied", "qk-norm", "gpt2")
 TEXTS = ["Once", "def f(x):\n    return x  # na\u00efve\n", " \t 1234567890"]
@@ -68,19 +66,11 @@ print(json.dumps({"version": transformers.__version__, "found": found}))
 
 
 def environment(version: str, require: Any) -> dict[str, str]:
-    """With this version of transformers before the installed one; made once."""
+    """With this version of transformers before the installed one."""
     if not VERSIONS[version]:
         return dict(os.environ)
-    folder = CACHE / f"transformers-{version}"
-    if not folder.is_dir():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=CACHE) as temporary:
-            pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            packages = (f"transformers=={version}", *VERSIONS[version])
-            made = subprocess.run([*pip, "--target", temporary, *packages], capture_output=True, text=True, check=False)
-            require("index", made.returncode == 0, f"transformers {version} cannot be installed: {made.stderr[-500:]}")
-            shutil.copytree(temporary, folder, dirs_exist_ok=True)
-    return {**os.environ, "PYTHONPATH": str(folder)}
+    packages = (f"transformers=={version}", *VERSIONS[version])
+    return {**os.environ, "PYTHONPATH": str(cached_packages(f"transformers-{version}", packages, require))}
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,16 @@ _LONG = {
     "train.offload_activations": True,
     "compile": False,
 }
+_COMPOSED = {
+    "model.sliding_window": 8,
+    "model.full_attention_layers": 2,
+    "model.attn_logit_softcapping": 50.0,
+    "model.attention_sinks": True,
+    "model.norm_placement": "both",
+    "model.norm_zero_centered": True,
+    "model.qk_norm": "whole",
+    "train.z_loss": 1e-4,
+}
 _GPT2 = {"model.style": "gpt2", "model.dropout": 0.1, "model.attention_dropout": 0.1}
 
 LAYOUTS: dict[str, Layout] = {
@@ -90,7 +100,7 @@ LAYOUTS: dict[str, Layout] = {
     "dropout, document mask": Layout("zero2.json", 8, 2, keys={**_GPT2, "data.document_mask": True}),
     "recomputation": Layout("zero3.json", 8, 3, keys={"train.checkpoint_activations_every": 1}),
     "tiles, offloaded inputs": Layout("zero3.json", 8, 3, keys=_LONG),
-    "document mask": Layout("zero2.json", 8, 2, keys={"data.document_mask": True}),
+    "document mask, composed": Layout("zero2.json", 8, 2, keys={"data.document_mask": True, **_COMPOSED}),
     "grouped queries, untied": Layout(
         "zero2.json", 8, 2, keys={"model.num_key_value_heads": 2, "model.tie_word_embeddings": False}
     ),
@@ -98,7 +108,7 @@ LAYOUTS: dict[str, Layout] = {
     "tensor, muon": Layout("muon.json", 8, 1, rank=3, keys=_TENSOR),
     "tensor, overlapped": Layout("zero1.json", 8, 1, rank=3, keys={**_TENSOR, **_OVERLAP}),
     "tensor, zero 3": Layout("zero3.json", 8, 4, rank=3, keys=_TENSOR),
-    "sequence": Layout("zero2.json", 8, 2, rank=2, keys=_SEQUENCE),
+    "sequence, composed": Layout("zero2.json", 8, 2, rank=2, keys={**_SEQUENCE, **_COMPOSED}),
     "sequence, overlapped": Layout("zero2.json", 8, 2, rank=2, keys={**_SEQUENCE, **_OVERLAP}),
     "sequence, dropout, zero 3": Layout("zero3.json", 8, 3, rank=5, keys={**_SEQUENCE, **_GPT2, **_OVERLAP}),
     "context": Layout("zero2.json", 8, 2, rank=3, keys={**_CONTEXT, "data.document_mask": True}),

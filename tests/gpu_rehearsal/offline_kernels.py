@@ -109,7 +109,7 @@ def _functions() -> Iterator[tuple[Callable[..., Any], list[Callable[[], Any]]]]
     """What a run compiles on a GPU: the loss of a chunk, attention under a document mask, a block."""
     import torch
 
-    from megalm.model.attention import flex_blocks
+    from megalm.model.attention_kernels import flex_blocks
     from megalm.model.loss import chunk_loss
 
     bf16 = {"device": "cuda:0", "dtype": torch.bfloat16}
@@ -122,7 +122,7 @@ def _functions() -> Iterator[tuple[Callable[..., Any], list[Callable[[], Any]]]]
     options |= {"WRITE_DQ": True, "OUTPUT_LOGSUMEXP": True, "OUTPUT_MAX": False, "BACKEND": "AUTO"}
 
     def attention(query: Any, key: Any, value: Any, outer: Any, documents: Any) -> Any:
-        *blocks, allowed = flex_blocks(documents).as_tuple()
+        *blocks, allowed = flex_blocks(documents, documents).as_tuple()
 
         def mask(batch: Any, head: Any, row: Any, column: Any, documents: Any) -> Any:
             """The model's rule, with its documents as an argument, which the compiler makes of a closure."""

@@ -6,7 +6,7 @@ Pure functions of a manifest and of the resuming run; no file is read or written
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from megalm.checkpoint.manifest import Beginning, DataSegment, Manifest
 from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.errors import CheckpointError, ConfigError
-from megalm.model.model_config import ModelConfig
+from megalm.model.model_config import ModelConfig, model_settings
 from megalm.model.parameter_groups import MOMENTS, frozen_parameters, group_keys
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, decay_steps_of
@@ -54,7 +54,7 @@ def identity_of(run: ResolvedRun, shape: ModelConfig, identity: DataIdentity, co
         "train.seed": run.config.train.seed,
         "data.mixture": identity.samples.mixture(consumed),
     }
-    return {"model": asdict(shape), "data": settings, "fingerprints": identity.at(consumed)}
+    return {"model": model_settings(shape), "data": settings, "fingerprints": identity.at(consumed)}
 
 
 # Default final learning rate of an extension, as a share of the rate at which it begins.
@@ -80,7 +80,8 @@ _FINGERPRINT_SHOWN = 12  # digits
 # Model settings that determine the weights' shapes or meaning: `resume.allow` cannot change them.
 _SHAPES = (
     *("style", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
-    *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm"),
+    *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm", "normalization", "norm_placement"),
+    *("position_embedding_type", "qkv_bias", "attention_output_bias", "mlp_bias", "gated_mlp", "attention_sinks"),
 )
 
 
@@ -352,4 +353,5 @@ def _of_order(segments: Sequence[DataSegment]) -> list[DataSegment]:
 
 def _may_grow(name: str, then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> bool:
     """Return whether a setting may differ: rotary positions have no table, so the sequence length may change."""
-    return name == "max_position_embeddings" and now["model"]["style"] == "llama" == then.model["style"]
+    kinds = (now["model"].get("position_embedding_type"), then.model.get("position_embedding_type"))
+    return name == "max_position_embeddings" and "learned_absolute" not in kinds

@@ -51,7 +51,9 @@ def test_an_earlier_version_s_file_is_read_whole_and_written_as_it_was(folder: P
     before = (folder / "manifest.json").read_bytes()
     manifest = read_manifest(folder)
     said = json.loads(json.dumps(manifest.model_dump(exclude_unset=True)))
-    assert said == {name: value for name, value in stored(folder).items() if name != "seal"}
+    written = stored(folder)
+    said["model"] = {name: said["model"][name] for name in written["model"]}  # choices of later releases come on top
+    assert said == {name: value for name, value in written.items() if name != "seal"}
     unknown = manifest.model_extra or {}
     assert list(unknown) == ["format"], "every other key has its attribute"
     write_manifest(folder, manifest)

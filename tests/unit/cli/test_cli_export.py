@@ -191,6 +191,14 @@ def test_keys_of_a_configuration(checkpoint: Path, tmp_path: Path, capsys: pytes
     assert_names(error, "--ignore-key", "my_won", "config.json")
 
 
+def test_an_adapter_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text("{}")
+    code, _, error = run(capsys, "import", tmp_path / "adapter", tmp_path / "back")
+    assert code == 2
+    assert_names(error, "adapter_config.json", "merge_and_unload")
+
+
 def test_a_hugging_face_folder_is_generated_from_and_evaluated_as_it_is(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -36,13 +36,25 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
         (["model.num_attention_heads=3", "model.head_dim=64"], None),
         (["model.num_key_value_heads=3"], ["model.num_attention_heads=4", "model.num_key_value_heads=3"]),
         (["model.num_key_value_heads=8"], ["model.num_attention_heads=4", "model.num_key_value_heads=8"]),
-        (["model.head_dim=63"], ["head_dim=63", "model.hidden_size", "model.num_attention_heads", "llama"]),
+        (["model.head_dim=63"], ["head_dim=63", "even"]),
+        (
+            ["model.no_rope_layers=[1, 4]", "model.full_attention_layers=[9]", "model.rope_local_theta=5"],
+            ["model.no_rope_layers", "layer 4", "model.full_attention_layers", "layer 9", "model.sliding_window"],
+        ),
+        (["model.no_rope_layers=4", "model.sliding_window=5", "model.full_attention_layers=[3]"], None),
+        (["model.partial_rotary_factor=0.11"], ["head_dim=64", "model.partial_rotary_factor=0.11"]),
+        (
+            ["model.style=gpt2", "model.partial_rotary_factor=0.5", "model.norm_zero_centered=true"],
+            ["model.partial_rotary_factor", "model.position_embedding_type=rope", "model.normalization=rms_norm"],
+        ),
+        (["model.rope_scaling={rope_type: yarn, factor: 4}"], ["yarn", "original_max_position_embeddings"]),
+        (["model.rope_scaling={rope_type: linear, factor: 4}"], None),
         (
             ["model.vocab_size=8193", "model.vocab_multiple=64"],
             ["model.vocab_size=8193", "model.vocab_multiple=64", "model.vocab_size=8256"],
         ),
         (["model.vocab_size=8256", "model.vocab_multiple=64"], None),
-        (["model.hidden_size=252"], ["head_dim=63", "llama"]),
+        (["model.hidden_size=252"], ["head_dim=63"]),
         (["model.hidden_size=252", "model.style=gpt2"], None),
         (
             ["data.sequence_length=512", "model.max_position_embeddings=256"],

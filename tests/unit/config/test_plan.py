@@ -331,7 +331,15 @@ def test_offloaded_inputs_lie_in_the_cpus_memory(every: int, stages: int, in_fli
 @pytest.mark.parametrize("style", ["llama", "gpt2"])
 @pytest.mark.parametrize("precision", NAMES)
 @pytest.mark.parametrize(
-    "extra", ["model.dropout=0", "model.dropout=0.1", "model.qk_norm=true", "model.num_key_value_heads=2"]
+    "extra",
+    [
+        *("model.dropout=0", "model.dropout=0.1", "model.qk_norm=true", "model.num_key_value_heads=2"),
+        *("model.qk_norm=whole", "model.norm_placement=post", "model.norm_placement=both"),
+        "model.gated_mlp=true model.hidden_act=gelu model.position_embedding_type=rope model.partial_rotary_factor=0.5",
+        "model.sliding_window=9 model.attention_sinks=true",
+        "model.attn_logit_softcapping=5",
+        "model.parallel_residual=true",
+    ],
 )
 def test_activations_against_what_autograd_saves(style: str, precision: str, extra: str) -> None:
     """The formula against the sum of all storages that the forward pass of the real model keeps, on a CPU."""
@@ -339,7 +347,7 @@ def test_activations_against_what_autograd_saves(style: str, precision: str, ext
     from megalm.model.transformer import LanguageModel
 
     batch, length, vocab = 2, 64, 256
-    shape = shape_of("model.num_hidden_layers=3", f"model.style={style}", extra, vocab=vocab, length=length)
+    shape = shape_of("model.num_hidden_layers=3", f"model.style={style}", *extra.split(), vocab=vocab, length=length)
     model = LanguageModel(shape).to(getattr(torch, precision))
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)

@@ -35,7 +35,7 @@ from megalm.engine.device import (
 )
 from megalm.engine.distributed import agree_on_device
 from megalm.errors import ConfigError
-from megalm.model.attention import _compiled_flex_attention, document_mask
+from megalm.model.attention_kernels import _compiled_flex_attention, flex_blocks
 from megalm.planning.resolve import resolve
 from megalm.rank_environment import RankFacts, sign_of_gpus
 from megalm.train import setup
@@ -300,7 +300,7 @@ def test_attention_on_a_gpu_is_deterministic_by_wish(deterministic: None, masked
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     query, key, value = (torch.randn(2, 8, 2048, 64, device="cuda", dtype=dtype, requires_grad=True) for _ in range(3))
     documents = torch.arange(2048, device="cuda", dtype=torch.int32).expand(2, -1) // 500
-    blocks = document_mask(documents).blocks if masked else None
+    blocks = flex_blocks(documents, documents) if masked else None
 
     def gradients() -> list[torch.Tensor]:
         if blocks is None:

@@ -41,7 +41,10 @@ def starts(
     notices: list[str] | None = None,
     before_last: Callable[[], None] = lambda: None,
 ) -> dict[int, object]:
-    """What comes of the start of these ranks of four, a meeting or an error each; `before_last` runs before the last's."""
+    """What comes of the start of these ranks of four: a meeting or an error each.
+
+    `before_last` runs before the last of them starts.
+    """
     results: dict[int, object] = {}
 
     def start(rank: int) -> None:

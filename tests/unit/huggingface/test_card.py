@@ -53,6 +53,14 @@ def test_every_dataset_is_told_without_its_folder(tmp_path: Path, data: dict[str
     assert "/data/of" not in told
 
 
+def test_only_a_model_that_was_pretrained_here_is_called_untuned(tmp_path: Path) -> None:
+    """What was imported may have been fine-tuned elsewhere."""
+    for facts, told in (({}, True), ({"imported_from": "tuned", "holds": "weights"}, False)):
+        text = card(tmp_path / str(told), {"train": "web"}, **facts)
+        assert ("not tuned" in text) == told
+        assert ("pretrained with megalm" in text) == ("- pretrained\n" in text) == told
+
+
 def test_data_that_was_changed_on_the_way_is_told(tmp_path: Path) -> None:
     assert_names(row(tmp_path, {"train": "web"}, segments=3), "web", 3)
 

@@ -16,9 +16,10 @@ from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.errors import DataError
 from megalm.gguf.export_gguf import GGUF_FILE, check_gguf, export_gguf, gguf_tensors
-from megalm.gguf.gguf_tokenizer import CONTROL, UNUSED, to_gguf
+from megalm.gguf.gguf_tokenizer import CONTROL, NORMAL, UNUSED, to_gguf
 from megalm.huggingface.config_json import to_config
 from megalm.huggingface.export_model import plan_export
+from megalm.huggingface.export_tokenizer import write_tokenizer
 from megalm.model.model_config import ModelConfig
 from megalm.model.transformer import LanguageModel
 from tests.huggingface_models import SECTIONS, random_model, save_model
@@ -161,15 +162,46 @@ def test_a_model_that_is_cut_otherwise_is_refused(kind: str, tokenizer_files: di
     assert_names(refused.value, tokenizer_files[kind])
 
 
+def converted(spec: str, folder: Path) -> Path:
+    """The tokenizer.json that an export makes of it, as fine-tuning leaves it: without the `.model`."""
+    folder.mkdir()
+    ours = load_tokenizer(spec)
+    write_tokenizer(ours, folder, longest=99, rows=ours.vocab_size, family="llama")
+    return folder / "tokenizer.json"
+
+
+def test_pieces_of_an_export_are_described_as_their_model(tokenizer_files: dict[str, str], tmp_path: Path) -> None:
+    path = converted(tokenizer_files["bpe"], tmp_path / "out")
+    one, other = (to_gguf(load_tokenizer(str(spec)), 803) for spec in (tokenizer_files["bpe"], path))
+    assert one.tokens == other.tokens
+    merged = [token for token, name in enumerate(one.tokens) if one.kinds[token] == NORMAL and len(name) > 1]
+    assert len(merged) > 300
+    assert sorted(merged, key=lambda token: -one.scores[token]) == sorted(
+        merged, key=lambda token: -other.scores[token]
+    )
+    assert (one.model, one.special["eos"]) == (other.model, other.special["eos"])
+    definition = json.loads(path.read_text())
+    merges = definition["model"]["merges"]
+    made = ["".join(pair) for pair in merges]
+    first = next(rank for rank, name in enumerate(made) if made.count(name) > 1)
+    apart = [*merges[:first], *merges[first + 1 :], merges[first]]  # llama.cpp has one score for both
+    for wrong in (merges[1:], apart):
+        path.write_text(json.dumps({**definition, "model": {**definition["model"], "merges": wrong}}))
+        with pytest.raises(DataError) as refused:
+            to_gguf(load_tokenizer(str(path)), 803)
+        assert_names(refused.value, path, "merges")
+
+
 @pytest.mark.parametrize("name", ["llama-gqa-tied", "qk-norm", "gpt2"])
-@pytest.mark.parametrize("kind", ["bpe", "huggingface", "bytes"])
+@pytest.mark.parametrize("kind", ["bpe", "bpe-json", "huggingface", "bytes"])
 def test_llama_cpp_has_the_same_ids_and_logits(
     name: str, kind: str, tokenizer_files: dict[str, str], source_texts: list[str], tmp_path: Path
 ) -> None:
     """Where llama-cpp-python is installed. Its products are of another precision: 1e-2."""
     llama_cpp = pytest.importorskip("llama_cpp")
-    ours = load_tokenizer(tokenizer_files[kind])
-    _, model = write(name, tmp_path, tokenizer_files[kind])
+    spec = str(converted(tokenizer_files["bpe"], tmp_path / "json")) if kind == "bpe-json" else tokenizer_files[kind]
+    ours = load_tokenizer(spec)
+    _, model = write(name, tmp_path, spec)
     theirs = llama_cpp.Llama(str(tmp_path / "out" / GGUF_FILE), n_ctx=40, logits_all=True, verbose=False, n_threads=1)
     lines = list(dict.fromkeys(line for text in source_texts for line in text.split("\n") if line))[:3000]
     lines += ["na\u00efve \U0001f600 \u4e2d\u6587", "   indented\twith tab  ", "=" * 50]

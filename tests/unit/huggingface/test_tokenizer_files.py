@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
+from megalm.data.tokenizers.chat_template import ChatTemplate
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.huggingface.export_tokenizer import SENTENCEPIECE, TOKENIZER, ExportedTokenizer, write_tokenizer
 from megalm.huggingface.sentencepiece_to_tokenizer_json import NoEquivalentError, SentencePieceModel
@@ -87,6 +88,17 @@ def test_ids_are_the_same_on_any_text(text: str, exported: dict[str, Any]) -> No
         ours, theirs, _, folder = exported[kind]
         model = SentencePieceModel(folder / SENTENCEPIECE) if kind in UNIGRAM else None
         _same(ours, theirs, model, [text])
+
+
+@pytest.mark.parametrize(("end", "told"), [("{{ eos_token }}", False), ("{{ eos_token }}\n", False), ("", True)])
+def test_a_chat_template_that_ends_no_turn_is_told(end: str, told: bool, tmp_path: Path) -> None:
+    template = ChatTemplate(
+        "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}" + end + "{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    said = write_tokenizer(load_tokenizer("bytes"), tmp_path, longest=99, rows=257, family="gpt2", template=template)
+    assert ("<eod>" in said.note) == told
+    assert ("learn to stop" in said.note) == told
 
 
 @pytest.mark.parametrize("kind", KINDS)

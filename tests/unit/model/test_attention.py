@@ -13,7 +13,15 @@ from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from megalm.config.schema import ModelSection
-from megalm.model.attention import DocumentMask, blockwise_attention, document_mask, flex_blocks, fused_attention
+from megalm.model.attention_kernels import (
+    AttentionMask,
+    ScoreRule,
+    blockwise_attention,
+    dense_attention,
+    flex,
+    flex_blocks,
+    fused_attention,
+)
 from megalm.model.model_config import build_model_config
 from megalm.model.transformer import LanguageModel, initialize
 
@@ -44,10 +52,32 @@ def _documents(length: int) -> Tensor:
     return documents
 
 
-def _with_gradients(attend: object, inputs: list[Tensor]) -> list[Tensor]:
+def _with_gradients(attend: object, inputs: list[Tensor], sinks: Tensor | None = None) -> list[Tensor]:
     query, key, value = (x.detach().clone().requires_grad_() for x in inputs[:3])
+    leaves = [query, key, value] if sinks is None else [query, key, value, sinks.requires_grad_()]
     mixed = attend(query, key, value)  # type: ignore[operator]
-    return [mixed, *torch.autograd.grad(mixed, (query, key, value), inputs[3])]
+    return [mixed, *torch.autograd.grad(mixed, leaves, inputs[3])]
+
+
+PLAIN = ScoreRule(WIDTH**-0.5)
+RULES = {
+    "plain": PLAIN,
+    "window in a block": ScoreRule(0.3, window=5),
+    "window over blocks": ScoreRule(0.3, window=150),
+    "window of one": ScoreRule(0.3, window=1),
+    "soft cap": ScoreRule(0.3, softcap=1.5),
+    "soft cap, window": ScoreRule(0.3, softcap=1.5, window=130),
+}
+
+
+def _seen(rule: ScoreRule, length: int, documents: Tensor | None) -> Tensor:
+    """[B or 1, 1, T, T] by comparing all pairs."""
+    place = torch.arange(length)
+    distance = place[:, None] - place
+    seen = (distance >= 0) & (distance < (rule.window or length))
+    if documents is None:
+        return seen[None, None]
+    return (seen & (documents[:, :, None] == documents[:, None, :]))[:, None]
 
 
 @pytest.mark.parametrize(("length", "groups"), [*((length, 1) for length in LENGTHS), (129, 2), (1100, 2)])
@@ -55,12 +85,38 @@ def _with_gradients(attend: object, inputs: list[Tensor]) -> list[Tensor]:
 def test_blocks_equal_the_dense_formula(length: int, masked: bool, groups: int) -> None:
     """In fp64, where both round at 1e-16: what remains would be another formula."""
     documents = _documents(length) if masked else None
-    dense = DocumentMask(_documents(length) if masked else torch.zeros(BATCH, length), None).dense()
     inputs = _inputs(length, torch.float64, groups)
-    expected = _with_gradients(lambda q, k, v: _dense(q, k, v, dense), inputs)
-    found = _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, documents), inputs)
+    expected = _with_gradients(lambda q, k, v: _dense(q, k, v, _seen(PLAIN, length, documents)), inputs)
+    found = _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, documents, PLAIN), inputs)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("sink", [False, True])
+@pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+@pytest.mark.usefixtures("flex_on_cpu")
+def test_blocks_follow_every_rule(rule: ScoreRule, sink: bool, masked: bool) -> None:
+    """The CPU's blocks and flex attention, against the formula over all pairs; key/value heads are shared.
+
+    Flex attention computes in fp32 at most; its mask is the formula's, and its blocks are those of every pair.
+    """
+    length, documents = 384, _documents(384)
+    which = documents if masked else None
+    sinks = torch.linspace(-1, 2, HEADS, dtype=torch.float64) if sink else None
+    dense, inputs = _seen(rule, length, which), _inputs(length, torch.float64, groups=2)
+    expected = _with_gradients(lambda q, k, v: dense_attention(q, k, v, rule, dense, sinks), inputs, sinks)
+    found = _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, which, rule, sinks), inputs, sinks)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+    blocks = flex_blocks(documents, which, rule.window)
+    narrow, narrow_sinks = [x.float() for x in inputs], None if sinks is None else sinks.detach().float()
+    found = _with_gradients(lambda q, k, v: flex(q, k, v, rule, blocks, narrow_sinks), narrow, narrow_sinks)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-5)
+    known = create_block_mask(blocks.mask_mod, BATCH if masked else None, None, length, length, "cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks"):
+        assert torch.equal(getattr(blocks, name), getattr(known, name)), name
 
 
 @pytest.mark.parametrize("groups", GROUPS)
@@ -68,7 +124,7 @@ def test_blocks_in_bf16_are_as_near_as_the_fused_kernel(groups: int) -> None:
     """Both round probabilities to bf16, 2^-9 apart; an accumulation in bf16 would be several times further off."""
     inputs = _inputs(512, torch.bfloat16, groups)
     exact = _with_gradients(_dense, [x.double() for x in inputs])
-    blocks = _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, None), inputs)
+    blocks = _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, None, PLAIN), inputs)
     for one, other in zip(blocks, exact, strict=True):
         assert (one.double() - other).norm() < 8e-3 * other.norm()
 
@@ -88,7 +144,7 @@ def test_flash_attention_shares_keys_and_values(groups: int, device: str, monkey
     exact = _with_gradients(_dense, [x.double() for x in inputs])
     monkeypatch.setattr(functional, "scaled_dot_product_attention", seen)
     for flash in (False, True):
-        monkeypatch.setattr("megalm.model.attention._has_flash_attention", lambda _, flash=flash: flash)
+        monkeypatch.setattr("megalm.model.attention_kernels._has_flash_attention", lambda _, flash=flash: flash)
         found = _with_gradients(lambda q, k, v: fused_attention(q, k, v, is_causal=True), inputs)
         for one, other in zip(found, exact, strict=True):
             assert (one.double() - other).norm() < 8e-3 * other.norm()
@@ -102,8 +158,13 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     torch refuses the backward pass on a CPU because its CPU *kernel* has none.
     """
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
-    monkeypatch.setattr("megalm.model.transformer.document_mask", lambda d: DocumentMask(d, flex_blocks(d)))
-    monkeypatch.setattr("megalm.model.attention._compiled_flex_attention", lambda: flex_attention)
+    monkeypatch.setattr(
+        "megalm.model.transformer.attention_mask",
+        lambda shape, tokens, documents: AttentionMask(
+            documents, {window: flex_blocks(tokens, documents, window) for window in map(shape.window, range(9))}
+        ),
+    )
+    monkeypatch.setattr("megalm.model.attention_kernels._compiled_flex_attention", lambda: flex_attention)
 
 
 @pytest.mark.parametrize("length", [300, 512])
@@ -111,11 +172,13 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_flex_mask_is_the_dense_one(length: int) -> None:
     documents = _documents(length)
     inputs = _inputs(length, torch.float32)
-    dense = document_mask(documents).dense()
+    dense = _seen(PLAIN, length, documents)
     expected = _with_gradients(
         lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=dense), inputs
     )
-    found = _with_gradients(lambda q, k, v: flex_attention(q, k, v, block_mask=flex_blocks(documents)), inputs)
+    found = _with_gradients(
+        lambda q, k, v: flex_attention(q, k, v, block_mask=flex_blocks(documents, documents)), inputs
+    )
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-6)
 
@@ -160,8 +223,8 @@ def test_flex_blocks_are_those_of_every_pair_of_tokens() -> None:
     """No more blocks than needed, none that must be there left out, and whole ones known as whole."""
     length = 128 * 9
     documents = _documents(length)
-    found, rule = flex_blocks(documents), flex_blocks(documents).mask_mod
-    expected = create_block_mask(rule, BATCH, None, length, length, device="cpu")
+    found = flex_blocks(documents, documents)
+    expected = create_block_mask(found.mask_mod, BATCH, None, length, length, device="cpu")
     assert torch.equal(found.to_dense(), expected.to_dense())
     assert found.full_kv_num_blocks is not None
     assert expected.full_kv_num_blocks is not None
@@ -171,7 +234,7 @@ def test_flex_blocks_are_those_of_every_pair_of_tokens() -> None:
 
 def test_flex_blocks_need_no_square() -> None:
     with _Largest() as largest:
-        flex_blocks(_documents(4096))
+        flex_blocks(_documents(4096), _documents(4096))
     assert largest.elements <= BATCH * 4096
 
 
@@ -179,12 +242,10 @@ def test_flex_blocks_need_no_square() -> None:
 def test_flex_gradients_equal_the_dense_formula() -> None:
     documents = _documents(300).cuda()
     inputs = [x.cuda() for x in _inputs(300, torch.float32)]
-    mask = document_mask(documents)
-    expected = _with_gradients(
-        lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.dense()), inputs
-    )
+    mask, blocks = _seen(PLAIN, 300, documents.cpu()).cuda(), flex_blocks(documents, documents)
+    expected = _with_gradients(lambda q, k, v: functional.scaled_dot_product_attention(q, k, v, attn_mask=mask), inputs)
     compiled = torch.compile(flex_attention, dynamic=False)
-    found = _with_gradients(lambda q, k, v: compiled(q, k, v, block_mask=mask.blocks), inputs)
+    found = _with_gradients(lambda q, k, v: compiled(q, k, v, block_mask=blocks), inputs)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-3, atol=2e-3)  # TF32 products
 
@@ -205,5 +266,5 @@ def test_no_square_exists_under_a_document_mask() -> None:
     length = 2048
     inputs = _inputs(length, torch.float32)
     with _Largest() as largest:
-        _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, _documents(length)), inputs)
+        _with_gradients(lambda q, k, v: blockwise_attention(q, k, v, _documents(length), PLAIN), inputs)
     assert largest.elements <= BATCH * HEADS * length * length // 8
