@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -111,7 +112,7 @@ def test_outputs_and_gradients_are_those_of_one_rank(
         for case, (output, gradient) in rank.items():
             if case[0] == method:
                 assert output < 1e-6, case
-                assert gradient < (2e-6 if case[-1] in ("plain", "scale and window") else 5e-6), case
+                assert gradient < (3e-6 if case[-1] == "soft cap" else 2e-6), case
 
 
 def _peaks(comm: Any, device: torch.device, section: ModelSection, length: int) -> dict[str, int]:
@@ -158,6 +159,12 @@ def test_the_planned_peak_is_what_is_alive() -> None:
         for rank in ranks:
             # A ring's sums are added to the plan, though the loss has gone when they are there.
             assert 1.0 <= planned / rank[method] <= (1.2 if method == "ring" else 1.1), (method, planned, rank)
+
+
+def test_every_rule_of_scores_is_compared() -> None:
+    """A ring computes scores by itself: a rule that is new has its place there too."""
+    for field in fields(ScoreRule):
+        assert any(getattr(rule, field.name) != getattr(PLAIN, field.name) for rule in RULES.values()), field.name
 
 
 @pytest.mark.parametrize("ranks", [2, 3, 8])
