@@ -137,7 +137,7 @@ def bare_step(setting: Setting, compiled: bool) -> Step:
     model = model.to(device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
     if compiled:
         model.compile_blocks()
-    optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=1e-4, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(parameter_groups(model, run, 1.0), lr=1e-4, betas=(0.9, 0.95), fused=True)
     loader = random_batches(run, setting.prefix, 0)
 
     def step(number: int) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +21,7 @@ from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.config.loading import parse_override
 from megalm.config.schema import DocumentedSection
 from megalm.cost_model.gpu_specs import gpu_by_name, known_gpus
-from megalm.errors import ConfigError
+from megalm.errors import EXIT_FAILED, ConfigError
 from megalm.planning.largest_model import FitRequest, free_stem, largest_model, refuse_existing
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, known_vocab_size, resolve
@@ -31,7 +32,11 @@ from megalm.train.resume.compatibility import with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
 from megalm.utils.atomic_files import refuse_overwriting_inputs, writing_to
 from megalm.utils.formatting import parse_bytes
+from megalm.utils.progress import ProgressBar, percent
 from megalm.utils.terminal import echo
+
+if TYPE_CHECKING:
+    from megalm.data.sampling.samples import Samples
 
 # Turns a run into its continuation after a checkpoint: with its last step, and with all its schedules.
 Continuation = Callable[[ResolvedRun], tuple[ResolvedRun, tuple[ScheduleSegment, ...]]]
@@ -101,14 +106,26 @@ def command(
             "--write", metavar="NAME", help="With --fit: write NAME.yaml and NAME.json. Default: by size and GPU."
         ),
     ] = None,
+    coordinate_check: Annotated[
+        bool,
+        typer.Option(
+            "--coordinate-check",
+            help="Train a small model with the run's settings at four widths on this CPU, and say whether activations "
+            "and their changes depend on the width (model.mup_base_width); --plot: default coordinate-check.png.",
+        ),
+    ] = False,
 ) -> None:
-    """Show a run before it starts: size, tokens, memory, schedule. Starts nothing; only --plot and --fit write files.
+    """Show a run before it starts: size, tokens, memory, schedule. It starts no run; only --plot, --fit and
+    --coordinate-check write files.
 
     \b
     megalm plan --ranks 64 --gpu H100 model.hidden_size=2048 train.tokens_per_parameter=20
     megalm plan --config a100x4-300m --plot rate.png
     megalm plan --fit --gpu rtx-5090 --days 7
+    megalm plan --coordinate-check model.mup_base_width=256
     """
+    if coordinate_check:
+        _refuse_options("--coordinate-check", {"--fit": fit or None, "--after": after, "--extend-steps": extend_steps})
     if fit:
         unused = {"--config": config, "--deepspeed_config": deepspeed_config, "--plot": plot, "--after": after}
         _refuse_options("--fit", {**unused, "--extend-steps": extend_steps})
@@ -142,6 +159,11 @@ def command(
     device = _with_host_memory(device, host_memory, per_node)
     continuation = None if after is None else partial(_after, after, extend_steps)
     plan = planned(files, ranks, device, ranks_per_node, continuation)
+    if coordinate_check:
+        plot = plot or Path("coordinate-check.png")
+        refuse_overwriting_inputs([plot], [path for path in (config, files.deepspeed.path) if path is not None])
+        _check_coordinates(plan, plot)
+        return
     plan = replace(plan, rate=_rate(mfu, rate_of, plan.resolved.device))
     show_plan(plan, ranks_per_node, every_key)
     if plot is not None:
@@ -201,6 +223,38 @@ def _fit(request: FitRequest, write: Path | None, every_key: bool, words: list[s
     echo(f"\nfiles  {yaml_file}, {json_file}")
     echo(f"start  launch/pretrain.py --config {yaml_file} --deepspeed_config {json_file} data.train=PREFIX ...\n")
     show_plan(plan, request.ranks_per_node, every_key)
+
+
+def _check_coordinates(plan: Plan, plot: Path) -> None:
+    """Show the check and draw it.
+
+    Raises:
+        Exit: with 1, if an activation depends on the width.
+    """
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed's own detection warns about missing devices
+    from megalm.parity.coordinate_check import LENGTH, check_coordinates  # imports torch
+    from megalm.parity.miniature import VOCABULARY
+    from megalm.parity.miniature_training import SyntheticSamples
+    from megalm.train.datasets import find_data, open_data
+
+    run, data = plan.resolved, plan.resolved.config.data
+    if data.train is None:
+        given: tuple[Samples, int, str] = SyntheticSamples(LENGTH, False), VOCABULARY, "synthetic tokens"
+    else:
+        given = open_data(run, find_data(data, echo)).train, plan.shape.vocab_size, "data.train"
+    with ProgressBar("coordinate check", 1.0, shown=percent) as bar:
+        check = check_coordinates(run, *given[:2], advance=bar.advance)
+    check.draw(plot)
+    rate = run.schedule.peak_learning_rate
+    echo(f"{check.setting}, at learning rate {rate:g}, {run.optimizer}, {given[2]}\n\n{check.text()}\n\nplot: {plot}\n")
+    if not check.failures:
+        echo("holds: sizes and changes do not depend on the width, so learning rate and initial weights transfer")
+        return
+    found = ", ".join(f"{it.name} ({it.slope:+.2f})" for it in check.failures)
+    echo(f"does not hold: depends on the width: {found}")
+    if run.config.model.mup_base_width is None:
+        echo("model.mup_base_width is not set: set it to the hidden_size at which the learning rate was chosen")
+    raise typer.Exit(EXIT_FAILED)
 
 
 def show_plan(plan: Plan, ranks_per_node: int, every_key: bool = True) -> None:

@@ -132,7 +132,7 @@ def plan_text(
         "DeepSpeed": _deepspeed(plan),
         "Ranks": grid_text(plan.resolved, plan.shape, ranks_per_node),
         "Parameters": _parameters(plan),
-        **({"Parameter groups": _groups(plan)} if plan.resolved.config.train.parameter_groups else {}),
+        **({"Parameter groups": _groups(plan)} if _has_groups(plan) else {}),
         "Tokens and work": _tokens(plan),
         **({"Stages of the run": _training_stages(plan)} if plan.resolved.stages.grow else {}),
         "Data": "\n".join(text for _, text in data_rows) or _no_data(plan),
@@ -277,10 +277,14 @@ def _parameters(plan: Plan) -> str:
     return table(["part", "parameters", "share"], rows)
 
 
+def _has_groups(plan: Plan) -> bool:
+    return bool(plan.resolved.config.train.parameter_groups) or plan.shape.mup_base_width is not None
+
+
 def _groups(plan: Plan) -> str:
     rows = [
         [
-            group.match or "(no pattern)",
+            (group.match or "(no pattern)") + (", matrices of blocks" if group.hidden else ""),
             group.algorithm,
             f"{group.tensors:,}",
             f"{group.parameters:,}",
@@ -288,7 +292,15 @@ def _groups(plan: Plan) -> str:
         ]
         for group in plan.optimizer_groups
     ]
-    return table(["match", "algorithm", "tensors", "parameters", "learning rate x", "weight decay"], rows)
+    lines = [table(["match", "algorithm", "tensors", "parameters", "learning rate x", "weight decay"], rows)]
+    shape = plan.shape
+    if shape.mup_base_width is not None:
+        multiplier = shape.width_multiplier
+        lines.append(
+            f"{multiplier:g} times as wide as model.mup_base_width={shape.mup_base_width}: matrices of blocks start at "
+            f"{multiplier**-0.5:.3g} x initializer_range; logits / {multiplier:g}, scores / {shape.head_dim} (head_dim)"
+        )
+    return "\n".join(lines)
 
 
 def _training_stages(plan: Plan) -> str:

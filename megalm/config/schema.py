@@ -204,7 +204,13 @@ class ModelSection(Section):
     )
     dropout: Probability = Field(default=0.0, description="embeddings and residual branches")
     attention_dropout: Probability = 0.0
-    initializer_range: PositiveFloat = 0.02
+    initializer_range: PositiveFloat = Field(default=0.02, description="standard deviation of initial matrices")
+    mup_base_width: PositiveInt | None = Field(
+        default=None,
+        description="maximal-update parametrisation: the hidden_size at which learning rate and initializer_range were "
+        "chosen; with m = hidden_size / mup_base_width matrices of the blocks start at 1/sqrt(m) and learn at 1/m, "
+        "logits are divided by m, scores by head_dim; null: none",
+    )
 
 
 class BlendPart(Section):

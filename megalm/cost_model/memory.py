@@ -540,7 +540,8 @@ def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
     narrow = weight * case.element_bytes if case.element_bytes < 4 else 0
     hidden_gradient = case.tokens * hidden * case.element_bytes
     forward, backward = logits + (narrow if case.on_cpu else 0), narrow + hidden_gradient
-    return hidden_gradient + 4 * weight + max(forward, backward)
+    scaled = hidden_gradient if case.shape.width_multiplier != 1 else 0  # beside the hidden states that the head gets
+    return hidden_gradient + 4 * weight + max(forward + scaled, backward)
 
 
 def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]]:
@@ -550,7 +551,8 @@ def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]
     """
     shapes = share.parameters()
     dimensions = {name: len(shape) for name, shape in shapes.items()}
-    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay, case.muon)
+    multiplier = case.shape.width_multiplier
+    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay, case.muon, multiplier)
     groups = {key: names for key, names in optimizer_groups(keys).items() if not key.frozen}
     return {key: [math.prod(shapes[name]) for name in names] for key, names in groups.items()} or {NO_GROUP: [1]}
 

@@ -298,7 +298,7 @@ class EngineBase:
         is_measured = wanted.phase_times or wanted.profile_steps is not None
         self._phases = PhaseClock(context.device, wanted.phase_times) if is_measured else None
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
-        weight_groups = parameter_groups(part, run) or [group_without_parameters(model)]
+        weight_groups = parameter_groups(part, run, context.shape.width_multiplier) or [group_without_parameters(model)]
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         frozen = {name: parameter for name, parameter in parameters.items() if name not in trained}
         self._swap_folder: SwapFolder | None = None

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import shape_of
@@ -50,6 +52,34 @@ class Exported:
     tokenizer: ExportedTokenizer
 
 
+class FoldedReader(CheckpointReader):
+    """Reads a model with `mup_base_width` as one without, which transformers and llama.cpp have, of the same logits.
+
+    The final norm, which only the head reads, takes the logits' multiplier; queries, or the gains of their norm, what
+    the attention scale is beside the usual 1/sqrt(head_dim).
+    """
+
+    def __init__(self, reader: CheckpointReader, shape: ModelConfig) -> None:
+        super().__init__(reader.path, reader.ema)
+        assert shape.attention_scale is not None
+        self._logits = 1 / shape.width_multiplier
+        self._scores = shape.attention_scale * math.sqrt(shape.head_dim)
+        self._scaled = (".query_norm.weight",) if shape.qk_norm else (".query.weight", ".query.bias")
+        self._offset = 1.0 if shape.norm_zero_centered else 0.0  # of a norm's stored gain
+        self.shape = replace(shape, mup_base_width=None, attention_scale=None)
+
+    def read_finite(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        values = super().read_finite(name, shape)
+        if name.startswith("final_norm."):
+            factor = self._logits
+        elif name.endswith(self._scaled):
+            factor = self._scores
+        else:
+            return values
+        offset = self._offset if name.endswith("norm.weight") else 0.0
+        return ((values.double() + offset) * factor - offset).float()
+
+
 def plan_export(
     reader: CheckpointReader, target: Path, dtype: torch.dtype, tokenizer: str | None, chat_template: Path | None = None
 ) -> ExportPlan:
@@ -68,6 +98,9 @@ def plan_export(
     require_free(target)
     manifest = reader.manifest
     shape = shape_of(reader.path, manifest)
+    if shape.mup_base_width is not None:
+        reader = folded = FoldedReader(reader, shape)
+        shape = folded.shape
     require_exportable(shape)
     used = tokenizer_of(reader.path, manifest.tokenizer, manifest.fingerprints.tokenizer, manifest.eod_id, tokenizer)
     if used.vocab_size > shape.vocab_size:

@@ -128,6 +128,11 @@ class Card:
         yield "intermediate size", f"{shape.intermediate_size:,}"
         yield "vocabulary", f"{shape.vocab_size:,}, {'tied' if shape.tie_word_embeddings else 'untied'} embeddings"
         yield "maximum positions", f"{shape.max_position_embeddings:,}"
+        if base := self.manifest.model.get("mup_base_width"):
+            yield (
+                "maximal-update parametrisation",
+                (f"base width {base:,}; the weights here hold the multipliers of logits and scores"),
+            )
 
     def _trained_on(self) -> Iterator[Fact]:
         manifest = self.manifest

@@ -88,6 +88,12 @@ class ModelConfig:
     dropout: float
     attention_dropout: float
     initializer_range: float
+    mup_base_width: int | None
+
+    @property
+    def width_multiplier(self) -> float:
+        """m of the maximal-update parametrisation (Yang et al., 2022, "Tensor Programs V"); 1 without it."""
+        return self.hidden_size / (self.mup_base_width or self.hidden_size)
 
     @property
     def rotary_dim(self) -> int:
@@ -167,16 +173,19 @@ def build_model_config(model: ModelSection, vocab_size: int, sequence_length: in
     }
     multiple = model.vocab_multiple or 1
     gated_size = math.ceil(model.hidden_size * 8 / 3 / 64) * 64
+    head_dim = model.head_dim or model.hidden_size // model.num_attention_heads
     inner = gated_size if of_style["gated_mlp"] else 4 * model.hidden_size
     resolved = {
         "vocab_size": model.vocab_size or math.ceil(vocab_size / multiple) * multiple,
         "num_key_value_heads": model.num_key_value_heads or model.num_attention_heads,
-        "head_dim": model.head_dim or model.hidden_size // model.num_attention_heads,
+        "head_dim": head_dim,
         "intermediate_size": model.intermediate_size or inner,
         "max_position_embeddings": model.max_position_embeddings or sequence_length,
         "rope_scaling": model.rope_scaling,
         "no_rope_layers": _layers(model.no_rope_layers, model.num_hidden_layers),
         "full_attention_layers": _layers(model.full_attention_layers, model.num_hidden_layers),
+        # Trained queries and keys are not independent: their products grow with head_dim, not with its root.
+        "attention_scale": model.attention_scale if model.mup_base_width is None else 1 / head_dim,
     }
     return ModelConfig(**model.model_dump(exclude={"vocab_multiple"}) | of_style | resolved)
 
@@ -187,6 +196,7 @@ _CHOICES = (
     *("rope_scaling", "partial_rotary_factor", "no_rope_layers", "sliding_window", "full_attention_layers"),
     *("attention_scale", "attn_logit_softcapping", "attention_sinks", "qkv_bias", "attention_output_bias", "mlp_bias"),
     *("hidden_act", "gated_mlp", "parallel_residual", "embedding_scale", "final_logit_softcapping"),
+    "mup_base_width",
 )
 
 

@@ -12,6 +12,8 @@ from megalm.model.model_config import ModelConfig
 # How a group's parameters are updated, and what the optimizer keeps for each of them beside its fp32 master.
 Algorithm = Literal["adam", "muon", "frozen"]
 MomentKind = Literal["exp_avg", "exp_avg_sq", "momentum_buffer"]
+# (algorithm, hidden) of a group -> the factor of its learning rate to the schedule's.
+RateScales = Mapping[tuple[Algorithm, bool], float]
 MOMENTS: dict[Algorithm, tuple[MomentKind, ...]] = {
     "adam": ("exp_avg", "exp_avg_sq"),
     "muon": ("momentum_buffer",),
@@ -26,11 +28,13 @@ class GroupKey(NamedTuple):
         rule: index in train.parameter_groups; -1: no pattern matches.
         undecayed: the run's weight decay does not act on the group; false where the rule sets its own.
         algorithm: how the group is updated; frozen: not at all, the optimizer does not know its parameters.
+        hidden: matrices of the blocks, whose learning rate follows the width.
     """
 
     rule: int
     undecayed: bool
     algorithm: Algorithm = "adam"
+    hidden: bool = False
 
     @property
     def frozen(self) -> bool:
@@ -41,7 +45,11 @@ NO_GROUP = GroupKey(-1, undecayed=True)  # of a pipeline stage of which nothing 
 
 
 def group_keys(
-    dimensions: Mapping[str, int], rules: Sequence[ParameterGroup], decay_embeddings: bool, muon: bool = False
+    dimensions: Mapping[str, int],
+    rules: Sequence[ParameterGroup],
+    decay_embeddings: bool,
+    muon: bool = False,
+    width_multiplier: float = 1.0,
 ) -> dict[str, GroupKey]:
     """Return canonical name -> the group that the parameter belongs to: that of the first rule that matches.
 
@@ -50,6 +58,7 @@ def group_keys(
     Args:
         dimensions: canonical name -> number of dimensions of the whole parameter.
         muon: the matrices of the blocks are Muon's; embeddings, head, norms and biases stay Adam's.
+        width_multiplier: of the model; other than 1, the matrices of the blocks have groups of their own.
     """
     keys = {}
     for name, count in dimensions.items():
@@ -59,8 +68,9 @@ def group_keys(
         if rule >= 0 and rules[rule].frozen:
             keys[name] = GroupKey(rule, False, "frozen")
             continue
-        algorithm: Algorithm = "muon" if muon and count == 2 and name.startswith("layers.") else "adam"
-        keys[name] = GroupKey(rule, not (decays or sets_its_own), algorithm)
+        in_block = count == 2 and name.startswith("layers.")
+        algorithm: Algorithm = "muon" if muon and in_block else "adam"
+        keys[name] = GroupKey(rule, not (decays or sets_its_own), algorithm, in_block and width_multiplier != 1)
     return keys
 
 
@@ -81,17 +91,17 @@ def frozen_parameters(shape: ModelConfig, rules: Sequence[ParameterGroup]) -> fr
 
 
 def group_settings(
-    key: GroupKey, rules: Sequence[ParameterGroup], weight_decay: float, rate_scales: Mapping[Algorithm, float]
+    key: GroupKey, rules: Sequence[ParameterGroup], weight_decay: float, rate_scales: RateScales
 ) -> dict[str, float]:
     """Return a group's weight decay and the factor of its learning rate.
 
     Args:
         weight_decay: of the run's optimizer.
-        rate_scales: the factor of each algorithm's learning rate to the schedule's.
+        rate_scales: of `planning/optimizer_facts.py:OptimizerFacts.rate_scales`.
     """
     rule = rules[key.rule] if key.rule >= 0 else None
     decay = 0.0 if key.undecayed else weight_decay
-    scale = 0.0 if key.frozen else rate_scales[key.algorithm]
+    scale = 0.0 if key.frozen else rate_scales[key.algorithm, key.hidden]
     if rule is None:
         return {"weight_decay": decay, "learning_rate_scale": scale}
     own = decay if rule.weight_decay is None else rule.weight_decay

@@ -183,11 +183,14 @@ class LanguageModelHead(nn.Module):
     pipeline's last stage all work with this one module.
     """
 
-    def __init__(self, weight: nn.Parameter, output: VocabularyOutput, chunk_tokens: int) -> None:
+    def __init__(
+        self, weight: nn.Parameter, output: VocabularyOutput, chunk_tokens: int, width_multiplier: float = 1.0
+    ) -> None:
         super().__init__()
         self.weight = weight
         self.output = output
         self.chunk_tokens = chunk_tokens
+        self.width_multiplier = width_multiplier
 
     def forward(
         self, hidden: Tensor, labels: Tensor | None = None, positions: Tensor | None = None
@@ -197,6 +200,8 @@ class LanguageModelHead(nn.Module):
         Without labels: logits [B, T, V], or [B, V] at `positions` [B], one for each sequence.
         """
         hidden = self.output.whole(hidden)
+        if self.width_multiplier != 1:
+            hidden = hidden / self.width_multiplier
         if labels is not None:
             loss = self.output.loss(hidden.flatten(0, 1), self.weight, labels.flatten(), self.chunk_tokens)
             return loss, (labels != IGNORE).sum()
@@ -305,13 +310,12 @@ class StageBuilder:
         """The head with the weight of `table`, or with its own where the model does not tie them."""
         size = self.shape.vocab_size, self.shape.hidden_size
         output = self._layers.output(self.shape.vocab_size, self.shape.final_logit_softcapping)
+        options = output, self._chunk_tokens, self.shape.width_multiplier
         if not self.shape.tie_word_embeddings:
-            return self._built(
-                "head", lambda: LanguageModelHead(self._layers.vocabulary_weight(*size), output, self._chunk_tokens)
-            )
+            return self._built("head", lambda: LanguageModelHead(self._layers.vocabulary_weight(*size), *options))
         assert table is not None
         assert isinstance(table.weight, nn.Parameter)
-        return LanguageModelHead(table.weight, output, self._chunk_tokens)
+        return LanguageModelHead(table.weight, *options)
 
     def _built(self, path: str, make: Callable[[], AnyModule]) -> AnyModule:
         with _EmptyParameters(self._init.device, self._init.dtype):
@@ -417,7 +421,8 @@ def initial_weight(name: str, size: tuple[int, ...], shape: ModelConfig, seed: i
     """The full, unsharded fp32 weight `name` on the CPU.
 
     Norm gains are 1, biases and sinks 0 and matrices normal with `initializer_range`. The projections that write to the
-    residual stream are divided by sqrt(2 x layers), as in GPT-2 (Radford et al., 2019).
+    residual stream are divided by sqrt(2 x layers), as in GPT-2 (Radford et al., 2019), and the blocks' matrices by the
+    root of the width multiplier.
     """
     if name.endswith((".bias", ".sinks")):
         return torch.zeros(size)
@@ -426,6 +431,8 @@ def initial_weight(name: str, size: tuple[int, ...], shape: ModelConfig, seed: i
     std = shape.initializer_range
     if name.endswith(_RESIDUAL_OUTPUTS):
         std /= math.sqrt(2 * shape.num_hidden_layers)
+    if name.startswith("layers.") and len(size) == 2:
+        std /= math.sqrt(shape.width_multiplier)
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
     return torch.randn(size, generator=generator).mul_(std)

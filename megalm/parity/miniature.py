@@ -172,6 +172,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
         "model": model.model_copy(
             update={
                 "hidden_size": 32,
+                "mup_base_width": _small_base_width(model),
                 "num_hidden_layers": layers,
                 "num_attention_heads": 4,
                 "num_key_value_heads": grouped,
@@ -213,6 +214,13 @@ def _small_config(own: ResolvedRun) -> RunConfig:
     defaults = RunConfig()
     plain = {name: getattr(defaults, name) for name in (*_NOT_TRAINED, "batch", "documented")}
     return config.model_copy(update={**updates, **plain, "preset": None, "deepspeed_config": None})
+
+
+def _small_base_width(model: ModelSection) -> int | None:
+    """Return a base width that the miniature is as many times as wide as the run's model, up to 16 times."""
+    if model.mup_base_width is None:
+        return None
+    return max(2, round(32 * model.mup_base_width / model.hidden_size))
 
 
 def _small_choices(model: ModelSection, layers: int) -> dict[str, Any]:
@@ -302,7 +310,7 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
         ("data.sequence_length", own.config.data.sample_length, run.config.data.sample_length),
     ]
     sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "sliding_window")
-    for name in (*sizes, "full_attention_layers", "no_rope_layers"):
+    for name in (*sizes, "full_attention_layers", "no_rope_layers", "mup_base_width"):
         pairs.append((f"model.{name}", getattr(own.config.model, name), getattr(run.config.model, name)))
     for name in ("dropout", "attention_dropout"):
         pairs.append((f"model.{name}", getattr(own.config.model, name), getattr(run.config.model, name)))

@@ -56,6 +56,11 @@ def model_choices_fit(case: CheckContext) -> None:
     if shape.sliding_window is None:
         given = [name for name in ("full_attention_layers", "rope_local_theta") if getattr(model, name)]
         problems += [f"model.{name} needs model.sliding_window" for name in given]
+    if model.mup_base_width is not None and model.attention_scale is not None:
+        problems.append(
+            f"model.attention_scale={model.attention_scale:g} beside model.mup_base_width={model.mup_base_width}, "
+            "which sets it to 1/head_dim: remove one of them"
+        )
     if shape.norm_zero_centered and shape.normalization != "rms_norm":
         problems.append("model.norm_zero_centered needs model.normalization=rms_norm")
     scaling = shape.rope_scaling

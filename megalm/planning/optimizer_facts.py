@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig
 from megalm.config.deepspeed.json_schema import AdjustRate
-from megalm.model.parameter_groups import Algorithm
+from megalm.model.parameter_groups import Algorithm, RateScales
 
 
 def rate_factor(adjust: AdjustRate, rows: int, columns: int) -> float:
@@ -53,10 +53,24 @@ class OptimizerFacts:
     muon: MuonFacts | None = None
     rates: tuple[tuple[Algorithm, float], ...] = ()
 
-    def rate_scales(self, peak: float) -> dict[Algorithm, float]:
-        """Return for each algorithm the factor of its learning rate to the schedule's, whose peak is given."""
+    def rate_scales(self, peak: float, width_multiplier: float = 1.0) -> RateScales:
+        """Return for each algorithm, and for hidden matrices, the factor of the learning rate to the schedule's.
+
+        Args:
+            peak: of the schedule.
+            width_multiplier: m of the maximal-update parametrisation. An update of Adam has elements of one size, so
+                its product with a layer's input grows with the width. An orthogonal matrix of Muon keeps lengths;
+                `match_rms_adamw` multiplies it by the root of the width.
+        """
         own: dict[Algorithm, float] = dict(self.rates)
-        return {algorithm: own.get(algorithm, peak) / peak for algorithm in ("adam", "muon")}
+        hidden: dict[Algorithm, float] = {"adam": 1 / width_multiplier, "muon": 1.0}
+        if self.muon is not None and self.muon.adjust_lr_fn == "match_rms_adamw":
+            hidden["muon"] = 1 / math.sqrt(width_multiplier)
+        plain = {algorithm: own.get(algorithm, peak) / peak for algorithm in hidden}
+        return {
+            **{(algorithm, False): scale for algorithm, scale in plain.items()},
+            **{(algorithm, True): scale * hidden[algorithm] for algorithm, scale in plain.items()},
+        }
 
     def as_json(self) -> dict[str, Any]:
         """Return it as a section of a DeepSpeed JSON; learning rates without their own are the schedule's."""

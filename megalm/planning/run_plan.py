@@ -57,11 +57,13 @@ class OptimizerGroup:
     Attributes:
         algorithm: that updates them; frozen: they do not train, and no setting acts on them.
         match: the pattern of train.parameter_groups; None: no pattern matches them.
+        hidden: matrices of the blocks, whose learning rate follows the width.
         learning_rate_scale: the group's rate is this times the schedule's.
     """
 
     algorithm: Algorithm
     match: str | None
+    hidden: bool
     tensors: int
     parameters: int
     learning_rate_scale: float
@@ -110,13 +112,16 @@ class Plan:
     def optimizer_groups(self) -> list[OptimizerGroup]:
         """The groups of the whole model, in the optimizer's order; the frozen ones are none of the optimizer's."""
         train, shapes, optimizer = self.resolved.config.train, self.shape.parameters(), self.resolved.optimizer
-        scales = optimizer.rate_scales(self.resolved.schedule.peak_learning_rate)
+        multiplier = self.shape.width_multiplier
+        scales = optimizer.rate_scales(self.resolved.schedule.peak_learning_rate, multiplier)
         rules, dimensions = train.parameter_groups, {name: len(size) for name, size in shapes.items()}
-        keys = group_keys(dimensions, rules, train.embedding_weight_decay, optimizer.muon is not None)
+        uses_muon = optimizer.muon is not None
+        keys = group_keys(dimensions, rules, train.embedding_weight_decay, uses_muon, multiplier)
         return [
             OptimizerGroup(
                 algorithm=key.algorithm,
                 match=rules[key.rule].match if key.rule >= 0 else None,
+                hidden=key.hidden,
                 tensors=len(names),
                 parameters=sum(math.prod(shapes[name]) for name in names),
                 **group_settings(key, rules, optimizer.weight_decay, scales),

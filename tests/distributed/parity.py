@@ -65,6 +65,7 @@ MODELS: dict[str, tuple[str, ...]] = {
         "model.norm_zero_centered=true",
         "model.hidden_act=gelu_pytorch_tanh",
         "model.embedding_scale=5.6",
+        "model.mup_base_width=16",  # half of the width: groups of its own, beside those below
         "model.sliding_window=7",
         "model.full_attention_layers=2",
         "model.rope_local_theta=500",

@@ -15,17 +15,19 @@ from megalm.model.parameter_groups import MOMENTS, NO_GROUP, group_keys, group_s
 from megalm.planning.resolve import ResolvedRun
 
 
-def parameter_groups(model: nn.Module, run: ResolvedRun) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, run: ResolvedRun, width_multiplier: float) -> list[dict[str, Any]]:
     """Return optimizer groups with their weight decay, the factor of their learning rate, and their moments' names.
 
     Takes the gradient from parameters that are frozen: they are in no group. ZeRO 3 has flattened the parameters: their
     annotations know their shapes.
     """
     train, optimizer = run.config.train, run.optimizer
-    rules, scales = train.parameter_groups, optimizer.rate_scales(run.schedule.peak_learning_rate)
+    rules = train.parameter_groups
+    scales = optimizer.rate_scales(run.schedule.peak_learning_rate, width_multiplier)
     parameters = dict(model.named_parameters())
     dimensions = {name: len(shard_of(parameter).shape) for name, parameter in parameters.items()}
-    keys = group_keys(dimensions, rules, train.embedding_weight_decay, optimizer.muon is not None)
+    uses_muon = optimizer.muon is not None
+    keys = group_keys(dimensions, rules, train.embedding_weight_decay, uses_muon, width_multiplier)
     for name, key in keys.items():
         parameters[name].requires_grad_(not key.frozen)
     return [
@@ -46,7 +48,7 @@ def group_without_parameters(model: nn.Module) -> dict[str, Any]:
     """
     some = next(model.parameters())
     model.no_parameter = nn.Parameter(torch.zeros(1, dtype=some.dtype, device=some.device))
-    settings = group_settings(NO_GROUP, (), 0.0, {NO_GROUP.algorithm: 1.0})
+    settings = group_settings(NO_GROUP, (), 0.0, {(NO_GROUP.algorithm, NO_GROUP.hidden): 1.0})
     return {"params": [model.no_parameter], "moments": MOMENTS[NO_GROUP.algorithm], **settings}
 
 

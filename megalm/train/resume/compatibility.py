@@ -82,6 +82,7 @@ _SHAPES = (
     *("style", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm", "normalization", "norm_placement"),
     *("position_embedding_type", "qkv_bias", "attention_output_bias", "mlp_bias", "gated_mlp", "attention_sinks"),
+    "mup_base_width",
 )
 
 
@@ -223,13 +224,17 @@ def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> d
 
 
 def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed: Sequence[str]) -> None:
-    """Raise CheckpointError if `resume.allow` does not name every difference."""
-    refused = {thing: words for thing, words in found.items() if thing not in allowed}
+    """Raise CheckpointError if `resume.allow` does not name every difference, or if one is never allowed.
+
+    No shape shows that another `mup_base_width` makes another model of the same weights.
+    """
+    never = any(words.startswith("mup_base_width ") for words in found.get("model", ()))
+    refused = {thing: words for thing, words in found.items() if thing not in allowed or (thing == "model" and never)}
     if refused:
         differences = "; ".join(f"{thing} ({', '.join(words)})" for thing, words in refused.items())
         advice = f"restore the setting, or allow the change with resume.allow=[{','.join([*allowed, *refused])}]"
         if any(words.split()[0] in _SHAPES for words in refused.get("model", ())):
-            advice = "restore the setting: the shapes of a model cannot change"
+            advice = "restore the setting: the shapes of a model, and what its weights mean, cannot change"
         raise CheckpointError(f"{path} was trained with another {differences}; {advice}")
 
 

@@ -36,6 +36,7 @@ def test_degrees_shrink_to_two_and_features_stay() -> None:
         "parallel.sequence=true",
         "model.num_hidden_layers=8",
         "model.hidden_size=1024",
+        "model.mup_base_width=256",
         "model.num_attention_heads=16",
         "model.num_key_value_heads=8",
         "model.intermediate_size=4096",
@@ -60,6 +61,7 @@ def test_degrees_shrink_to_two_and_features_stay() -> None:
     assert changes["parallel.pipeline"] == (4, 2)
     assert changes["parallel.context"] == (4, 2)
     assert changes["model.hidden_size"] == (1024, 32)
+    assert changes["model.mup_base_width"] == (256, 8)
     assert "train.checkpoint_activations_every" not in changes
 
 

@@ -287,6 +287,16 @@ def test_a_refusal_names_all_and_how_to_allow_it(tmp_path: Path) -> None:
     assert "style" not in str(refused.value), "what is allowed"
 
 
+def test_another_base_width_is_always_refused(tmp_path: Path) -> None:
+    """No shape would show that logits, scores and rates are others."""
+    found = incompatibilities(STORED, changed("model", mup_base_width=16))
+    for allowed in ((), ("model",)):
+        with pytest.raises(CheckpointError) as refused:
+            refuse_incompatible(tmp_path, found, allowed)
+        assert_names(refused.value, tmp_path, "mup_base_width", 16)
+        assert "resume.allow=" not in str(refused.value)
+
+
 def test_a_checkpoint_of_another_optimizer_is_refused(tmp_path: Path) -> None:
     """Its moments would be zeros."""
 
