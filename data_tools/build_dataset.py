@@ -33,7 +33,7 @@ from megalm.data.builder.quality_filters import Filters
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.tokenizers.chat_template import load_chat_template
-from megalm.data.tokenizers.tokenizer import describe_eod, load_tokenizer
+from megalm.data.tokenizers.tokenizer import AUTO, describe_ends, load_tokenizer
 from megalm.errors import DataError
 
 
@@ -46,6 +46,12 @@ def main(
     eod_token: Annotated[
         str | None, typer.Option(help="this token ends a document, such as '<|endoftext|>' [default: the tokenizer's]")
     ] = None,
+    bos_token: Annotated[
+        str,
+        typer.Option(
+            help="this token begins a document, such as '<s>'; auto: what the tokenizer itself puts before a text; none"
+        ),
+    ] = AUTO,
     text_key: TextKey = "text",
     columns: Columns = None,
     txt_documents: TxtDocuments = "file",
@@ -122,7 +128,7 @@ def main(
         )
         if eod_token is not None and not append_eod:
             raise DataError(f"--eod-token {eod_token}: no token ends a document with --no-append-eod; omit one of them")
-        loaded = load_tokenizer(tokenizer, eod_token)
+        loaded = load_tokenizer(tokenizer, eod_token, bos_token)
         stdin_kind = stdin_kind or options.read.kind or ".jsonl"
         if check:
             files = check_build(inputs, loaded, output_prefix, options, stdin_kind)
@@ -158,8 +164,8 @@ def main(
             if report.inexact_documents:
                 names = ", ".join(report.inexact_names[:3])
                 out.print(f"{report.inexact_documents:,} documents do not decode back exactly, the first: {names}")
-        if append_eod:
-            out.print(describe_eod(loaded))
+        if ends := describe_ends(loaded, append_eod):
+            out.print(ends)
         print_removed(built)
 
 

@@ -19,7 +19,7 @@ from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError
 
 # Of the last checkpoint's manifest; the state of its training is left out.
-_KEPT = ("step", "tokens", "parameters", "model", "data", "tokenizer", "eod_id")
+_KEPT = ("step", "tokens", "parameters", "model", "data", "tokenizer", "eod_id", "bos_id")
 _CHANGE_NO_RESULT = ("dropout", "attention_dropout", "initializer_range")
 
 

@@ -267,7 +267,8 @@ class Manifest(_Part):
             `whole_...`: on the complete sets.
         validation: fingerprint of the validation sets.
         counters: the engine's; `model`: the numbers of a ModelConfig, see `shape_of`; `data`: settings by name.
-        tokenizer: its path at the time of the save; eod_id: the token that ends a document.
+        tokenizer: its path at the time of the save; eod_id: the token that ends a document; bos_id: that which
+            begins one, None: there is none.
     """
 
     status: Status = "good"
@@ -295,6 +296,7 @@ class Manifest(_Part):
     fingerprints: Fingerprints = Fingerprints()
     tokenizer: str | None = None
     eod_id: Count | None = None
+    bos_id: Count | None = None
     attempt: Count = 1
     files: dict[FileName, StoredFile]
     tensors: dict[str, StoredTensor]

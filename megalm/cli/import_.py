@@ -73,7 +73,7 @@ def command(
     from megalm.huggingface.output_folder import require_free
 
     require_free(output)
-    from megalm.data.tokenizers.tokenizer import describe_eod
+    from megalm.data.tokenizers.tokenizer import describe_ends
     from megalm.huggingface.import_model import import_model, tensor_count
     from megalm.huggingface.vocabulary_change import NewRows
 
@@ -85,7 +85,7 @@ def command(
     echo(f"{output}: {shape.parameter_count():,} parameters of {source}, style {shape.style}, as fp32 masters")
     entries, vocabulary = made.tokenizer.vocab_size, shape.vocab_size
     rows = f" for the model's vocabulary of {vocabulary:,}" if entries != vocabulary else ""
-    echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; {describe_eod(made.tokenizer)}")
+    echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; {describe_ends(made.tokenizer)}")
     for note in made.notes:
         echo(f"note: {note}")
     for name, line in (

@@ -252,6 +252,11 @@ class DataSection(Section):
         default=None,
         description="the token that ends a document, by its text; null: as the dataset records, or the tokenizer's own",
     )
+    bos_token: str | None = Field(
+        default=None,
+        description="the token that begins a document, by its text; auto: what the tokenizer puts before a text; none; "
+        "null: as the dataset records",
+    )
     recipe: Literal["python-stdlib"] | None = Field(
         default=None, description="prepare this corpus on the machine if data.train is null"
     )

@@ -209,7 +209,7 @@ def _describe_tokenizer(writer: Any, tokenizer: GGUFTokenizer) -> None:
         writer.add_token_merges(tokenizer.merges)
     else:
         writer.add_add_space_prefix(False)
-    writer.add_add_bos_token(False)  # training puts none before a text
+    writer.add_add_bos_token(tokenizer.adds_bos)  # llama.cpp has its own default for each model
     writer.add_add_eos_token(False)
     writer.add_eos_token_id(tokenizer.special["eos"])
     for name, add in (

@@ -9,14 +9,14 @@ Names and numbers: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, ll
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
 from megalm.data.tokenizers.sentencepiece_tokenizer import SPACE
-from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer
+from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer, token_name
 from megalm.errors import DataError
 from megalm.huggingface.export_tokenizer import own_chat_template, read_tokenizer_config
 from megalm.huggingface.sentencepiece_to_tokenizer_json import NoEquivalentError, SentencePieceModel
@@ -52,6 +52,7 @@ class GGUFTokenizer:
         tokens, kinds, scores: one entry a row of the model's embedding.
         merges: "LEFT RIGHT", the first one first; only of byte-level BPE.
         special: `eos`, `bos`, `unknown` or `padding` -> id.
+        adds_bos: whether `bos` is put before a text.
         template: for conversations.
         note: what the user should know; "" if nothing.
     """
@@ -63,6 +64,7 @@ class GGUFTokenizer:
     scores: list[float] = field(default_factory=list)
     merges: list[str] = field(default_factory=list)
     special: dict[str, int] = field(default_factory=dict)
+    adds_bos: bool = False
     template: str | None = None
     note: str = ""
 
@@ -92,7 +94,10 @@ def to_gguf(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
         ) from None
     made.special["eos"] = tokenizer.eod_id
     made.kinds[tokenizer.eod_id] = CONTROL
-    return made
+    if tokenizer.bos_id is not None:
+        made.special["bos"] = tokenizer.bos_id
+        made.kinds[tokenizer.bos_id] = CONTROL
+    return replace(made, adds_bos=tokenizer.bos_id is not None)
 
 
 def _sentencepiece(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
@@ -246,9 +251,7 @@ def _normalization(normalizer: dict[str, Any] | None) -> str:
 def _special(tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
     config = read_tokenizer_config(tokenizer)
     for name, key in (("bos", "bos_token"), ("unknown", "unk_token"), ("padding", "pad_token")):
-        token = config.get(key)
-        text = token.get("content") if isinstance(token, dict) else token
-        if isinstance(text, str):
+        if text := token_name(config.get(key)):
             yield name, text
 
 

@@ -102,7 +102,8 @@ def plan_export(
         reader = folded = FoldedReader(reader, shape)
         shape = folded.shape
     require_exportable(shape)
-    used = tokenizer_of(reader.path, manifest.tokenizer, manifest.fingerprints.tokenizer, manifest.eod_id, tokenizer)
+    ends = manifest.bos_id, manifest.eod_id
+    used = tokenizer_of(reader.path, manifest.tokenizer, manifest.fingerprints.tokenizer, ends, tokenizer)
     if used.vocab_size > shape.vocab_size:
         raise CheckpointError(
             f"{used.spec} has {used.vocab_size:,} ids, but the model has {shape.vocab_size:,}; name the right tokenizer"

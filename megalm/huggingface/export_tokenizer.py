@@ -13,13 +13,13 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megalm.data.tokenizers.chat_template import TEMPLATE_FILE, ChatTemplate, load_chat_template
-from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer
+from megalm.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from megalm.data.tokenizers.tokenizer import BYTES, TOKENIZER_CONFIG, Tokenizer, token_name
 from megalm.errors import DataError
 from megalm.huggingface.sentencepiece_to_tokenizer_json import NoEquivalentError, SentencePieceModel
 from megalm.utils.atomic_files import read_json, write_bytes_atomically, write_json
 
 TOKENIZER = "tokenizer.json"
-TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
 GENERATION_CONFIG = "generation_config.json"
 # What an import keeps beside the tokenizer, and an export amends: special tokens, chat template, sampling defaults.
@@ -109,7 +109,11 @@ def write_tokenizer(
         if not _is_sentencepiece(tokenizer):
             return ExportedTokenizer(note, ())
         shutil.copyfile(tokenizer.spec, folder / SENTENCEPIECE)
-        return ExportedTokenizer(f"{note}; load {SENTENCEPIECE} with the sentencepiece library", (SENTENCEPIECE,))
+        note = f"{note}; load {SENTENCEPIECE} with the sentencepiece library"
+        if tokenizer.bos_id is None:
+            return ExportedTokenizer(note, (SENTENCEPIECE,))
+        note += f" and put {tokenizer.bos_token} (id {tokenizer.bos_id}) before a text"
+        return ExportedTokenizer(note, (SENTENCEPIECE,), {"bos_token": tokenizer.bos_id})
     files = [TOKENIZER, TOKENIZER_CONFIG]
     if made.pieces is not None:
         # llama.cpp's converter takes a tokenizer.model for BPE, and only for Llama does it ask whether a space comes
@@ -118,12 +122,15 @@ def write_tokenizer(
         files.append(TOKENIZER_MODEL if is_converted else SENTENCEPIECE)
         shutil.copyfile(tokenizer.spec, folder / files[-1])
     special = {**made.special, "eos_token": made.tokenizer.id_to_token(tokenizer.eod_id)}
+    if tokenizer.bos_id is not None:
+        special["bos_token"] = made.tokenizer.id_to_token(tokenizer.bos_id)
     special["pad_token"] = special["pad_token"] or _padding(made, rows)
     made.tokenizer.add_special_tokens(
         [AddedToken(name, special=True, normalized=False) for name in special.values() if name is not None]
     )
+    written = made.tokenizer if tokenizer.bos_id is None else _putting_before_texts(made.tokenizer, tokenizer.bos_id)
     # The library's own `save` raises a bare Exception for a full disk as for everything else.
-    write_bytes_atomically(folder / TOKENIZER, made.tokenizer.to_str(pretty=True).encode())
+    write_bytes_atomically(folder / TOKENIZER, written.to_str(pretty=True).encode())
     config = {
         **{key: value for key, value in read_tokenizer_config(tokenizer).items() if key not in _OF_ANOTHER_CLASS},
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -131,7 +138,7 @@ def write_tokenizer(
         # Without it transformers 4 hands out token_type_ids, which no model here takes and GPT-2 adds up in silence.
         "model_input_names": ["input_ids", "attention_mask"],
         **special,
-        "add_bos_token": False,
+        "add_bos_token": tokenizer.bos_id is not None,
         "add_prefix_space": _adds_prefix_space(made.tokenizer),  # converters take true where it is missing
         "clean_up_tokenization_spaces": False,
     }
@@ -142,7 +149,8 @@ def write_tokenizer(
         files.append(TEMPLATE_FILE)
     write_json(folder / TOKENIZER_CONFIG, config)
     unended = template is not None and _leaves_turns_open(template, special)
-    note = f"{TOKENIZER} gives megalm's ids on {texts - ties} of {texts} test texts"
+    begin = f", and {special['bos_token']} before a text" if tokenizer.bos_id is not None else ""
+    note = f"{TOKENIZER} gives megalm's ids on {texts - ties} of {texts} test texts{begin}"
     if made.pieces is not None and made.pieces.is_unigram:
         note += (
             "; if two segmentations of a text are equally likely, it may choose the other one (it adds scores in 64 "
@@ -211,14 +219,31 @@ def _adds_prefix_space(tokenizer: tokenizers.Tokenizer) -> bool:
     return any(step.get("add_prefix_space", False) for step in steps)
 
 
+def _putting_before_texts(made: tokenizers.Tokenizer, token: int) -> tokenizers.Tokenizer:
+    """With a post-processor that puts the token there: transformers 5 goes by that alone, not by add_bos_token."""
+    name, definition = made.id_to_token(token), json.loads(made.to_str())
+    single, second = (
+        [{"SpecialToken": {"id": name, "type_id": number}}, {"Sequence": {"id": text, "type_id": number}}]
+        for number, text in enumerate("AB")
+    )
+    begin = {
+        "type": "TemplateProcessing",
+        "single": single,
+        "pair": [*single, *second],
+        "special_tokens": {name: {"id": name, "ids": [token], "tokens": [name]}},
+    }
+    before = definition["post_processor"]
+    definition["post_processor"] = {"type": "Sequence", "processors": [before, begin]} if before else begin
+    return tokenizers.Tokenizer.from_str(json.dumps(definition))
+
+
 def added_around(tokenizer: Tokenizer) -> list[str]:
-    """The tokens that a tokenizer.json adds around a text; megalm adds none."""
-    path = Path(tokenizer.spec)
-    if path.suffix != ".json":
+    """The tokens that a tokenizer.json adds around a text, and megalm does not: all but `bos_id`."""
+    if not isinstance(tokenizer, HuggingFaceTokenizer):
         return []
-    loaded = tokenizers.Tokenizer.from_file(str(path))
-    plain = set(loaded.encode("a", add_special_tokens=False).ids)
-    return [str(loaded.id_to_token(token)) for token in loaded.encode("a").ids if token not in plain]
+    before, after = tokenizer.added_around()
+    names = {token: name for name, token in tokenizer.vocabulary().items()}
+    return [names[token] for token in (*(before if before != [tokenizer.bos_id] else ()), *after)]
 
 
 def _is_sentencepiece(tokenizer: Tokenizer) -> bool:
@@ -250,7 +275,7 @@ def _plain_definition(tokenizer: Tokenizer) -> tuple[tokenizers.Tokenizer, dict[
     """A tokenizer.json without truncation, padding and added tokens, which megalm does not apply."""
     definition = {**read_json(Path(tokenizer.spec)), "truncation": None, "padding": None}
     if (definition.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
-        definition["post_processor"] = None  # it would add tokens that training did not add
+        definition["post_processor"] = None  # it adds tokens that training need not have had
     made = tokenizers.Tokenizer.from_str(json.dumps(definition))
     config = read_tokenizer_config(tokenizer)
     special = {key: _known(made, config.get(key)) for key in ("bos_token", "unk_token", "pad_token")}
@@ -259,8 +284,8 @@ def _plain_definition(tokenizer: Tokenizer) -> tuple[tokenizers.Tokenizer, dict[
 
 
 def _known(tokenizer: tokenizers.Tokenizer, token: Any) -> str | None:
-    name = token.get("content") if isinstance(token, dict) else token
-    return name if isinstance(name, str) and tokenizer.token_to_id(name) is not None else None
+    name = token_name(token)
+    return name if name is not None and tokenizer.token_to_id(name) is not None else None
 
 
 def _verify(original: Tokenizer, made: _Converted) -> tuple[int, int]:

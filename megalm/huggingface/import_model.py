@@ -19,7 +19,7 @@ from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
 from megalm.checkpoint.shard_spec import WEIGHTS, WEIGHTS_AND_MOMENTS, FragmentKey, FragmentKind, FragmentOnAccess
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.validation import to_yaml
-from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer
 from megalm.errors import DataError, TrainingError
 from megalm.huggingface.config_json import section_of
 from megalm.huggingface.export_tokenizer import (
@@ -165,7 +165,7 @@ def _import(
             raise (error.__cause__ or error) from None
 
     complete_folder(target, bytes_needed(stored) + own.stat().st_size, fill)
-    kept = load_tokenizer(target / own.name, found.eod_id if found.eod_is_chosen else None)
+    kept = load_tokenizer(target / own.name, found.eod_id if found.eod_is_chosen else None, AUTO)
     checkpoint = target / "checkpoints" / folder_name(step)
     notes = (*changes, *_notes(source, kept), *(() if optimizer is None else _training_notes(optimizer)))
     return Imported(checkpoint, target / MODEL_FILE, kept, notes, shape, optimizer)
@@ -188,7 +188,8 @@ def find_tokenizer(folder: Path) -> Path:
 
 def _notes(source: ModelSource, tokenizer: Tokenizer) -> Iterator[str]:
     if added := added_around(tokenizer):
-        yield f"the tokenizer adds {' '.join(added)} around a text; megalm adds no tokens, in training or in generation"
+        begin = f" but {tokenizer.bos_token} before it" if tokenizer.bos_token else ""
+        yield f"the tokenizer adds {' '.join(added)} around a text; megalm adds none of its own{begin}"
     eos = source.config.get("eos_token_id")
     if eos is not None and tokenizer.eod_id not in (eos if isinstance(eos, list) else [eos]):
         yield (
@@ -229,5 +230,6 @@ def manifest_facts(source: ModelSource, name: str, tokenizer: Tokenizer) -> dict
         "data": {},
         "fingerprints": {"tokenizer": tokenizer.fingerprint},
         "eod_id": tokenizer.eod_id,
+        "bos_id": tokenizer.bos_id,
         "attempt": 1,
     }

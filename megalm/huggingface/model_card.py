@@ -242,19 +242,26 @@ class Card:
             'inputs = tokenizer("Once", return_tensors="pt")\n'
             f"print(tokenizer.decode(model.generate(**inputs, {generate})[0]))\n"
         )
+        begin = "" if self.manifest.bos_id is None else f"[{self.manifest.bos_id}] + "
         if TOKENIZER not in self.tokenizer.files:
             load = (
                 "import sentencepiece\nimport torch\nfrom transformers import AutoModelForCausalLM\n\n"
                 f'tokenizer = sentencepiece.SentencePieceProcessor(model_file="PATH/{SENTENCEPIECE}")\n'
                 'model = AutoModelForCausalLM.from_pretrained("PATH")\n'
-                'ids = torch.tensor([tokenizer.encode("Once")])\n'
+                f'ids = torch.tensor([{begin}tokenizer.encode("Once")])\n'
                 f"print(tokenizer.decode(model.generate(ids, {generate})[0].tolist()))\n"
             )
         return f"## Use\n\n`PATH` is this folder.\n\n```python\n{load}```\n"
 
     def _limits(self) -> Iterator[str]:
         yield f"The model takes at most {self.shape.max_position_embeddings:,} tokens."
-        yield "Training used no beginning-of-sequence token; a document ends with the end-of-sequence token."
+        if self.manifest.bos_id is None:
+            yield "Training used no beginning-of-sequence token; a document ends with the end-of-sequence token."
+        else:
+            yield (
+                "In training a document began with the beginning-of-sequence token "
+                f"(id {self.manifest.bos_id}), which the tokenizer puts before a text; give no text without it."
+            )
         yield f"Tokenizer: {self.tokenizer.note}."
         if TOKENIZER in self.tokenizer.files:
             yield (

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from megalm.data.tokenizers.tokenizer import BYTE, SPECIAL, TEXT, TokenContent, Tokenizer, load_tokenizer
+from megalm.data.tokenizers.tokenizer import AUTO, BYTE, SPECIAL, TEXT, TokenContent, Tokenizer, load_tokenizer
 from megalm.errors import DataError
 from megalm.huggingface.export_tokenizer import BESIDE, GENERATION_CONFIG, TOKENIZER, write_tokenizer
 from megalm.huggingface.pretrained_folder import ModelSource
@@ -271,15 +271,20 @@ def choose_vocabulary(
         own = None  # the named one is the model's then
     path = find(named) if named is not None else own
     assert path is not None
-    new = load_tokenizer(path)
-    old = new if own is None else load_tokenizer(own)
+    new = load_tokenizer(path, bos_token=AUTO)
+    old = new if own is None else load_tokenizer(own, bos_token=AUTO)
     if old.vocab_size > source.shape.vocab_size:
         return source, new, ()  # not the model's tokenizer: refused by its size
     notes: list[str] = []
+    if old.bos_id != new.bos_id is None:
+        notes.append(
+            f"the model's own tokenizer puts {old.bos_token} before a text, {new.name} puts nothing; where you build "
+            "data, --bos-token TOKEN does"
+        )
     if tokens is not None:
-        ended = new.eod_id
+        ended, begun = new.eod_id, new.bos_id
         plain = load_tokenizer(add_tokens(new, read_tokens(tokens), scratch, source.shape.max_position_embeddings))
-        new = plain.with_eod(ended)  # whatever the added ones are called
+        new = plain.with_eod(ended).with_bos(begun)  # whatever the added ones are called
         if plain.eod_id != ended:
             name = new.eod_token
             notes.append(f"documents end with {name} as before; name it where you build data (--eod-token {name!r})")
@@ -290,5 +295,5 @@ def choose_vocabulary(
                 f"--new-rows {rule.rule}: no token is new; omit it, or name tokens (--add-tokens) or another "
                 "tokenizer (--tokenizer)"
             )
-        return source, new, ()
+        return source, new, tuple(notes)
     return changed, new, (changed.note(new), *notes)

@@ -130,7 +130,7 @@ def other_sets(facts: CheckpointFacts, prefixes: Sequence[str]) -> dict[str, Val
     for name, prefix in zip(names, prefixes, strict=True):
         sidecar = read_sidecar(prefix)
         if sidecar is not None and (found := differences(sidecar, Wanted(facts.tokenizer))):
-            raise DataError(f"{prefix} {found[0]}; build it with the tokenizer of {facts.path} to evaluate on it")
+            raise DataError(f"{prefix} {found[0]}; build it as the data of {facts.path} to evaluate on it")
         dataset = IndexedDataset(prefix, facts.tokenizer.vocab_size)
         sets[name] = ValidationSamples(
             dataset, (0, len(dataset)), facts.sequence_length, facts.document_mask, facts.packing

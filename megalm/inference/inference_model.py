@@ -19,7 +19,7 @@ from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import MANIFEST, Manifest, read_manifest, shape_of
 from megalm.data.sampling.batch_loader import MicroBatch
 from megalm.data.sampling.samples import PackingKind
-from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer, tokenizer_of
+from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer, tokenizer_of
 from megalm.errors import CheckpointError, DataError
 from megalm.huggingface.import_model import find_tokenizer, manifest_facts
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
@@ -74,7 +74,8 @@ def read_facts(path: Path, tokenizer: str | None = None) -> CheckpointFacts:
     if is_pretrained(path):
         return _pretrained_facts(HuggingFaceFolder(path), tokenizer)
     manifest = read_manifest(path)
-    used = tokenizer_of(path, manifest.tokenizer, manifest.fingerprints.tokenizer, manifest.eod_id, tokenizer)
+    ends = manifest.bos_id, manifest.eod_id
+    used = tokenizer_of(path, manifest.tokenizer, manifest.fingerprints.tokenizer, ends, tokenizer)
     return CheckpointFacts(path, manifest, shape_of(path, manifest), used)
 
 
@@ -84,7 +85,7 @@ def is_pretrained(path: Path) -> bool:
 
 
 def _pretrained_facts(source: HuggingFaceFolder, tokenizer: str | None) -> CheckpointFacts:
-    used = load_tokenizer(find_tokenizer(Path(tokenizer) if tokenizer else source.folder))
+    used = load_tokenizer(find_tokenizer(Path(tokenizer) if tokenizer else source.folder), bos_token=AUTO)
     facts = manifest_facts(source, source.folder.resolve().name, used)
     tensors = {name: {"shape": size, "fragments": []} for name, size in source.shape.parameters().items()}
     manifest = Manifest.model_validate({"step": 0, "files": {}, "tensors": tensors, **facts})

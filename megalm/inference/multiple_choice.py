@@ -2,7 +2,8 @@
 
 Context and choice are encoded as one text. Scoring starts after the tokens that the context alone and the context with
 each choice have in common, so it starts at the same token for all choices, even if a token spans the boundary. The
-context follows an end-of-document token as in training, unless data.document_mask separated documents there.
+context begins as a document in training: with its bos_id, or after an end-of-document token, unless data.document_mask
+separated documents there.
 """
 
 from __future__ import annotations
@@ -120,7 +121,7 @@ def encode_question(question: Question, facts: CheckpointFacts) -> list[ScoredSe
         raise DataError(f"{question.source}: the tokenizer encodes a choice to no token; change or remove the choice")
     common = min(min(common_prefix(before, tokens), len(tokens) - 1) for tokens in together)
     # The first scored token needs a token before it.
-    start = [] if facts.document_mask and common else [tokenizer.eod_id]
+    start = tokenizer.text_start(facts.document_mask) or ([] if common else [tokenizer.eod_id])
     return [ScoredSequence(np.array([*start, *tokens]), len(start) + common) for tokens in together]
 
 

@@ -1,8 +1,8 @@
 """Evaluates checkpoints on raw text: each document alone, long documents in overlapping windows.
 
-A document follows an end-of-document token as in training, so that its first token is scored too. If
-data.document_mask separated documents in training, no token comes before, and the first token is only context. The
-end-of-document token itself is not scored.
+A document begins with the bos_id of training, or without one follows an end-of-document token as in training, so that
+its first token is scored too. If data.document_mask separated documents without a bos_id in training, no token comes
+before, and the first token is only context. The token before the document is not scored.
 """
 
 from __future__ import annotations
@@ -104,7 +104,9 @@ def read_text(
         sequences += windows
         documents += 1
         words += len(text.split())
-        text_bytes += len(text.encode()) - (int(sizes[tokens[0]]) if facts.document_mask else 0)
+        text_bytes += len(text.encode()) - (
+            0 if facts.tokenizer.text_start(facts.document_mask) else int(sizes[tokens[0]])
+        )
     if not sequences:
         because = f": {report.messages[0]}" if report.messages else ""
         raise DataError(f"{path} has no document that can be scored{because}")
@@ -115,8 +117,8 @@ def read_text(
 
 def document_windows(tokens: npt.NDArray[np.integer], facts: CheckpointFacts, overlap: int) -> Iterator[ScoredSequence]:
     """Windows of a document that together score each of its tokens exactly once."""
-    if not facts.document_mask:
-        tokens = np.concatenate([np.array([facts.tokenizer.eod_id], dtype=tokens.dtype), tokens])
+    before = facts.tokenizer.text_start(facts.document_mask)
+    tokens = np.concatenate([np.array(before, dtype=tokens.dtype), tokens])
     start, scored, length = 0, 1, facts.sequence_length
     while scored < len(tokens):
         end = min(start + length + 1, len(tokens))  # the last token is a target only

@@ -214,6 +214,7 @@ def data_is_complete(case: CheckContext) -> None:
         ("data.input", data.input),
         ("data.append_eod", data.append_eod is not None),
         ("data.eod_token", data.eod_token is not None),
+        ("data.bos_token", data.bos_token is not None),
         ("data.rebuild", data.rebuild != "never"),
     ):
         if given:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,18 +19,19 @@ from megalm.config.schema import BlendPart, DataSection, DataStage, RunConfig
 from megalm.data.builder.rebuild import Wanted, build_prefix, ensure_dataset
 from megalm.data.builder.stdlib_corpus import default_cache_dir, prepare_recipe
 from megalm.data.indexed.dataset import IndexedDataset, idx_path
-from megalm.data.indexed.foreign_checks import check_foreign_dataset
+from megalm.data.indexed.foreign_checks import begins_with, check_foreign_dataset
 from megalm.data.indexed.metadata import read_sidecar
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader, PrepareBatch, ValidationLoader
 from megalm.data.sampling.index_cache import ArrayCache
 from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
 from megalm.data.sampling.sample_order import Range
 from megalm.data.sampling.samples import TrainingSamples, ValidationSamples, split_documents
-from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.training_stages import TrainingStages
 
+log = logging.getLogger(__name__)
 VALIDATION = "validation"  # the name of the only validation set, and of all together
 # Below this number of documents or samples, shuffling is faster than writing the order to a file.
 KEPT_ORDERS_FROM = 100_000
@@ -190,17 +192,22 @@ def open_datasets(
 
 
 def load_run_tokenizer(data: DataSection, places: DataPlaces) -> Tokenizer:
-    """Load the tokenizer. Without data.eod_token, documents end as in the first dataset that it built.
+    """Load the tokenizer. Without data.eod_token and data.bos_token, documents end and begin as in the first dataset
+    that it built; where it has built none yet, they begin as the tokenizer itself begins a text.
 
     Raises:
         DataError: the tokenizer cannot be read, or has no such token.
     """
     tokenizer = load_tokenizer(places.tokenizer, data.eod_token)
-    for prefix in places.prefixes if data.eod_token is None else ():
-        recorded = (read_sidecar(prefix) or {}).get("tokenizer") or {}
-        if recorded.get("fingerprint") == tokenizer.fingerprint and recorded.get("eod_id") is not None:
-            return tokenizer.with_eod(recorded["eod_id"])
-    return tokenizer
+    recorded = [(read_sidecar(prefix) or {}).get("tokenizer") or {} for prefix in places.prefixes]
+    own = [facts for facts in recorded if facts.get("fingerprint") == tokenizer.fingerprint]
+    if data.eod_token is None and (ends := [end for facts in own if (end := facts.get("eod_id")) is not None]):
+        tokenizer = tokenizer.with_eod(ends[0])
+    if data.bos_token is not None:
+        return tokenizer.with_bos(data.bos_token)
+    if own:
+        return tokenizer.with_bos(own[0].get("bos_id"))
+    return tokenizer.with_bos(AUTO if data.rebuild != "never" else None)
 
 
 def open_validation(data: DataSection, places: DataPlaces, tokenizer: Tokenizer) -> dict[str, ValidationSamples]:
@@ -226,8 +233,25 @@ def open_dataset(data: DataSection, prefix: str, tokenizer: Tokenizer) -> Indexe
     ensure_dataset(prefix, wanted)
     dataset = IndexedDataset(prefix, tokenizer.vocab_size, partial(_check_index, cache=_cache(data) / "checked"))
     if not (read_sidecar(prefix) or {}).get("tokenizer"):
-        check_foreign_dataset(dataset, None if data.append_eod is None else tokenizer.eod_id, data.append_eod)
+        eod_id = None if data.append_eod is None else tokenizer.eod_id
+        check_foreign_dataset(dataset, eod_id, data.append_eod, tokenizer.bos_id)
+        if data.bos_token is None and tokenizer.bos_id is None:
+            _warn_of_begins(dataset, tokenizer)
     return dataset
+
+
+def _warn_of_begins(dataset: IndexedDataset, tokenizer: Tokenizer) -> None:
+    """Another toolkit may have put the tokenizer's own token before each document, and records nothing of it."""
+    own = tokenizer.with_bos(AUTO)
+    if own.bos_id is not None and (found := begins_with(dataset, own.bos_id))[0] == found[1]:
+        log.warning(
+            "%s: its documents begin with %s (id %d); set data.bos_token=%r, so that generation, evaluation and "
+            "exports put it before a text too",
+            dataset.prefix,
+            own.bos_token,
+            own.bos_id,
+            own.bos_token,
+        )
 
 
 def _check_index(dataset: IndexedDataset, cache: Path) -> None:

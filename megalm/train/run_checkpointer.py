@@ -224,6 +224,7 @@ class RunCheckpointer:
             **identity_of(run, self._shape, self._data, position.samples),
             "tokenizer": self._tokenizer.spec,  # its path at the time; the fingerprint identifies it
             "eod_id": eod_or_none(self._tokenizer),
+            "bos_id": self._tokenizer.bos_id,
             # No random state: dropout and sampling derive their seeds from step and position.
             "attempt": position.attempt,
         }

@@ -14,7 +14,7 @@ from megalm.cost_model.pipeline_balance import LARGE_BUBBLE, SMALL_BUBBLE, Stage
 from megalm.data.indexed.metadata import AWAITS_MERGE, read_sidecar
 from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.sampling.sample_order import stride_warning
-from megalm.data.tokenizers.tokenizer import describe_eod
+from megalm.data.tokenizers.tokenizer import describe_ends
 from megalm.errors import ConfigError, DataError
 from megalm.model.model_config import ModelConfig, model_settings
 from megalm.model.parameter_groups import frozen_parameters
@@ -202,7 +202,7 @@ def opening_facts(
         *[("batch", _batch_words(run, stage)) for stage, _ in run.stages.spans(steps)],
         ("training", f"{steps:,} steps, {tokens:,} tokens = {tokens / count:.2f} per parameter"),
         *data_rows(run, data),
-        ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} entries, {describe_eod(tokenizer)}"),
+        ("tokenizer", f"{tokenizer.name}, {tokenizer.vocab_size:,} entries, {describe_ends(tokenizer)}"),
         ("checkpoint", f"{format_bytes(stored)} each"),
     ]
     if data.unigram_entropy is not None:

@@ -84,8 +84,11 @@ def generate(
 
 
 def prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
-    """Return the tokens of each prompt; of an empty one, the end of a document before it."""
-    return [ids.tolist() or [tokenizer.eod_id] for ids in tokenizer.encode_batch(prompts)]
+    """Return the tokens of each prompt, as a document begins; of an empty one without a bos_id, the end of a document
+    before it. A prompt that begins with the name of this token has it once."""
+    name = tokenizer.bos_token or ""
+    found = tokenizer.encode_batch([prompt.removeprefix(name) for prompt in prompts])
+    return [tokenizer.begun(ids).tolist() or [tokenizer.eod_id] for ids in found]
 
 
 def extend(

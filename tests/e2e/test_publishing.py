@@ -113,6 +113,27 @@ def test_training_goes_on_from_an_imported_model(folder: Path, small_data: Small
     assert "| starts from | the weights of base, step-00000000 |" in (folder / "second/README.md").read_text()
 
 
+def test_documents_that_begin_with_a_token(folder: Path, small_data: SmallData, imported: Finished) -> None:
+    """From a model that knows none: the run says so, and transformers has the ids and text of what it trained."""
+    tokenizer = load_tokenizer(small_data.tokenizer, bos_token="<eod>")
+    build_dataset(small_data.documents[:40], tokenizer, folder / "begun-data")
+    words = ("--config", "runs/base/model.yaml", "data.train=begun-data", "data.sequence_length=64", "run.name=begun")
+    start = ("--resume", "runs/base/checkpoints/step-00000000", "--extend-steps", 1, "--extend-strategy", "weights")
+    trained = finish(folder, pretrain(*words, *start, "tracking.mlflow=false"))
+    assert trained.code == 0, trained.explain()
+    (note,) = (line for line in trained.stdout.splitlines() if "note: documents begin" in line)
+    assert_names(note, "<eod>", tokenizer.bos_id)
+    exported = run(folder, "export", "runs/begun", "begun")
+    assert exported.code == 0, exported.explain()
+    theirs = transformers.AutoTokenizer.from_pretrained(folder / "begun")
+    inputs = theirs(PROMPT, return_tensors="pt")
+    assert inputs["input_ids"][0].tolist() == [tokenizer.bos_id, *tokenizer.encode_batch([PROMPT])[0].tolist()]
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "begun").eval()
+    told = model.generate(**inputs, max_new_tokens=20, do_sample=False, pad_token_id=0)[0]
+    ours = run(folder, "generate", "runs/begun", "--prompt", PROMPT, "--temperature", 0, "--max-new-tokens", 20)
+    assert ours.stdout.rstrip("\n") == theirs.decode(told, skip_special_tokens=True).rstrip("\n"), ours.explain()
+
+
 @pytest.mark.slow
 def test_an_import_with_more_tokens_trains_resumes_and_is_exported(folder: Path, small_data: SmallData) -> None:
     added = ["<tool>", "<|user|>"]

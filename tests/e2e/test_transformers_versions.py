@@ -74,8 +74,9 @@ def environment(version: str, require: Any) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def exports(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[str, torch.Tensor]]:
-    """Exported folder -> the tokenizer that the run had, and the logits of five tokens; one is by the real command."""
+def exports(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> dict[Path, tuple[Any, torch.Tensor]]:
+    """Exported folder -> the tokenizer that the run had, and the logits of five tokens; one is by the real command, and
+    the documents of one began with a token."""
     place = tmp_path_factory.mktemp("versions")
     (place / "chat.jinja").write_text(
         "{% for message in messages %}<{{ message['content'] }}>{% endfor %}{{ eos_token }}"
@@ -85,7 +86,9 @@ def exports(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> 
         rows = load_tokenizer(tokenizer).vocab_size + 3
         section = SECTIONS[name].model_copy(update={"vocab_size": rows})
         shape, model = random_model(section, vocab_size=rows)
-        checkpoint = save_model(place / f"run-{name}" / "checkpoints", shape, model, tokenizer)
+        bos_token = "<eod>" if name == "gpt2" else None
+        used = load_tokenizer(tokenizer, bos_token=bos_token)
+        checkpoint = save_model(place / f"run-{name}" / "checkpoints", shape, model, tokenizer, bos_id=used.bos_id)
         if tokenizer == "bytes":
             plan = plan_export(CheckpointReader(checkpoint), place / name, torch.float32, None, place / "chat.jinja")
             export_checkpoint(plan, 1 << 40, name, lambda: None)
@@ -94,7 +97,7 @@ def exports(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> 
             finished = finish(place, megalm(*words))
             assert finished.code == 0, finished.explain()
         with torch.no_grad():
-            made[place / name] = tokenizer, model(torch.tensor([[3, 1, 4, 1, 5]]))[0]
+            made[place / name] = used, model(torch.tensor([[3, 1, 4, 1, 5]]))[0]
     return made
 
 
@@ -122,13 +125,12 @@ def loaded(exports: dict[Path, Any], require: Any) -> dict[str, dict[str, Any]]:
 def test_an_export_works_in(version: str, exports: dict[Path, Any], loaded: dict[str, Any]) -> None:
     facts = loaded[version]
     assert facts["version"] == version or version == "development"
-    for folder, (spec, logits) in exports.items():
+    for folder, (ours, logits) in exports.items():
         found = facts["found"][str(folder)]
-        ours = load_tokenizer(spec)
-        expected = [[*ids.tolist(), ours.eod_id] for ids in ours.encode_batch(TEXTS)]
+        expected = [[*ours.begun(ids).tolist(), ours.eod_id] for ids in ours.encode_batch(TEXTS)]
         assert found["ids"] == expected, (folder.name, "a text's ids, and the end of a document written in it")
         assert found["keys"] == ["attention_mask", "input_ids"], "what the example passes to the model"
-        assert found["length"] == ours.vocab_size + (spec == "bytes"), (
+        assert found["length"] == ours.vocab_size + (ours.spec == "bytes"), (
             "a free row is the padding, where nothing else is"
         )
         assert found["chat"] == f"<hello>{ours.eod_token}"
@@ -136,4 +138,4 @@ def test_an_export_works_in(version: str, exports: dict[Path, Any], loaded: dict
             assert json.loads((folder / "config.json").read_text())["model_type"] == UNKNOWN_THERE.get(version)
             continue
         assert torch.allclose(torch.tensor(found["logits"]), logits, atol=1e-5), folder.name
-        assert found["written"].startswith("Once"), "the card's own example"
+        assert found["written"].startswith(f"{ours.bos_token or ''}Once"), "the card's own example"

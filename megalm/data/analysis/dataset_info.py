@@ -77,7 +77,8 @@ def describe(
             )
         if recorded:
             facts["tokenizer"] = f"{recorded['name']}, {recorded['vocab_size']:,} ids, {recorded['fingerprint'][:12]}"
-            facts["end of document"] = _recorded_eod(recorded, tokenizer)
+            facts["begin of document"] = _recorded_token(recorded, "bos", tokenizer)
+            facts["end of document"] = _recorded_token(recorded, "eod", tokenizer)
         facts |= {name.replace("_", " "): str(sidecar[name]) for name in RECORDED if name in sidecar}
         for number, line in enumerate(describe_overlap(sidecar.get("overlap", {}))):
             facts[f"overlap{f' {number}' if number else ''}"] = line.removeprefix("overlap: ")
@@ -96,12 +97,12 @@ def packed_padding(dataset: IndexedDataset, sequence_lengths: Sequence[int] = PA
     )
 
 
-def _recorded_eod(recorded: dict[str, Any], tokenizer: Tokenizer | None) -> str:
-    eod_id = recorded.get("eod_id")
-    if eod_id is None:
+def _recorded_token(recorded: dict[str, Any], name: str, tokenizer: Tokenizer | None) -> str:
+    token = recorded.get(f"{name}_id")
+    if token is None:
         return "no token"
-    text = recorded.get("eod_token") or (tokenizer.with_eod(eod_id).eod_token if tokenizer else None)
-    return f"{text} (id {eod_id})" if text else f"id {eod_id}"
+    text = recorded.get(f"{name}_token") or (tokenizer.with_eod(token).eod_token if tokenizer else None)
+    return f"{text} (id {token})" if text else f"id {token}"
 
 
 def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = no_tell) -> dict[str, str]:

@@ -369,7 +369,7 @@ def build_dataset(
             (found,) = encode_documents(tokenizer, [document.text])
             if isinstance(found, DataError):
                 raise DataError(f"{document.source}: {found}")
-            writer.add(*with_ends([found.tokens], eod_id, dtype))
+            writer.add(*with_ends([tokenizer.begun(found.tokens)], eod_id, dtype))
             report.text_bytes += found.text_bytes
             if not found.is_exact:
                 writer.note_inexact([document.source], 1)

@@ -167,6 +167,12 @@ def _merged_report(
                     f"{dataset.prefix}: was built with {label} {ours.get('name')}, {recorded[0].dataset.prefix} with "
                     f"another, {first.get('name')}; build one of them again"
                 )
+        if ours.get("bos_id") != first.get("bos_id"):
+            raise DataError(
+                f"{dataset.prefix}: has documents that begin with {ours.get('bos_token') or 'no token of their own'}, "
+                f"{recorded[0].dataset.prefix} with {first.get('bos_token') or 'none'}; build one of them again "
+                "(--bos-token)"
+            )
     sidecars = [sidecar for _, sidecar in inputs if sidecar]
     complete = len(sidecars) == len(inputs) and all(sidecar["options"].get("complete", True) for sidecar in sidecars)
     report = DatasetMetadata(

@@ -15,7 +15,7 @@ from megalm.data.builder.decontamination import DATASET
 from megalm.data.indexed.dataset import bin_path, idx_path, sidecar_path
 from megalm.data.indexed.metadata import read_sidecar
 from megalm.data.readers.input_files import STDIN, InputFile, ReadReport, find_inputs
-from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.data.tokenizers.tokenizer import NONE, Tokenizer
 from megalm.errors import DataError
 from megalm.utils.remote_files import is_remote
 
@@ -112,7 +112,13 @@ def _other_tokens(built: dict[str, Any], tokenizer: Tokenizer) -> tuple[str, str
             f"({built['fingerprint'][:12]}), not {tokenizer.name} of {tokenizer.vocab_size:,} "
             f"({tokenizer.fingerprint[:12]})"
         )
-    eod_id = built.get("eod_id")
+    eod_id, bos_id = built.get("eod_id"), built.get("bos_id")
+    if built and bos_id != tokenizer.bos_id:
+        has, wants = (
+            "their text" if token is None else f"{tokenizer.with_bos(token).bos_token} (id {token})"
+            for token in (bos_id, tokenizer.bos_id)
+        )
+        return "data.bos_token", f"has documents that begin with {has}, not with {wants}"
     if eod_id is not None and tokenizer.eod_is_chosen and eod_id != tokenizer.eod_id:
         return "data.eod_token", (
             f"has documents that end with {tokenizer.with_eod(eod_id).eod_token} (id {eod_id}), "
@@ -190,9 +196,20 @@ def rebuild_command(prefix: str | Path, sidecar: dict[str, Any], wanted: Wanted)
     words += ["--tokenizer", wanted.tokenizer.spec, "--output-prefix", build_prefix(prefix), "--overwrite"]
     if options.append_eod and wanted.tokenizer.eod_is_chosen:
         words += ["--eod-token", wanted.tokenizer.eod_token]
+    words += _bos_words(wanted.tokenizer)
     if options.chat is not None:
         words += ["--chat-template", str(sidecar_path(prefix))]
     return shlex.join([*words, *options.to_words()])
+
+
+def _bos_words(tokenizer: Tokenizer) -> list[str]:
+    if tokenizer.bos_token is None:
+        try:
+            is_default = tokenizer.own_bos_id is None
+        except DataError:
+            is_default = False
+        return [] if is_default else ["--bos-token", NONE]
+    return ["--bos-token", tokenizer.bos_token]
 
 
 def _options(sidecar: dict[str, Any], append_eod: bool | None) -> BuildOptions:

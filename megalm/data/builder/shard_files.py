@@ -249,7 +249,8 @@ class WorkUnitWriter:
                 found.append(document)
         if not records:
             return b""
-        texts, encoded = [document.text for document in found], [document.tokens for document in found]
+        texts = [document.text for document in found]
+        encoded = [self._tokenizer.begun(document.tokens) for document in found]
         tokens, lengths = with_ends(encoded, self._eod_id, self._dtype)
         rows = np.zeros(len(records), DOCUMENT)
         rows["tokens"] = lengths
@@ -266,8 +267,9 @@ class WorkUnitWriter:
             self._signatures.append(np.zeros((len(records), 0), "<u8"))
         self._rows.append(rows)
         if self._options.chat is not None:
-            ends = np.zeros(0 if self._eod_id is None else 1, dtype=np.bool_)  # no part of a conversation
-            self._trained += [part for document in found for part in (document.trained, ends)]
+            for document, whole in zip(found, encoded, strict=True):  # the ends are no part of a conversation
+                ends = len(whole) - len(document.tokens), 0 if self._eod_id is None else 1
+                self._trained.append(np.pad(document.trained, ends))
         content = tokens.tobytes()
         self._summary.crc = zlib.crc32(content, self._summary.crc)
         self._summary.documents += len(records)

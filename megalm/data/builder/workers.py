@@ -69,14 +69,14 @@ def do_units(
 
 
 def _start_pool(directory: Path, options: BuildOptions, tokenizer: Tokenizer, workers: int) -> ProcessPoolExecutor:
-    eod_id = tokenizer.eod_id if options.append_eod else None
+    ends = tokenizer.eod_id if options.append_eod else None, tokenizer.bos_id
     with _lean_start():
         # spawn, because the libraries' own threads do not survive a fork. Each worker loads the tokenizer once.
         pool = ProcessPoolExecutor(
             workers,
             multiprocessing.get_context("spawn"),
             initializer=_start_worker,
-            initargs=(directory, options, tokenizer.spec, eod_id, os.getpid()),
+            initargs=(directory, options, tokenizer.spec, ends, os.getpid()),
         )
         for _ in range(workers):
             pool.submit(os.getpid)
@@ -116,12 +116,14 @@ def _do(unit: Unit, directory: Path, options: BuildOptions, tokenizer: Tokenizer
 _work: Callable[[Unit], WorkUnitSummary] | None = None  # set in worker processes only
 
 
-def _start_worker(directory: Path, options: BuildOptions, tokenizer_spec: str, eod_id: int | None, parent: int) -> None:
+def _start_worker(
+    directory: Path, options: BuildOptions, tokenizer_spec: str, ends: tuple[int | None, int | None], parent: int
+) -> None:
     global _work  # noqa: PLW0603  a process pool has no other place for per-worker state
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    tokenizer = load_tokenizer(tokenizer_spec, eod_id)
+    tokenizer = load_tokenizer(tokenizer_spec, *ends)
     _work = lambda unit: _do(unit, directory, options, tokenizer)  # noqa: E731
 
 

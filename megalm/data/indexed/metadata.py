@@ -94,6 +94,8 @@ def start_report(
             "vocab_size": tokenizer.vocab_size,
             "eod_id": tokenizer.eod_id if append_eod else None,
             "eod_token": tokenizer.eod_token if append_eod else None,
+            "bos_id": tokenizer.bos_id,
+            "bos_token": tokenizer.bos_token,
         },
         options=options,
         inputs=inputs,
@@ -136,7 +138,7 @@ def finished_report(
     """Return the report of an existing dataset if it was built the same way, by this version, and is complete.
 
     Args:
-        tokenizer: as in `DatasetMetadata`; its fingerprint and eod_id are compared.
+        tokenizer: as in `DatasetMetadata`; its fingerprint, eod_id and bos_id are compared.
         thorough: read all files and compare them with the recorded hashes.
     """
     try:
@@ -145,7 +147,7 @@ def finished_report(
             return None
     except (DataError, TypeError):
         return None
-    same_tokens = all(report.tokenizer.get(fact) == tokenizer.get(fact) for fact in ("fingerprint", "eod_id"))
+    same_tokens = all(report.tokenizer.get(fact) == tokenizer.get(fact) for fact in ("fingerprint", "eod_id", "bos_id"))
     if report.options != options or not same_tokens:
         return None
     if options.get("dedup") == "minhash" and not (report.minhash and signatures_path(prefix).exists()):

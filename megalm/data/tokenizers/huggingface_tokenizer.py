@@ -18,20 +18,22 @@ from megalm.data.tokenizers.tokenizer import (
     EOD_TOKENS,
     SPECIAL,
     TEXT,
+    TOKENIZER_CONFIG,
     MarkedEncoding,
     TokenContent,
     Tokenizer,
     library_errors,
+    token_name,
 )
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash, read_json
 
 log = logging.getLogger(__name__)
 
-_CONFIG = "tokenizer_config.json"
 _MOST_IDS = 10_000_000  # twenty times the largest vocabulary in use
 BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 SPACE = "\u2581"
+CLASS_TOKEN = "[CLS]"  # BERT's, for the class of a text; no model has it before what it continues
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -75,7 +77,30 @@ class HuggingFaceTokenizer(Tokenizer):
     @property
     def eod_source(self) -> str:
         named = not self.eod_is_chosen and self._fitting_eod[0] in self._configured_eos()
-        return f"the eos_token of {_CONFIG}" if named else ""
+        return f"the eos_token of {TOKENIZER_CONFIG}" if named else ""
+
+    @functools.cached_property
+    def own_bos_id(self) -> int | None:
+        """The one token that the post-processor puts before a text; else as `tokenizer_config.json` says."""
+        before, _ = self.added_around()
+        if len(before) != 1 or self._name_of(before[0]) == CLASS_TOKEN:
+            return super().own_bos_id
+        if self.beside(TOKENIZER_CONFIG).get("add_bos_token") is False:
+            log.warning(
+                "%s: puts %s before a text, but %s beside it says that it adds none; choose (--bos-token, in training "
+                "data.bos_token)",
+                self.spec,
+                self._name_of(before[0]),
+                TOKENIZER_CONFIG,
+            )
+        return before[0]
+
+    def added_around(self) -> tuple[list[int], list[int]]:
+        """Return the ids that the file's post-processor puts before a text and after it."""
+        plain = self._tokenizer.encode("a", add_special_tokens=False).ids
+        whole = self._tokenizer.encode("a").ids
+        first = next((n for n in range(len(whole)) if whole[n : n + len(plain)] == plain), 0)
+        return whole[:first], whole[first + len(plain) :]
 
     @functools.cached_property
     def _fitting_eod(self) -> tuple[str, int]:
@@ -153,15 +178,8 @@ class HuggingFaceTokenizer(Tokenizer):
         return fallback
 
     def _configured_eos(self) -> Iterator[str]:
-        path = Path(self.spec).with_name(_CONFIG)
-        if path.is_file():
-            config = read_json(path)
-            if not isinstance(config, dict):
-                raise DataError(f"{path}: is not a JSON object; copy it again, or remove it")
-            token = config.get("eos_token")
-            name = token.get("content") if isinstance(token, dict) else token
-            if isinstance(name, str):
-                yield name
+        if name := token_name(self.beside(TOKENIZER_CONFIG).get("eos_token")):
+            yield name
 
 
 def _definition_of(path: Path) -> dict[str, Any]:

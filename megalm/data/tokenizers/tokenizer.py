@@ -12,7 +12,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +20,10 @@ import numpy.typing as npt
 from megalm.data.readers.input_files import POINTER
 from megalm.data.tokenizers.training import TokenizerReport, train_tokenizer
 from megalm.errors import CheckpointError, DataError
+from megalm.utils.atomic_files import read_json
 from megalm.utils.did_you_mean import did_you_mean
+
+Integer = TypeVar("Integer", bound=np.integer)
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +33,9 @@ BYTES = "bytes"
 TEXT, BYTE, SPECIAL = "text", "byte", "special"  # kinds of tokens
 # Usual names of the token that ends a document, the most usual first.
 EOD_TOKENS = ("<eod>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+BOS_TOKENS = ("<|begin_of_text|>", "<s>", "<bos>", "<|startoftext|>", "<|endoftext|>")  # of that which begins one
+AUTO, NONE = "auto", "none"  # words of --bos-token
+TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 class MarkedEncoding(NamedTuple):
@@ -59,12 +65,16 @@ class Tokenizer(ABC):
         spec: the argument for `load_tokenizer` that loads it again: a path, or "bytes".
         vocab_size: V: every id is below it.
         reads_special_tokens: whether `encode_marked` exists.
+        bos_id: the token that begins each document, see `with_bos`; None: there is none, which is the default.
+        bos_is_own: whether "auto" chose it.
     """
 
     name: str
     spec: str
     vocab_size: int
     reads_special_tokens: bool = False
+    bos_id: int | None = None
+    bos_is_own: bool = False
     _chosen_eod: int | None = None
 
     @property
@@ -89,7 +99,47 @@ class Tokenizer(ABC):
     @property
     def eod_token(self) -> str:
         """The text of `eod_id`."""
-        wanted = self.eod_id
+        return self._name_of(self.eod_id)
+
+    @property
+    def bos_token(self) -> str | None:
+        """The text of `bos_id`."""
+        return None if self.bos_id is None else self._name_of(self.bos_id)
+
+    @property
+    def own_bos_id(self) -> int | None:
+        """The token that the files of the tokenizer put before a text; None: they put none.
+
+        Raises:
+            DataError: they name one that it does not have.
+        """
+        config = self.beside(TOKENIZER_CONFIG)
+        if not config.get("add_bos_token"):
+            return None
+        name = token_name(config.get("bos_token"))
+        token = self.vocabulary().get(name or "")
+        if token is None:
+            raise DataError(
+                f"{Path(self.spec).with_name(TOKENIZER_CONFIG)}: has add_bos_token, but its bos_token {name!r} is no "
+                f"token of {self.spec}; correct it, or choose a token or none (--bos-token, in training data.bos_token)"
+            )
+        return token
+
+    def beside(self, name: str) -> dict[str, Any]:
+        """Return the JSON object of this name beside the tokenizer's file; {} if there is none.
+
+        Raises:
+            DataError: it is damaged, or no object.
+        """
+        path = Path(self.spec).with_name(name)
+        if self.spec == BYTES or not path.is_file():
+            return {}
+        found = read_json(path)
+        if not isinstance(found, dict):
+            raise DataError(f"{path}: is not a JSON object; copy it again, or remove it")
+        return found
+
+    def _name_of(self, wanted: int) -> str:
         return next((text for text, token in self.vocabulary().items() if token == wanted), str(wanted))
 
     def with_eod(self, eod: str | int) -> Tokenizer:
@@ -98,14 +148,53 @@ class Tokenizer(ABC):
         Raises:
             DataError: there is no such token.
         """
-        token = self.vocabulary().get(eod, -1) if isinstance(eod, str) else eod
-        if not 0 <= token < self.vocab_size:
-            raise DataError(f"{self.spec}: {eod!r} is no token of it{self._near_tokens(str(eod))}")
-        if isinstance(eod, str) and self.token_bytes()[token]:
-            log.warning("%s: %r ends documents, but is ordinary text that documents can contain", self.spec, eod)
         chosen = copy.copy(self)
-        chosen._chosen_eod = token
+        chosen._chosen_eod = self._chosen(eod, "ends", EOD_TOKENS)
         return chosen
+
+    def with_bos(self, bos: str | int | None) -> Tokenizer:
+        """Return this tokenizer with another `bos_id`.
+
+        Args:
+            bos: a token's text as a user chooses it, "auto" (`own_bos_id`) or "none"; an id or None from a record.
+
+        Raises:
+            DataError: there is no such token.
+        """
+        chosen = copy.copy(self)
+        chosen.bos_is_own = bos == AUTO
+        if bos == AUTO:
+            bos = self.own_bos_id
+        chosen.bos_id = None if bos is None or bos == NONE else self._chosen(bos, "begins", BOS_TOKENS)
+        return chosen
+
+    def _chosen(self, chosen: str | int, does: str, usual: Sequence[str]) -> int:
+        vocabulary = self.vocabulary()
+        token = vocabulary.get(chosen, -1) if isinstance(chosen, str) else chosen
+        if not 0 <= token < self.vocab_size:
+            its = ", ".join(name for name in usual if name in vocabulary)
+            near = did_you_mean(str(chosen), vocabulary) + (f"; it has {its}" if its else "")
+            raise DataError(f"{self.spec}: {chosen!r} is no token of it{near}")
+        if isinstance(chosen, str) and self.token_bytes()[token]:
+            log.warning("%s: %r %s documents, but is ordinary text that they can contain", self.spec, chosen, does)
+        return token
+
+    def begun(self, ids: npt.NDArray[Integer]) -> npt.NDArray[Integer]:
+        """Return the ids [n] of a text with `bos_id` before them, [n] or [n + 1]: never twice, as a chat template may
+        have written it already."""
+        if self.bos_id is None or (len(ids) and ids[0] == self.bos_id):
+            return ids
+        return np.concatenate([np.array([self.bos_id], dtype=ids.dtype), ids])
+
+    def text_start(self, document_mask: bool) -> list[int]:
+        """Return the token before a text that is evaluated: what a document begins with, or else follows, in training.
+
+        Args:
+            document_mask: attention was confined to one document, so that no document followed a token.
+        """
+        if self.bos_id is not None:
+            return [self.bos_id]
+        return [] if document_mask else [self.eod_id]
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """Return the ids of each text, [n]; adds no tokens, and reads no text as a control token.
@@ -189,11 +278,6 @@ class Tokenizer(ABC):
     def _encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
         """See `encode_batch`; raises whatever the library raises."""
 
-    def _near_tokens(self, text: str) -> str:
-        vocabulary = self.vocabulary()
-        usual = [token for token in EOD_TOKENS if token in vocabulary]
-        return did_you_mean(text, vocabulary) + (f"; it has {', '.join(usual)}" if usual else "")
-
 
 class ByteTokenizer(Tokenizer):
     """Ids 0..255 are bytes, 256 ends a document. Exact on every text; needs no training."""
@@ -245,12 +329,23 @@ def eod_or_none(tokenizer: Tokenizer) -> int | None:
         return None
 
 
-def describe_eod(tokenizer: Tokenizer) -> str:
-    """Return a phrase such as "documents end with <eod> (id 1)"."""
-    if eod_or_none(tokenizer) is None:
-        return "no end-of-document token"
-    source = f", {tokenizer.eod_source}" if tokenizer.eod_source else ""
-    return f"documents end with {tokenizer.eod_token} (id {tokenizer.eod_id}){source}"
+def describe_ends(tokenizer: Tokenizer, append_eod: bool = True) -> str:
+    """Return a phrase such as "documents begin with <s> (id 1) and end with </s> (id 2)"; "" if there is neither."""
+    parts = []
+    if tokenizer.bos_id is not None:
+        own = ", which the tokenizer puts before a text," if tokenizer.bos_is_own else ""
+        parts.append(f"begin with {tokenizer.bos_token} (id {tokenizer.bos_id}){own}")
+    if append_eod and eod_or_none(tokenizer) is not None:
+        source = f", {tokenizer.eod_source}" if tokenizer.eod_source else ""
+        parts.append(f"end with {tokenizer.eod_token} (id {tokenizer.eod_id}){source}")
+    missing = ["no end-of-document token"] if append_eod and eod_or_none(tokenizer) is None else []
+    return "; ".join([*([f"documents {' and '.join(parts)}".rstrip(",")] if parts else []), *missing])
+
+
+def token_name(token: Any) -> str | None:
+    """Return the text of a token of a tokenizer_config.json, where it is a text or an object with `content`."""
+    name = token.get("content") if isinstance(token, dict) else token
+    return name if isinstance(name, str) else None
 
 
 @contextlib.contextmanager
@@ -264,16 +359,19 @@ def library_errors(what: str) -> Iterator[None]:
         raise DataError(f"{what} ({' '.join(str(error).split())[:200]})") from error
 
 
-def load_tokenizer(spec: str | Path, eod_token: str | int | None = None) -> Tokenizer:
+def load_tokenizer(
+    spec: str | Path, eod_token: str | int | None = None, bos_token: str | int | None = None
+) -> Tokenizer:
     """Load a SentencePiece `.model`, a Hugging Face `tokenizer.json` (or the folder that holds one), or "bytes".
 
     Args:
         eod_token: the token that ends a document, see `Tokenizer.with_eod`; None: the tokenizer's own.
+        bos_token: the token that begins a document, see `Tokenizer.with_bos`; None: none does.
 
     Raises:
         DataError: the file is missing, cannot be read, or does not match its suffix; or it has no such token.
     """
-    tokenizer = _load(spec)
+    tokenizer = _load(spec).with_bos(bos_token)
     return tokenizer if eod_token is None else tokenizer.with_eod(eod_token)
 
 
@@ -315,12 +413,17 @@ def _refuse_other_files(path: Path) -> None:
 
 
 def tokenizer_of(
-    checkpoint: Path, noted: str | None, fingerprint: str | None, eod_id: int | None, named: str | None
+    checkpoint: Path,
+    noted: str | None,
+    fingerprint: str | None,
+    ends: tuple[int | None, int | None],
+    named: str | None,
 ) -> Tokenizer:
     """Load the tokenizer that a checkpoint was trained with.
 
     Args:
-        noted, fingerprint, eod_id: its path, fingerprint and end-of-document token in the manifest.
+        noted, fingerprint: its path and fingerprint in the manifest.
+        ends: bos_id and eod_id in the manifest: the tokens that begin and end a document.
         named: its current path, if it was moved.
 
     Raises:
@@ -337,4 +440,6 @@ def tokenizer_of(
             f"{found.spec} is not the tokenizer of {checkpoint}: fingerprint {found.fingerprint[:12]}, "
             f"expected {fingerprint[:12]}; give the right one with --tokenizer"
         )
+    bos_id, eod_id = ends
+    found = found.with_bos(bos_id)
     return found if eod_id is None else found.with_eod(eod_id)

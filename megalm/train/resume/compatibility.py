@@ -13,6 +13,7 @@ from typing import Any
 from megalm.checkpoint.manifest import Beginning, DataSegment, Manifest
 from megalm.config.loading import COMMAND_LINE, SAVED_CONFIG
 from megalm.data.sampling.mixture import BlendedSamples
+from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig, model_settings
 from megalm.model.parameter_groups import MOMENTS, frozen_parameters, group_keys
@@ -337,6 +338,16 @@ def ema_notes(manifest: Manifest, run: ResolvedRun) -> list[str]:
     if decay is None and manifest.has_ema:
         return ["the checkpoint's average of the weights is dropped, for train.ema_decay is not set"]
     return []
+
+
+def begin_notes(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
+    """Return a line if documents begin otherwise than those that the checkpoint was trained on."""
+    if manifest.bos_id == tokenizer.bos_id:
+        return []
+    # Another tokenizer can be allowed, which need not have that token.
+    before = "their text" if manifest.bos_id is None else f"the token {manifest.bos_id}"
+    now = "their text" if tokenizer.bos_id is None else f"{tokenizer.bos_token} (id {tokenizer.bos_id})"
+    return [f"documents begin with {now}, those of the checkpoint with {before}: it learns that anew"]
 
 
 def _some(names: Sequence[str]) -> str:

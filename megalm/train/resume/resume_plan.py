@@ -24,6 +24,7 @@ from megalm.runs.run_settings import ResumeOptions
 from megalm.train.datasets import RunData, open_data
 from megalm.train.resume.compatibility import (
     DataIdentity,
+    begin_notes,
     change_notes,
     continuation_kind,
     ema_notes,
@@ -203,7 +204,8 @@ def plan_resume(point: ResumePoint, data: RunData) -> ResumePlan:
 def _plan_from_weights(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
     """Return the plan from a checkpoint's weights alone; only model and tokenizer must be the same."""
     _refuse_other_model(plan, reader)
-    return replace(plan, notes=(f"the run starts from the weights of {reader.path}, at step 0 and the first sample",))
+    start = f"the run starts from the weights of {reader.path}, at step 0 and the first sample"
+    return replace(plan, notes=(start, *begin_notes(reader.manifest, plan.data.tokenizer)))
 
 
 def _plan_from_import(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
@@ -216,6 +218,7 @@ def _plan_from_import(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
         "the first sample",
         *frozen_notes(manifest, run, plan.shape),
         *ema_notes(manifest, run),
+        *begin_notes(manifest, plan.data.tokenizer),
         *_skip_steps(plan, position, plan.identity),
     )
     to_come = run.stages.samples(run.config.train.steps, after=position.step)
@@ -261,6 +264,7 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
         *change_notes(position, manifest, run),
         *frozen_notes(manifest, run, plan.shape),
         *ema_notes(manifest, run),
+        *begin_notes(manifest, plan.data.tokenizer),
         *notes,
     )
     return replace(plan, data=data, identity=identity, position=position, notes=notes)

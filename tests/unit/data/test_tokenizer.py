@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.data.tokenizers import sentencepiece_tokenizer
-from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, describe_eod, load_tokenizer, train_tokenizer
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, describe_ends, load_tokenizer, train_tokenizer
 from megalm.data.tokenizers.training import SENTENCE_CHARACTERS, TokenizerReport, draw_sentences, split_sentences
 from megalm.errors import DataError
 from tests.messages import assert_names
@@ -333,7 +333,7 @@ def test_several_ends_of_a_document_are_reported(
     loaded = load_tokenizer(path)
     assert loaded.eod_id == found.token_to_id("<|im_end|>")
     assert_names(caplog.text, "<|im_end|>", "<|endoftext|>", "--eod-token", "data.eod_token")
-    assert_names(describe_eod(loaded), "<|im_end|>", loaded.eod_id, "tokenizer_config.json")
+    assert_names(describe_ends(loaded), "<|im_end|>", loaded.eod_id, "tokenizer_config.json")
     caplog.clear()
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     assert load_tokenizer(path).eod_id == found.token_to_id("<|endoftext|>")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -307,9 +308,14 @@ def test_what_megalm_does_otherwise_with_texts_is_told(tmp_path: Path, tokenizer
     sizes = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 8}
     larger = transformers.LlamaConfig(vocab_size=600, max_position_embeddings=LENGTH, **sizes)
     transformers.LlamaForCausalLM(larger).save_pretrained(tmp_path / "larger")
-    begin, end = import_model(HuggingFaceFolder(tmp_path / "larger"), tmp_path / "run", folder, nothing).notes
-    assert_names(begin, "<|begin|>")
-    assert_names(end, "config.json", "eos_token_id=2")
+    made = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    made.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|begin|> $A <|endoftext|>", special_tokens=[("<|begin|>", 0), ("<|endoftext|>", 1)]
+    )
+    made.save(str(tmp_path / "tokenizer.json"))
+    ends, eos = import_model(HuggingFaceFolder(tmp_path / "larger"), tmp_path / "run", tmp_path, nothing).notes
+    assert_names(ends, "<|endoftext|>")
+    assert_names(eos, "config.json", "eos_token_id=2")
     _, _, _, own = exported(SECTIONS["llama"], tmp_path / "own")
     assert import_(own, tmp_path / "back").notes == ()
 

@@ -186,10 +186,12 @@ def test_a_tokenizer_that_changes_the_text_is_not_written_wrong(tmp_path: Path) 
     )
     out = tmp_path / "out"
     out.mkdir()
-    said = write_tokenizer(load_tokenizer(tmp_path / "plain.model"), out, longest=10, rows=18, family="llama")
+    ours = load_tokenizer(tmp_path / "plain.model", bos_token="<s>")
+    said = write_tokenizer(ours, out, longest=10, rows=18, family="llama")
     assert TOKENIZER not in said.files
     assert said.files == (SENTENCEPIECE,) == tuple(path.name for path in out.iterdir())
-    assert_names(said.note, TOKENIZER, SENTENCEPIECE)
+    assert_names(said.note, TOKENIZER, SENTENCEPIECE, "<s>", ours.bos_id)
+    assert said.special == {"bos_token": ours.bos_id}
 
 
 def test_wrong_ids_are_found_before_they_are_written(

@@ -478,3 +478,45 @@ def test_the_token_that_ends_a_document(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
         opened(*words(f"data.train={web}", "data.eod_token=<|endoftex|>"))
     assert_names(refused.value, path, "'<|endoftex|>'", ENDS[1])
+
+
+def test_the_token_that_begins_a_document(tmp_path: Path) -> None:
+    """A run takes it over from its dataset; what begins otherwise is refused, of training and of validation."""
+    path = chat_json(tmp_path, ["some text"])
+    (tmp_path / "text.jsonl").write_text("".join(f'"some text {number}"\n' for number in range(40)))
+    bos = load_tokenizer(path, bos_token=ENDS[1]).bos_id
+    web, code = (str(tmp_path / name) for name in ("web", "code"))
+    build_files([tmp_path / "text.jsonl"], load_tokenizer(path, bos_token=ENDS[1]), web)
+    build_files([tmp_path / "text.jsonl"], load_tokenizer(path), code)
+
+    def words(*more: str) -> tuple[str, ...]:
+        return f"data.tokenizer={path}", f"data.cache={tmp_path}", *more
+
+    found = {prefix: opened(*words(f"data.train={prefix}"))[1].tokenizer.bos_id for prefix in (web, code)}
+    assert found == {web: bos, code: None}
+    begun, foreign = (write_tokens(tmp_path / str(token), [[token, *[1] * 40]] * 3) for token in (bos, 1))
+    assert opened(*words(f"data.train={begun}", f"data.bos_token={ENDS[1]}"))[1].tokenizer.bos_id == bos
+    assert opened(*words(f"data.train={begun}"))[1].tokenizer.bos_id is None
+    for stated, prefix in (
+        ((f"data.train={web}", "data.bos_token=none"), web),
+        ((f"data.train={code}", f"data.bos_token={ENDS[1]}"), code),
+        ((mixed(web, code),), code),
+        ((f"data.train={code}", f"data.validation={web}"), web),
+        ((f"data.train={web}", f"data.validation={foreign}"), f"{foreign}.bin"),
+    ):
+        with pytest.raises(DataError) as refused:
+            opened(*words(*stated))
+        assert_names(refused.value, prefix, bos, "data.bos_token")
+
+
+def test_foreign_documents_that_begin_as_the_tokenizer_begins_a_text_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = chat_json(tmp_path, ["some text"])
+    bos = load_tokenizer(path, bos_token=ENDS[1]).bos_id
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True, "bos_token": ENDS[1]}))
+    words = f"data.tokenizer={path}", f"data.cache={tmp_path}"
+    opened(*words, f"data.train={write_tokens(tmp_path / 'other', [[1] * 40] * 3)}")
+    assert "data.bos_token" not in caplog.text
+    opened(*words, f"data.train={write_tokens(tmp_path / 'begun', [[bos, *[1] * 40]] * 3)}")
+    assert_names(caplog.text, tmp_path / "begun", ENDS[1], "data.bos_token")

@@ -22,6 +22,10 @@ class Alone:
 
 class Numbers:
     eod_id = EOD
+    bos_token: str | None = None
+
+    def begun(self, ids: np.ndarray) -> np.ndarray:
+        return ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array([int(word) for word in text.split()], np.int32) for text in texts]
