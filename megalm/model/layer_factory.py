@@ -90,7 +90,7 @@ class VocabularyOutput:
         sequence: how ranks hold a sample's sequence.
 
     Attributes:
-        observe: takes the losses [N] of each token in training, 0 where there is no target.
+        observe: takes the losses [N] of each token, 0 where there is no target.
     """
 
     def __init__(self, rule: LogitRule, compiled: bool = False, sequence: WholeSequence = WHOLE_SEQUENCE) -> None:
