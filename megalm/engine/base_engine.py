@@ -432,9 +432,10 @@ class EngineBase(ABC):
     @torch.no_grad()
     def row_losses(self, batch: MicroBatch) -> npt.NDArray[np.float64]:
         """Return the sum of losses in nats of each row, fp64 [B]; the data-parallel ranks share the rows."""
-        rows, ranks = len(batch.tokens), self._data.size
-        extra = ((0, -rows % ranks), (0, -batch.tokens.shape[1] % self._slices))  # all ranks have as many rows
-        own = slice(self._data.index, None, ranks)
+        rows, ranks = len(batch.tokens), self._groups.topology.data
+        multiple = self._sequence.multiple * self._slices
+        extra = ((0, -rows % ranks), (0, -batch.tokens.shape[1] % multiple))  # all ranks have as many rows
+        own = slice(self._groups.coordinate.data, None, ranks)
         tokens = np.pad(batch.tokens, extra)[own]
         labels = np.pad(batch.labels, extra, constant_values=IGNORE_INDEX)[own]
         found: list[Tensor] = []
