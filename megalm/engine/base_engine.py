@@ -288,7 +288,8 @@ class EngineBase(ABC):
         self._sequence = context.sequence
         # Every rank of the last stage's tensor group has the same loss: only the first reports it.
         self._reports_loss = groups.tensor.index == 0 and groups.pipeline.index == groups.pipeline.size - 1
-        self._slices: int = model.slices  # type: ignore[assignment]  # of a sequence: its length is a multiple of them
+        # Of the length of a sequence, of which ranks hold parts, and slices of them.
+        self._multiple: int = model.slices * context.sequence.multiple  # type: ignore[assignment, operator]
         self._output = output if self._reports_loss else None
         self._by_dataset = DatasetLosses(self._output, context.device)
         self._stage = int(settings["zero_optimization"]["stage"])
@@ -417,12 +418,12 @@ class EngineBase(ABC):
         cut = self._sequence.cut
         return cut(to_device(batch.tokens)), cut(to_device(batch.labels)), documents
 
-    def _padded(self, tokens: npt.NDArray[np.int64], slices: int) -> Tensor:
+    def _padded(self, tokens: npt.NDArray[np.int64]) -> Tensor:
         """[B, T] -> this rank's positions of sequences that divide, on the device.
 
         No token attends to the padding on the right.
         """
-        missing = -tokens.shape[1] % (self._sequence.multiple * slices)
+        missing = -tokens.shape[1] % self._multiple
         return self._sequence.cut(torch.from_numpy(np.pad(tokens, ((0, 0), (0, missing)))).to(self._device))
 
     @torch.no_grad()
@@ -433,8 +434,7 @@ class EngineBase(ABC):
     def row_losses(self, batch: MicroBatch) -> npt.NDArray[np.float64]:
         """Return the sum of losses in nats of each row, fp64 [B]; the data-parallel ranks share the rows."""
         rows, ranks = len(batch.tokens), self._groups.topology.data
-        multiple = self._sequence.multiple * self._slices
-        extra = ((0, -rows % ranks), (0, -batch.tokens.shape[1] % multiple))  # all ranks have as many rows
+        extra = ((0, -rows % ranks), (0, -batch.tokens.shape[1] % self._multiple))  # all ranks have as many rows
         own = slice(self._groups.coordinate.data, None, ranks)
         tokens = np.pad(batch.tokens, extra)[own]
         labels = np.pad(batch.labels, extra, constant_values=IGNORE_INDEX)[own]

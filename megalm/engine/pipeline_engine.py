@@ -104,7 +104,7 @@ class PipelineEngine(EngineBase):
         self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
         self._model.eval()
-        inputs = self._padded(tokens, self._model.slices)
+        inputs = self._padded(tokens)
         self._model.context.set(inputs, None, positions=torch.from_numpy(positions).to(self._device))
         with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
             last = self._forward(inputs)

@@ -118,7 +118,7 @@ class ZeroEngine(EngineBase):
         self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
         self._engine.eval()
-        own, places = self._padded(tokens, self._slices), torch.from_numpy(positions).to(self._device)
+        own, places = self._padded(tokens), torch.from_numpy(positions).to(self._device)
         with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
             logits = self._engine(own, positions=places)
         return logits.float().cpu().numpy()
