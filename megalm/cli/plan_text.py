@@ -24,6 +24,7 @@ _STAGES_SHOWN = 8  # of a longer pipeline, the first and last stages
 _LONGEST_HOURS = 24 * 365 * 20  # a date beyond says nothing
 _TRAFFIC: dict[Axis, str] = {
     "pipeline": "hidden states, each micro-batch",
+    "context": "queries, keys and values, in every layer",
     "tensor": "hidden states, several times a layer",
 }
 _DATA_TRAFFIC = (  # by ZeRO stage
@@ -39,7 +40,7 @@ def grid_text(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> str:
     topology = run.topology
     nodes = -(-topology.world_size // ranks_per_node)
     lines = [
-        f"{topology.world_size} = pipeline {topology.pipeline} x data {topology.data} x tensor {topology.tensor}",
+        f"{topology.world_size} = {topology}",
         f"{nodes:,} node(s) of {ranks_per_node} ranks",
     ]
     if topology.world_size > 1:
@@ -73,6 +74,8 @@ def _axes(run: ResolvedRun, ranks_per_node: int) -> str:
         name, traffic = "zero_hpz_partition_size", "weights, each micro-batch"
         rows.append([name, together, count, *ends, place, traffic])
     for axis in reversed(AXES):  # the innermost axis has the most traffic
+        if axis == "context" and topology.context == 1:
+            continue
         groups = topology.groups(axis)
         place = "alone" if topology.size(axis) == 1 else "within a node"
         if not topology.stays_in_a_node(axis, ranks_per_node):
@@ -87,7 +90,7 @@ def _axes(run: ResolvedRun, ranks_per_node: int) -> str:
 
 def _stages(topology: Topology, shape: ModelConfig, ranks_per_node: int) -> list[str]:
     """Ranks, nodes and blocks of each stage, without the middle of a long pipeline."""
-    size = topology.data * topology.tensor
+    size = topology.world_size // topology.pipeline
     blocks = balanced_blocks(shape.num_hidden_layers, topology.pipeline, parameter_costs(shape))
     lines = []
     for stage, count in enumerate(blocks):
@@ -185,7 +188,7 @@ def _verdict(plan: Plan) -> str:
             f"to fit into {USABLE_MEMORY:.0%} of the memory: {'; or '.join(changes)}"
             if changes
             else "no micro-batch, recomputation, ZeRO stage or offload is enough: use more ranks (parallel.tensor, "
-            "parallel.pipeline) or a smaller model"
+            "parallel.context, parallel.pipeline) or a smaller model"
         )
     return "\n".join(lines)
 

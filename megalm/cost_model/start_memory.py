@@ -44,7 +44,7 @@ def start_moments(case: MemoryCase, share: Share, groups: Groups, frozen: int, s
 
 def _partitioning(case: MemoryCase, share: Share) -> int:
     """Bytes of parameters at most while ZeRO 3 divides one module after another: earlier parts and this module."""
-    ranks = case.topology.data
+    ranks = case.topology.data_context
     peak = live = 0
     for counts in share.modules():
         live += sum(counts)
@@ -56,7 +56,7 @@ def _partitioning(case: MemoryCase, share: Share) -> int:
 
 
 def _stage_3(case: MemoryCase, groups: Groups, partitioning: int, drawn: int, frozen: int) -> Iterator[Moment]:
-    parts = [[math.ceil(count / case.topology.data) for count in group] for group in groups]
+    parts = [[math.ceil(count / case.topology.data_context) for count in group] for group in groups]
     own = sum(map(sum, parts))
     weights = case.element_bytes * own
     bucket = case.communication_bytes * case.zero.reduce_bucket_size if case.zero.contiguous_gradients else 0
@@ -97,7 +97,7 @@ def _sub_groups(parts: Sequence[int], limit: int) -> Iterator[int]:
 
 def _flat_groups(case: MemoryCase, groups: Groups) -> Iterator[Moment]:
     """ZeRO 1 and 2: each group becomes one flat buffer beside its parameters, of which a rank copies its part."""
-    low, ranks, offload = case.element_bytes, case.topology.data, case.offloads_optimizer
+    low, ranks, offload = case.element_bytes, case.topology.data_context, case.offloads_optimizer
     flat = low * sum(map(sum, groups))
     device = host = 0
     for group in groups:

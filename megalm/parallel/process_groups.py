@@ -13,11 +13,11 @@ from megalm.topology import Coordinate, Topology
 
 @dataclass(frozen=True)
 class AxisGroup:
-    """The ranks that differ from this one along one axis only.
+    """The ranks that differ from this one along some axes only.
 
     Args:
-        ranks: global ranks in the order of their coordinate.
-        index: this rank's place in `ranks`, which is its coordinate.
+        ranks: global ranks in their order; of one axis, that of their coordinate.
+        index: this rank's place in `ranks`; of one axis, its coordinate.
         process_group: for torch.distributed; exists even for a single rank.
     """
 
@@ -32,21 +32,24 @@ class AxisGroup:
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """This rank's place in the grid and its group along each axis.
+    """This rank's place in the grid, and its groups of ranks that communicate.
 
     Args:
         tensor: ranks that hold shards of the same layers.
-        data: ranks that hold the same shard and train on different samples.
+        context: ranks that hold the same shard and divide the sequences of the same samples.
+        data_context: data x context, all ranks that hold the same shard: they sum its gradients, and ZeRO divides its
+            states over them.
         pipeline: ranks that hold the successive stages of one copy of the model.
         model: tensor x pipeline, all ranks that together hold one copy of the model.
-        stage: data x tensor, all ranks that hold the same layers; None where nothing asks for it.
+        stage: data x context x tensor, all ranks that hold the same layers; None where nothing asks for it.
         node: neighbours of the data group that share a second copy of the weights; None where there is none.
     """
 
     topology: Topology
     coordinate: Coordinate
     tensor: AxisGroup
-    data: AxisGroup
+    context: AxisGroup
+    data_context: AxisGroup
     pipeline: AxisGroup
     model: AxisGroup
     stage: AxisGroup | None = None
@@ -78,17 +81,18 @@ def make_groups(
         topology=topology,
         coordinate=topology.coordinate(rank),
         tensor=own(topology.groups("tensor")),
-        data=own(topology.groups("data")),
+        context=own(topology.groups("context")),
+        data_context=own(_groups_of(topology, lambda at: (at.pipeline, at.tensor))),
         pipeline=own(topology.groups("pipeline")),
-        model=own(_groups_of(topology, lambda at: at.data)),
-        stage=own(_groups_of(topology, lambda at: at.pipeline)) if with_stages else None,
+        model=own(_groups_of(topology, lambda at: (at.data, at.context))),
+        stage=own(_groups_of(topology, lambda at: (at.pipeline,))) if with_stages else None,
         node=_node_group(topology, node_ranks, rank, timeout) if node_ranks else None,
     )
 
 
-def _groups_of(topology: Topology, index: Callable[[Coordinate], int]) -> list[tuple[int, ...]]:
+def _groups_of(topology: Topology, index: Callable[[Coordinate], tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The ranks of each value of `index`, in its order."""
-    found: dict[int, list[int]] = {}
+    found: dict[tuple[int, ...], list[int]] = {}
     for rank in range(topology.world_size):
         found.setdefault(index(topology.coordinate(rank)), []).append(rank)
     return [tuple(found[value]) for value in sorted(found)]

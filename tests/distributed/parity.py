@@ -90,6 +90,7 @@ MODELS: dict[str, tuple[str, ...]] = {
 class Layout:
     ranks: int
     overrides: tuple[str, ...] = ()
+    few: tuple[int, ...] = ()  # the ZeRO stages of its only rows: each axis has rows of all models by itself
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -98,6 +99,7 @@ class Layout:
 
 
 _TP, _PP = "parallel.tensor=2", "parallel.pipeline=2"
+_CP, _RING = "parallel.context=2", "parallel.context_method=ring"
 _SP = (_TP, "parallel.sequence=true")
 # In two chunks of one sample each, in the layouts that test_collective_faults.py breaks; in the others in one message.
 _OVERLAP = "parallel.overlap_tensor_communication=true"
@@ -106,11 +108,21 @@ LAYOUTS = {
     "tp2": Layout(2, (_TP, _OVERLAP)),
     "sp2": Layout(2, (*_SP, _OVERLAP)),
     "pp2": Layout(2, (_PP,)),
+    "cp2": Layout(2, (_CP,)),
+    "ring2": Layout(2, (_CP, _RING)),
     "tp2 x dp2": Layout(4, (_TP,)),
     "sp2 x dp2": Layout(4, _SP),
     "pp2 x dp2": Layout(4, (_PP,)),
     "tp2 x pp2": Layout(4, (_TP, _PP, _OVERLAP)),
     "sp2 x pp2": Layout(4, (*_SP, _PP)),
+    "cp4": Layout(4, ("parallel.context=4",), few=(0, 2)),
+    "cp2 x dp2": Layout(4, (_CP,), few=(3, 1)),
+    "sp2 x cp2": Layout(4, (*_SP, _CP), few=(2, 3)),
+    "cp2 x pp2": Layout(4, (_CP, _PP), few=(0, 1)),
+    "ring4": Layout(4, ("parallel.context=4", _RING), few=(3, 0)),
+    "ring2 x dp2": Layout(4, (_CP, _RING), few=(2, 3)),
+    "tp2 x ring2": Layout(4, (_TP, _CP, _RING), few=(1, 2)),
+    "ring2 x pp2": Layout(4, (_CP, _RING, _PP), few=(1, 0)),
     "tp2 x pp2 x dp2": Layout(8, (_TP, _PP)),
 }
 
@@ -191,9 +203,9 @@ class Row:
 
 # Low precision rounds each product and the layouts round different ones: a part of the matrix shows that it trains.
 _FEW_MODELS = ("gpt2 tied", "llama GQA untied")
-_MORE = ("tp2", "sp2", "pp2")  # fp16, and offload, which by data alone has its own test
 _HPZ = ("dp2",)  # ZeRO 3 alone has it; test_zero_parity.py has two groups of two ranks
-_MUON = ("sp2 x dp2",)  # and the largest; test_muon.py compares further layouts with torch's Muon
+_MORE = ("tp2", "sp2", "pp2", "cp2")  # fp16, and offload, which by data alone has its own test
+_MUON = ("sp2 x dp2", "sp2 x cp2")  # and the largest; test_muon.py compares further layouts with torch's Muon
 # Optimizer states in fewer bytes, where two axes meet; test_optimizer_state_kinds.py has each axis alone.
 _STATES = {"tp2 x dp2": "8bit", "sp2 x dp2": "bf16", "pp2 x dp2": "8bit", "tp2 x pp2": "bf16", "sp2 x pp2": "8bit"}
 
@@ -202,6 +214,9 @@ def rows(layout: str) -> list[Row]:
     stages = LAYOUTS[layout].stages
     if LAYOUTS[layout].ranks > 4:  # shows that three axes meet; each two of them have their own layouts
         return [*(Row(layout, model, 1) for model in _FEW_MODELS), Row(layout, "llama GQA untied", 1, muon=True)]
+    if LAYOUTS[layout].few:
+        found = [Row(layout, *row) for row in zip(_FEW_MODELS, LAYOUTS[layout].few, strict=True)]
+        return [*found, Row(layout, "llama GQA untied", 1, muon=True)] if layout in _MUON else found
     found = [Row(layout, model, zero) for model in MODELS for zero in stages]
     low = [zero for zero in stages if zero > 0]
     found += [Row(layout, model, zero, "bf16") for model in _FEW_MODELS for zero in low]

@@ -32,8 +32,8 @@ def _made_by(topology: Topology, rank: int, node_ranks: int, patch: pytest.Monke
 
 @st.composite
 def topologies(draw: st.DrawFn) -> Topology:
-    tensor, pipeline, data = (draw(st.integers(1, 6)) for _ in range(3))
-    return Topology(tensor * pipeline * data, tensor, pipeline)
+    tensor, pipeline, data, context = (draw(st.integers(1, 4)) for _ in range(4))
+    return Topology(tensor * pipeline * data * context, tensor, pipeline, context)
 
 
 @given(topologies(), st.sampled_from([0, 2, 3]))

@@ -113,10 +113,10 @@ UNSUPPORTED: dict[str, UnsupportedKey] = {
         "the run configuration sets tensor parallelism", "use parallel.tensor in the run YAML"
     ),
     "sequence_parallel_size": UnsupportedKey(
-        "the run configuration sets sequence parallelism", "use parallel.sequence in the run YAML", no_effect=1
+        "the run configuration sets context parallelism", "use parallel.context in the run YAML", no_effect=1
     ),
     "seq_parallel_communication_data_type": UnsupportedKey(
-        "the run configuration sets sequence parallelism", "use parallel.sequence in the run YAML", no_effect="fp32"
+        "the run configuration sets context parallelism", "use parallel.context in the run YAML", no_effect="fp32"
     ),
     "data_parallel_size": UnsupportedKey("it follows from the number of ranks and from parallel.*"),
     "compile": UnsupportedKey("the run configuration sets compilation", "use compile: true in the run YAML"),
