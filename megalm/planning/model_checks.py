@@ -142,6 +142,10 @@ def _experts_not_proven(case: CheckContext) -> Iterator[str]:
             "train.mlp_chunk_tokens: a tile is no whole sequence, whose experts are balanced; remove it",
         ),
         (
+            config.parallel.context > 1,
+            f"parallel.context={config.parallel.context}: experts are balanced in whole sequences; remove one of them",
+        ),
+        (
             config.parallel.balance == "time" and config.parallel.pipeline > 1,
             "parallel.balance=time: it measures one block for all; remove it",
         ),

@@ -59,8 +59,8 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
             ["layer 9", "model.moe_intermediate_size", 50, "bf16"],
         ),
         (
-            ["model.num_experts=4", "model.mup_base_width=64", "train.mlp_chunk_tokens=64", "parallel.tensor=2"],
-            ["model.mup_base_width", "train.mlp_chunk_tokens"],
+            ["model.num_experts=4", "model.mup_base_width=64", "train.mlp_chunk_tokens=64", "parallel.context=2"],
+            ["model.mup_base_width", "train.mlp_chunk_tokens", "parallel.context=2"],
         ),
         (["model.num_experts=4", "compile=true", "model.moe_layers=2", "model.num_dense_layers=1"], None),
         (
