@@ -224,7 +224,8 @@ def _small_choices(model: ModelSection, layers: int) -> dict[str, Any]:
     def of_layers(choice: LayerChoice | None) -> LayerChoice | None:
         if choice is None or isinstance(choice, int):
             return choice and min(choice, layers)
-        return tuple(layer for layer in choice if layer < layers) or (choice and (layers - 1,))
+        kept = tuple(layer for layer in choice if layer < layers)
+        return kept if not choice or 0 < len(set(kept)) < layers else (layers - 1,)
 
     scaling = model.rope_scaling
     if scaling is not None and scaling.original_max_position_embeddings is not None:
