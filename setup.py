@@ -46,6 +46,7 @@ setup(
         "gpu-rehearsal": ["triton>=3.5"],  # tests/gpu_rehearsal/test_kernels.py
         "gpu-metrics": ["nvidia-ml-py>=12.535"],  # temperatures, and MLflow's system metrics of NVIDIA GPUs
         "gguf": ["gguf>=0.17"],  # megalm export --to gguf
+        "eval": ["lm-eval==0.4.13"],  # megalm evaluate --tasks
         "tensorboard": ["tensorboard>=2.16"],
         "s3": ["s3fs>=2024.6"],  # s3:// addresses of inputs and copies
         "gs": ["gcsfs>=2024.6"],

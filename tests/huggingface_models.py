@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ import torch
 from megalm.checkpoint.save_transaction import save_checkpoint
 from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
-from megalm.config.schema import ModelSection
+from megalm.config.schema import ModelSection, RopeScaling
 from megalm.data.tokenizers.tokenizer import load_tokenizer
-from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.model_config import ModelConfig, build_model_config, model_settings
 from megalm.model.transformer import LanguageModel, initialize
 
 SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.2}
@@ -30,6 +29,54 @@ SECTIONS = {
     "gpt2": ModelSection(style="gpt2", dropout=0.1, attention_dropout=0.2, **SIZES),
     "gpt2-untied": ModelSection(style="gpt2", tie_word_embeddings=False, intermediate_size=40, **SIZES),
 }
+
+_DEEP = {**SIZES, "num_hidden_layers": 7, "num_key_value_heads": 2}
+_GEMMA = ModelSection(
+    norm_placement="both",
+    norm_zero_centered=True,
+    hidden_act="gelu_pytorch_tanh",
+    embedding_scale=32**0.5,
+    tie_word_embeddings=True,
+    head_dim=16,
+    sliding_window=8,
+    **_DEEP,
+)
+_OLMO = {"norm_placement": "post", "qk_norm": "whole"}
+_YARN = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=12)
+# Of the other families, by the `model_type` that they are exported as.
+FAMILIES = {
+    "qwen2": ModelSection(qkv_bias=True, num_key_value_heads=2, **SIZES),
+    "mistral": ModelSection(num_key_value_heads=2, sliding_window=8, **SIZES),
+    "olmo2": ModelSection(**_OLMO, num_key_value_heads=2, **SIZES),
+    "olmo3": ModelSection(**_OLMO, sliding_window=8, full_attention_layers=4, rope_scaling=_YARN, **_DEEP),
+    "smollm3": ModelSection(no_rope_layers=4, tie_word_embeddings=True, **_DEEP),
+    "gemma2": _GEMMA.model_copy(
+        update={"full_attention_layers": 2, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}
+    ),
+    "gemma3_text": _GEMMA.model_copy(
+        update={
+            "qk_norm": True,
+            "full_attention_layers": 6,
+            "rope_theta": 500.0,
+            "rope_local_theta": 10_000.0,
+            "rope_scaling": RopeScaling(rope_type="linear", factor=3.0),
+        }
+    ),
+    "gpt_neox": ModelSection(
+        style="gpt2",
+        position_embedding_type="rope",
+        partial_rotary_factor=0.5,
+        parallel_residual=True,
+        hidden_act="gelu",
+        tie_word_embeddings=False,
+        **SIZES,
+    ),
+}
+LLAMA_3 = ModelSection(
+    num_key_value_heads=2,
+    rope_scaling=RopeScaling(rope_type="llama3", factor=4.0, original_max_position_embeddings=12),
+    **SIZES,
+)
 
 
 def random_model(section: ModelSection, vocab_size: int = 257, length: int = 40) -> tuple[ModelConfig, LanguageModel]:
@@ -58,7 +105,7 @@ def save_model(
         "created": "2026-11-20T12:00:00+00:00",
         "run": checkpoints.parent.name,
         "parameters": shape.parameter_count(),
-        "model": asdict(shape),
+        "model": model_settings(shape),
         "fingerprints": {"tokenizer": load_tokenizer(tokenizer).fingerprint},
         "tokenizer": tokenizer,
     }

@@ -9,10 +9,11 @@ import typer
 
 from megalm.cli.options import Gpu
 from megalm.config.deepspeed.json_reader import named_json
-from megalm.config.loading import DEFAULT_PRESET, describe_preset, preset_path, preset_paths
+from megalm.config.loading import DEFAULT_PRESET, describe_preset, load_run_config, preset_path, preset_paths
 from megalm.config.validation import shown
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.errors import ConfigError
+from megalm.model.model_config import build_model_config
 from megalm.planning.convert_json import CHANGES_TRAINING, DEEPSPEED_JSON, RUN_YAML, Row, convert
 from megalm.utils.formatting import table, terminal_width
 from megalm.utils.terminal import echo, echo_text
@@ -20,16 +21,25 @@ from megalm.utils.terminal import echo, echo_text
 app = typer.Typer(no_args_is_help=True, help="Convert configuration files of other toolkits.")
 
 _DEFAULT_GPU = "H100"
-_WIDTH = 104  # the largest width of the list of presets; longer lines are hard to read
+_WIDTH = 120  # the largest width of the list of presets; longer lines are hard to read
 
 
 def presets(name: str = typer.Argument(None, help="Print this preset's YAML instead of the list.")) -> None:
-    """List the presets, or print one; --config takes their names."""
+    """List the presets with their parameters and layers x width, or print one; --config takes their names."""
     if name is None:
-        rows = [[preset, describe_preset(preset)] for preset in preset_paths()]
-        echo(table(["preset", "description"], rows, min(terminal_width() or _WIDTH, _WIDTH)))
+        rows = [[preset, *_size(preset), describe_preset(preset)] for preset in preset_paths()]
+        headings = ["preset", "parameters", "layers x width", "description and source"]
+        echo(table(headings, rows, min(terminal_width() or _WIDTH, _WIDTH)))
     else:
         echo_text(preset_path(name).read_text(encoding="utf-8").rstrip())
+
+
+def _size(preset: str) -> tuple[str, str]:
+    config = load_run_config(preset, []).config
+    rows = config.model.vocab_size or (config.data.recipe_vocab_size if config.data.recipe else 0)
+    shape = build_model_config(config.model, rows, config.data.sample_length)
+    count = f"{shape.parameter_count():,}" if rows else "by tokenizer"
+    return count, f"{shape.num_hidden_layers} x {shape.hidden_size}"
 
 
 @app.callback()

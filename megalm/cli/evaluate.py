@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,24 +14,29 @@ from typing import TYPE_CHECKING, Annotated, Any
 import orjson
 import typer
 
-from megalm.cli.find_run import checkpoint_at, good_checkpoints_at, verify, warn
+from megalm.cli.find_run import checkpoint_at, find_place, good_checkpoints_at, verify, warn
 from megalm.cli.options import Ema, ModelPlace, Precision, Tokenizer
 from megalm.data.readers.input_files import ReadReport, find_inputs
+from megalm.data.readers.questions import task_name
 from megalm.errors import CheckpointError, ConfigError, is_out_of_memory
-from megalm.runs.evaluations import EVALUATIONS_FILE, task_name
+from megalm.runs.evaluations import EVALUATIONS_FILE, newest
 from megalm.runs.metrics_log import MetricsWriter, plain
+from megalm.runs.run_status import is_run
 from megalm.utils.atomic_files import refuse_overwriting_inputs
 from megalm.utils.formatting import table
+from megalm.utils.plotting import new_plots, save_plot
+from megalm.utils.process_setup import require_extra
 from megalm.utils.progress import ProgressBar, watched
 from megalm.utils.terminal import echo, echo_text
 
 if TYPE_CHECKING:
     from megalm.inference.dataset_eval import DatasetTask, Row
     from megalm.inference.inference_model import CheckpointFacts
-    from megalm.inference.multiple_choice import ChoiceTask
+    from megalm.inference.lm_eval_tasks import HarnessTask
     from megalm.inference.text_eval import TextTask
+    from megalm.train.multiple_choice import ChoiceTask
 
-    Task = DatasetTask | TextTask | ChoiceTask
+    Task = DatasetTask | TextTask | ChoiceTask | HarnessTask
 
 _TEXT_KEY = "text"
 _Column = tuple[str, str, str]  # heading, key of the row, format
@@ -50,21 +56,42 @@ _ANSWER_COLUMNS: tuple[_Column, ...] = (
     ("+-", "accuracy_error", ".1%"),
     ("byte accuracy", "byte_accuracy", ".1%"),
     ("+-", "byte_accuracy_error", ".1%"),
+    ("answer bits/byte", "answer_bits_per_byte", ".4f"),
     ("chance", "chance", ".1%"),
+)
+_TASK_COLUMNS: tuple[_Column, ...] = (
+    ("task", "task", ""),
+    ("version", "version", ""),
+    ("examples", "fewshot", ""),
+    ("questions", "questions", ","),
+    ("metric", "metric", ""),
+    ("value", "value", ".4f"),
+    ("+-", "error", ".4f"),
 )
 
 
 @dataclass(frozen=True)
 class _Request:
-    """The data to evaluate on, and whether the moving average of the weights is evaluated."""
+    """What to evaluate on, and how.
+
+    Attributes:
+        tasks: of lm-eval; `include` has folders of more of them, `fewshot` the number of examples in a prompt.
+        tokenizer: its path, if it has moved since training.
+        ema: the moving average of the weights is evaluated.
+    """
 
     data: Sequence[str]
     text: Sequence[str]
     choices: Sequence[Path]
+    tasks: Sequence[str]
+    include: Sequence[Path]
+    fewshot: int | None
     max_samples: int | None
     batch_size: int
     overlap: int | None
     text_key: str
+    tokenizer: str | None
+    precision: Precision
     ema: bool
 
     def files(self) -> list[str | Path]:
@@ -89,9 +116,37 @@ def command(
             "--choices", metavar="FILE", help="JSON lines of context, choices and answer (0, 1, ...). May be repeated."
         ),
     ] = None,
+    tasks: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tasks",
+            metavar="NAME,...",
+            help="Tasks of lm-evaluation-harness: names, patterns, task YAMLs or folders of them. May be repeated.",
+        ),
+    ] = None,
+    include_path: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--include-path", metavar="FOLDER", help="For --tasks: a folder of YAMLs whose tasks can be named too."
+        ),
+    ] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option("--num-fewshot", min=0, help="For --tasks: examples in each prompt. Default: as the task says."),
+    ] = None,
     every_checkpoint: Annotated[
         bool, typer.Option("--every-checkpoint", help="Evaluate all good checkpoints of the run.")
     ] = False,
+    watch: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="Evaluate all good checkpoints, then each new one when it is complete, until the run ends."
+        ),
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE.png", help="With several checkpoints: plot the main numbers over steps."),
+    ] = None,
     max_samples: Annotated[
         int | None,
         typer.Option(min=1, help="Use at most this many windows, documents or questions of each, evenly spaced."),
@@ -109,18 +164,30 @@ def command(
     ema: Ema = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON lines instead of tables.")] = False,
 ) -> None:
-    """Evaluate checkpoints: loss, perplexity and bits per byte, and accuracy on multiple-choice questions.
+    """Evaluate checkpoints: loss, perplexity and bits per byte, and accuracy on questions and lm-eval's tasks.
 
-    Without --data, --text and --choices, uses the run's own complete validation sets, as at the end of training.
-    Also appends the results to evaluations.jsonl in the run folder. docs/evaluation.md has the details.
+    Without --data, --text, --choices and --tasks, uses the run's own complete validation sets, as at the end of
+    training. Also appends the results to evaluations.jsonl in the run folder. docs/evaluation.md has the details.
 
     \b
     megalm evaluate runs/mine
     megalm evaluate runs/mine --data data/other --data data/third
     megalm evaluate runs/mine/checkpoints/step-00000400 --text books/
-    megalm evaluate runs/mine --choices questions.jsonl --every-checkpoint
+    megalm evaluate runs/mine --choices questions.jsonl --every-checkpoint --plot accuracy.png
+    megalm evaluate runs/mine --tasks hellaswag,arc_easy,my_task.yaml
+    megalm evaluate runs/mine --tasks my_tasks/ --watch
     megalm evaluate downloads/gpt2 --text books/
     """
+    named = [word for words in tasks or () for word in words.split(",") if word]
+    if named:
+        require_extra("lm-eval", "--tasks", "eval")
+        os.environ["TQDM_DISABLE"] = "1"  # the harness's own bars; read when torch imports tqdm
+    elif tasks or include_path or num_fewshot is not None:
+        raise ConfigError("--include-path and --num-fewshot need tasks; name them with --tasks")
+    if watch and every_checkpoint:
+        raise ConfigError("--watch evaluates every checkpoint already; leave out --every-checkpoint")
+    if plot is not None and not (watch or every_checkpoint):
+        raise ConfigError("--plot needs several checkpoints; add --every-checkpoint or --watch")
     from megalm.engine.deepspeed_patches import limit_openmp_spin
     from megalm.engine.device import tune_malloc
 
@@ -128,36 +195,75 @@ def command(
     tune_malloc()
     import torch
 
-    from megalm.inference.inference_model import read_facts
-
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if every_checkpoint:
-        found, paths = good_checkpoints_at(place, "--every-checkpoint")
+    request = _Request(
+        data or (),
+        text or (),
+        choices or (),
+        named,
+        include_path or (),
+        num_fewshot,
+        max_samples,
+        batch_size,
+        overlap,
+        text_key,
+        tokenizer or None,
+        dtype,
+        ema,
+    )
+    good: list[Path] = []
+    if watch:
+        found = find_place(place)
+        if not is_run(found):
+            raise ConfigError(f"--watch needs a run folder, and {found} is none; start the run first")
+    elif every_checkpoint:
+        found, good = good_checkpoints_at(place, "--every-checkpoint")
     else:
         found = checkpoint_at(place)
-        paths = [found]
-    facts = read_facts(paths[-1], tokenizer or None)
-    _refuse_bad(facts)
-    request = _Request(data or (), text or (), choices or (), max_samples, batch_size, overlap, text_key, ema)
-    if facts.run_folder is not None:
-        refuse_overwriting_inputs([facts.run_folder / EVALUATIONS_FILE], request.files())
-    tasks = _tasks(facts, request)
-    rows: list[Row] = []
-    with ProgressBar("evaluating", sum(task.batches for task in tasks) * len(paths)) as counter, _memory_errors_named():
+        good = [found]
+    results = _Results(found, plot, json, at_once=watch)
+    with _memory_errors_named():
+        if watch:
+            _evaluate_new(found, request, results)
+        else:
+            _evaluate_all(good, request, results, skips=every_checkpoint)
+    if not results.rows:
+        raise CheckpointError(f"{found}: no checkpoint could be evaluated")
+    results.finish()
+
+
+def _evaluate_all(paths: Sequence[Path], request: _Request, results: _Results, skips: bool) -> None:
+    """Evaluate checkpoints, by the configuration of the last one.
+
+    Args:
+        skips: damaged ones are named and left out.
+    """
+    tasks = _open_tasks(paths[-1], request, results)
+    with ProgressBar("evaluating", sum(task.batches for task in tasks) * len(paths)) as counter:
         for path in paths:
             try:
                 # The function's end frees the model, so that one is in memory at a time.
-                rows += _evaluate(path, tokenizer or None, dtype, tasks, request, counter)
+                results.add(_evaluate(path, tasks, request, counter))
             except CheckpointError as error:
-                if not every_checkpoint:
+                if not skips:
                     raise
                 warn(f"skipped {path.name}: {error}")
-    if not rows:
-        raise CheckpointError(f"{found}: no checkpoint could be evaluated")
-    if json:
-        echo_text("\n".join(orjson.dumps(plain(row)).decode() for row in rows))
-    else:
-        echo(_tables(rows, found))
+
+
+def _evaluate_new(run: Path, request: _Request, results: _Results) -> None:
+    """Evaluate the checkpoints of a run as they come; one that is deleted meanwhile is named and left out."""
+    from megalm.inference.run_checkpoints import follow
+
+    tasks: list[Task] = []
+    for path in follow(run, lambda line: warn(f"skipped {line}")):
+        try:
+            tasks = tasks or _open_tasks(path, request, results)
+            with ProgressBar(f"evaluating {path.name}", sum(task.batches for task in tasks)) as counter:
+                results.add(_evaluate(path, tasks, request, counter))
+        except (CheckpointError, OSError) as error:
+            if path.exists() and isinstance(error, OSError):
+                raise
+            warn(f"skipped {path.name}: {error if path.exists() else 'it was deleted meanwhile'}")
 
 
 def _refuse_bad(facts: CheckpointFacts) -> None:
@@ -171,15 +277,32 @@ def _refuse_bad(facts: CheckpointFacts) -> None:
         warn(marked)
 
 
+def _open_tasks(path: Path, request: _Request, results: _Results) -> list[Task]:
+    """Open and check all requested data before a model is loaded, by the configuration of a checkpoint."""
+    from megalm.inference.inference_model import read_facts
+
+    facts = read_facts(path, request.tokenizer)
+    _refuse_bad(facts)
+    outputs = [results.plot] if results.plot is not None else []
+    if facts.run_folder is not None:
+        outputs.append(facts.run_folder / EVALUATIONS_FILE)
+    refuse_overwriting_inputs(outputs, request.files())
+    return _tasks(facts, request)
+
+
 def _tasks(facts: CheckpointFacts, request: _Request) -> list[Task]:
-    """Open and check all requested data before a model is loaded."""
     from megalm.inference.dataset_eval import DATA, OWN, DatasetTask, other_sets, own_sets
-    from megalm.inference.multiple_choice import ChoiceTask, read_choices
     from megalm.inference.text_eval import TextTask, read_text
+    from megalm.train.multiple_choice import ChoiceTask, read_choices
 
     if not request.text and (request.overlap is not None or request.text_key != _TEXT_KEY):
         raise ConfigError("--overlap and --text-key need raw text; name it with --text")
-    for option, named in (("--data", request.data), ("--text", request.text), ("--choices", request.choices)):
+    for option, named in (
+        ("--data", request.data),
+        ("--text", request.text),
+        ("--choices", request.choices),
+        ("--tasks", request.tasks),
+    ):
         if len(set(named)) < len(named):
             raise ConfigError(f"{option} names one of {', '.join(map(str, named))} twice; name it once")
     tasks: list[Task] = []
@@ -197,36 +320,34 @@ def _tasks(facts: CheckpointFacts, request: _Request) -> list[Task]:
             texts.append(one)
         tasks.append(TextTask(texts, facts.tokenizer.token_bytes(), request.batch_size))
     if request.choices:
-        questions = [read_choices(path, facts, request.max_samples) for path in request.choices]
+        questions = [read_choices(path, facts.encoding, request.max_samples) for path in request.choices]
         for asked in questions:
             if asked.cut:
                 warn(f"{asked.name}: {asked.cut:,} contexts exceed the model's window and lose their beginning")
         tasks.append(ChoiceTask(questions, request.batch_size))
+    if request.tasks:
+        from megalm.inference.lm_eval_tasks import HarnessTask, load_tasks  # an extra
+
+        loaded = load_tasks(request.tasks, request.include, request.fewshot, watched("loading tasks"))
+        tasks.append(HarnessTask(loaded, request.batch_size, request.max_samples, warn))
     if not tasks:
         tasks.append(DatasetTask(OWN, own_sets(facts, warn), facts.tokenizer, request.batch_size, request.max_samples))
     return tasks
 
 
-def _evaluate(
-    path: Path,
-    tokenizer: str | None,
-    precision: Precision,
-    tasks: Sequence[Task],
-    request: _Request,
-    counter: ProgressBar,
-) -> list[Row]:
+def _evaluate(path: Path, tasks: Sequence[Task], request: _Request, counter: ProgressBar) -> list[Row]:
     """Evaluate one checkpoint on all tasks, and record the results in its run."""
     from megalm.inference.inference_model import InferenceModel
 
     with counter.paused():
         loading = watched(f"loading {path.name}")
-        model = InferenceModel(path, tokenizer, precision.dtype, verify, loading, request.ema)
+        model = InferenceModel(path, request.tokenizer, request.precision.dtype, verify, loading, request.ema)
     manifest = model.facts.manifest
     about: dict[str, Any] = {
         "checkpoint": str(model.path),
         "step": manifest.step,
         "tokens": manifest.tokens,
-        "dtype": precision.value,
+        "dtype": request.precision.value,
         "ema": request.ema,
         "device": model.device.type,
         "sequence_length": model.facts.sequence_length,
@@ -253,17 +374,76 @@ def _record(run: Path | None, rows: Sequence[Row]) -> None:
         warn(f"cannot record the results in {run / EVALUATIONS_FILE}: {error.strerror}")
 
 
+class _Results:
+    """Prints what was evaluated, and plots it.
+
+    Args:
+        place: the run or checkpoint.
+        plot: the file for the plot.
+        as_json: print JSON lines.
+        at_once: print each checkpoint when it is evaluated, and draw the plot again.
+    """
+
+    def __init__(self, place: Path, plot: Path | None, as_json: bool, at_once: bool) -> None:
+        self.plot = plot
+        self.rows: list[Row] = []
+        self._place, self._as_json, self._at_once = place, as_json, at_once
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Add the results of a checkpoint."""
+        self.rows += rows
+        if self._at_once:
+            self._show(rows, Path(str(rows[0]["checkpoint"])))
+            self._draw()
+
+    def finish(self) -> None:
+        if not self._at_once:
+            self._show(self.rows, self._place)
+            self._draw()
+        if self.plot is not None:
+            echo(f"\nmain numbers over steps: {self.plot}", err=self._as_json)
+
+    def _show(self, rows: Sequence[Row], place: Path) -> None:
+        if self._as_json:
+            echo_text("\n".join(orjson.dumps(plain(row)).decode() for row in rows))
+        else:
+            echo(_tables(rows, place) + ("\n" if self._at_once else ""))
+        sys.stdout.flush()
+
+    def _draw(self) -> None:
+        """Draw a line for each set and task, below each other by what is measured."""
+        if self.plot is None:
+            return
+        found = newest(self.rows)
+        measures = list(dict.fromkeys(one.measure for one in found))
+        figure, places = new_plots("step", measures)
+        for measure, axes in zip(measures, places, strict=True):
+            of_measure = [one for one in found if one.measure == measure]
+            for name in dict.fromkeys(one.name for one in of_measure):
+                points = [(one.step, one.value) for one in of_measure if one.name == name]
+                label = name.replace("$", "\\$")
+                axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
+            axes.legend(fontsize="small")
+        save_plot(figure, self.plot)
+
+
 def _tables(rows: Sequence[Row], place: Path) -> str:
-    """Tables of losses and of answers; each line has its step if there are several checkpoints."""
+    """Tables of losses, of answers and of tasks; each line has its step if there are several checkpoints."""
     steps = len({row["checkpoint"] for row in rows}) > 1
     first = rows[0]
     about = "" if steps else f": step {first['step']:,}, {first['tokens'] or 0:,} training tokens"
-    losses = [row for row in rows if row["source"] != "choices"]
     answers = [row for row in rows if row["source"] == "choices"]
+    metrics = [
+        {**row, "metric": name, "value": value, "error": row["errors"].get(name)}
+        for row in rows
+        for name, value in row.get("metrics", {}).items()
+    ]
+    losses = [row for row in rows if "loss" in row]
     parts = [
         f"{place}{about} ({first['dtype']} on {first['device']})",
         *([_table(_LOSS_COLUMNS, losses, steps)] if losses else []),
         *([_table(_ANSWER_COLUMNS, answers, steps)] if answers else []),
+        *([_table(_TASK_COLUMNS, metrics, steps)] if metrics else []),
     ]
     return "\n\n".join(parts)
 

@@ -56,7 +56,7 @@ def command(
         typer.Option("--weights-only", help="Leave out the moments and the step of a universal checkpoint."),
     ] = False,
 ) -> None:
-    """Make a starting point from a Hugging Face model (Llama, Qwen3, GPT-2).
+    """Make a starting point from a Hugging Face model (Llama, Mistral, Qwen, OLMo, SmolLM, Gemma, Pythia, GPT-2).
 
     MODEL may also be a universal checkpoint of DeepSpeed of such a model.
     FOLDER gets a checkpoint in megalm's own format, which every layout loads,
@@ -82,7 +82,8 @@ def command(
         rule = None if new_rows is None else NewRows(new_rows)
         made = import_model(found, output, tokenizer, counter.advance, add_tokens, rule)
     shape = made.shape
-    echo(f"{output}: {shape.parameter_count():,} parameters of {source}, style {shape.style}, as fp32 masters")
+    kind = found.config["model_type"]
+    echo(f"{output}: {shape.parameter_count():,} parameters of {source} ({kind}), as fp32 masters")
     entries, vocabulary = made.tokenizer.vocab_size, shape.vocab_size
     rows = f" for the model's vocabulary of {vocabulary:,}" if entries != vocabulary else ""
     echo(f"{made.tokenizer.name}: {entries:,} ids{rows}; {describe_ends(made.tokenizer)}")

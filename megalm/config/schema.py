@@ -506,6 +506,13 @@ class EvaluateSection(Section):
     max_samples: PositiveInt | None = Field(
         default=None, description="samples of each set while training; the validation at the end uses all"
     )
+    tasks: tuple[UserPath, ...] = Field(
+        default=(),
+        description="files of multiple-choice questions: JSON lines of context, choices and answer (0, 1, ...)",
+    )
+    tasks_interval_steps: PositiveInt | None = Field(
+        default=None, description="steps between answers to the questions of tasks; null: only at the end"
+    )
     patience: PositiveInt | None = Field(
         default=None, description="stop after this number of validations in a row without a new lowest loss"
     )

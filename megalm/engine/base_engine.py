@@ -6,8 +6,9 @@ import copy
 import functools
 import math
 import resource
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,6 +28,7 @@ from torch.overrides import TorchFunctionMode
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.communicator import Communicator
 from megalm.data.sampling.batch_loader import MicroBatch
+from megalm.data.sampling.samples import IGNORE_INDEX
 from megalm.engine.cpp_extensions import load_async_io
 from megalm.engine.dataset_losses import DatasetLosses
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
@@ -249,7 +251,7 @@ class EngineContext:
     judge: JudgeUpdate | None
 
 
-class EngineBase:
+class EngineBase(ABC):
     """Hands a model and its optimizer to DeepSpeed.
 
     Args:
@@ -275,7 +277,9 @@ class EngineBase:
         self._data = groups.data
         # Every rank of the last stage's tensor group has the same loss: only the first reports it.
         self._reports_loss = groups.tensor.index == 0 and groups.pipeline.index == groups.pipeline.size - 1
-        self._by_dataset = DatasetLosses(output if self._reports_loss else None, context.device)
+        self._slices: int = model.slices  # type: ignore[assignment]  # of a sequence: its length is a multiple of them
+        self._output = output if self._reports_loss else None
+        self._by_dataset = DatasetLosses(self._output, context.device)
         self._stage = int(settings["zero_optimization"]["stage"])
         self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
         parameters = dict(part.named_parameters())
@@ -395,6 +399,38 @@ class EngineBase:
 
         documents = None if batch.documents is None else to_device(batch.documents)
         return to_device(batch.tokens), to_device(batch.labels), documents
+
+    @torch.no_grad()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+        return float(self._sum_over_ranks(self._loss_sum(micro_batches)))
+
+    @torch.no_grad()
+    def row_losses(self, batch: MicroBatch) -> npt.NDArray[np.float64]:
+        """Return the sum of losses in nats of each row, fp64 [B]; the data-parallel ranks share the rows."""
+        rows, ranks = len(batch.tokens), self._data.size
+        extra = ((0, -rows % ranks), (0, -batch.tokens.shape[1] % self._slices))  # all ranks have as many rows
+        own = slice(self._data.index, None, ranks)
+        tokens = np.pad(batch.tokens, extra)[own]
+        labels = np.pad(batch.labels, extra, constant_values=IGNORE_INDEX)[own]
+        found: list[Tensor] = []
+        observed = self._output.observe if self._output is not None else None
+        if self._output is not None:
+            self._output.observe = found.append
+        try:
+            with torch.compiler.set_stance("force_eager"):  # each new length would be compiled again
+                self._loss_sum([MicroBatch(tokens, labels, None)])
+        finally:
+            if self._output is not None:
+                self._output.observe = observed
+        losses = torch.zeros(rows + extra[0][1], dtype=torch.float64, device=self._device)
+        if found:
+            losses[own] = torch.cat(found).view(len(tokens), -1).double().sum(1)
+        dist.all_reduce(losses)
+        return losses[:rows].cpu().numpy()
+
+    @abstractmethod
+    def _loss_sum(self, micro_batches: Sequence[MicroBatch]) -> Tensor | float:
+        """Return this rank's sum of losses in nats, of forward passes alone."""
 
     def _sum_over_ranks(self, loss: Tensor | float, *others: Tensor) -> Tensor:
         """Return the sums of `loss` over all copies of the model, and of `others` over all ranks, on the device.

@@ -139,6 +139,9 @@ class Engine(Protocol):
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Return the sum of losses in nats over the micro-batches of all data-parallel ranks."""
 
+    def row_losses(self, batch: MicroBatch) -> npt.NDArray[np.float64]:
+        """Return the sum of losses in nats of each row [B]; all ranks pass the same rows, which are single texts."""
+
     def next_token_logits(
         self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:

@@ -90,15 +90,14 @@ class PipelineEngine(EngineBase):
         engine.train_batch(iter([(tokens, labels) for tokens, labels, _ in micro_batches]))
         return self._end_of_step()
 
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+    def _loss_sum(self, micro_batches: Sequence[MicroBatch]) -> Tensor | float:
         self._model.eval()
         self._model.loss_sum = 0.0
         for micro_batch in micro_batches:
             tokens, labels, documents = self._tensors(micro_batch)
             self._model.context.set(tokens, documents, labels)
             self._forward(tokens)
-        return float(self._sum_over_ranks(self._model.loss_sum))
+        return self._model.loss_sum
 
     @torch.no_grad()
     def next_token_logits(

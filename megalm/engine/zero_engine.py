@@ -50,7 +50,6 @@ class ZeroEngine(EngineBase):
                 gather = parameter.all_gather_coalesced  # type: ignore[attr-defined]
                 parameter.all_gather_coalesced = _copying_ahead(gather)  # type: ignore[attr-defined]
         self._clock = clock
-        self._slices = model.slices
         optimizer = self._engine.optimizer
         is_alone = context.groups.data.size == 1 and isinstance(optimizer, DeepSpeedZeroOptimizer)
         if is_alone and not optimizer.cpu_offload:
@@ -106,14 +105,13 @@ class ZeroEngine(EngineBase):
         finally:
             engine.inside_no_sync_ctxt = optimizer._coalesce_grad_reduction = False
 
-    @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+    def _loss_sum(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         self._engine.eval()
         total = torch.zeros((), device=self._device)
         for micro_batch in micro_batches:
             loss_sum, _ = self._engine(*self._tensors(micro_batch))
             total += loss_sum
-        return float(self._sum_over_ranks(total))
+        return total
 
     @torch.no_grad()
     def next_token_logits(

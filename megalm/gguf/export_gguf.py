@@ -1,13 +1,13 @@
 """Writes a checkpoint as one GGUF file, which llama.cpp and the programs built on it run.
 
-Names, keys and the order of query and key rows are those of llama.cpp's classes for Llama, Qwen3 and GPT-2.
+Names, keys and the order of query and key rows are those of llama.cpp's classes (src/models/ and conversion/ there).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.config.schema import RopeScaling
+from megalm.config.validation import shown
 from megalm.errors import CheckpointError
 from megalm.gguf.gguf_tokenizer import GGUFTokenizer, to_gguf
 from megalm.huggingface.config_json import model_type
 from megalm.huggingface.export_model import ExportPlan
 from megalm.huggingface.output_folder import complete_folder
 from megalm.model.model_config import ModelConfig
+from megalm.model.modules import rotary_frequencies
 from megalm.utils.process_setup import require_extra
 
 GGUF_FILE = "model.gguf"
@@ -34,10 +37,12 @@ _BLOCK = {
     "attention.output": "attn_output",
     "attention.query_norm": "attn_q_norm",
     "attention.key_norm": "attn_k_norm",
+    "attention_output_norm": "post_attention_norm",
     "mlp_norm": "ffn_norm",
     "mlp.gate": "ffn_gate",
     "mlp.up": "ffn_up",
     "mlp.down": "ffn_down",
+    "mlp_output_norm": "post_ffw_norm",
 }
 _OUTSIDE = {
     "embedding.tokens": "token_embd",
@@ -46,12 +51,86 @@ _OUTSIDE = {
     "head": "output",
 }
 _QKV = ("attention.query", "attention.key", "attention.value")
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    """A class of llama.cpp.
+
+    Attributes:
+        name: `general.architecture`.
+        needs: field of ModelConfig -> the values that it computes; it reads no key for them.
+        scalings: kinds of `rope_scaling` that it computes.
+        window_every: it has windows, and every n-th layer is full; 0: it has none.
+        needs_window: it has them always.
+        window_theta: base of the rotations in windows; None: that of the others.
+        wide_scale_layers: a model of so many layers has its scores scaled by the width of a head's share of the model.
+        no_rope_every: every n-th layer does not rotate; 0: all rotate.
+        fuses_qkv: query, key and value are one tensor.
+        rotates_neighbours: it rotates neighbouring rows of a head, megalm (as transformers) the two halves of a head.
+    """
+
+    name: str
+    needs: Mapping[str, tuple[Any, ...]]
+    scalings: tuple[str, ...] = ("linear", "yarn")
+    window_every: int = 0
+    needs_window: bool = False
+    window_theta: float | None = None
+    wide_scale_layers: int = 0
+    no_rope_every: int = 0
+    fuses_qkv: bool = False
+    rotates_neighbours: bool = False
+
+
+_SILU = {"hidden_act": ("silu",)}
+_TANH = {"hidden_act": ("gelu_pytorch_tanh",)}
+_NO_BIAS = {"qkv_bias": (False,), "attention_output_bias": (False,), "mlp_bias": (False,)}
+_LLAMA = _Architecture("llama", _SILU, ("linear", "llama3", "yarn"), rotates_neighbours=True)
+# By the family that a model is exported as.
+_ARCHITECTURES = {
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "qwen2": _Architecture("qwen2", _SILU),
+    "qwen3": _Architecture("qwen3", {**_SILU, **_NO_BIAS}),
+    "olmo2": _Architecture("olmo2", {**_SILU, **_NO_BIAS, "tie_word_embeddings": (False,)}),
+    "olmo3": _Architecture("olmo2", {**_SILU, **_NO_BIAS, "tie_word_embeddings": (False,)}, window_every=4),
+    "smollm3": _Architecture("smollm3", {**_SILU, **_NO_BIAS}, no_rope_every=4, rotates_neighbours=True),
+    "gemma2": _Architecture(
+        "gemma2",
+        {**_TANH, **_NO_BIAS, "tie_word_embeddings": (True,)},
+        scalings=(),
+        window_every=2,
+        needs_window=True,
+        wide_scale_layers=46,
+    ),
+    "gemma3_text": _Architecture(
+        "gemma3",
+        {**_TANH, **_NO_BIAS},
+        scalings=("linear",),
+        window_every=6,
+        window_theta=10_000.0,
+        wide_scale_layers=62,
+    ),
+    # Its GELU is the tanh form, also where the model has the exact one.
+    "gpt_neox": _Architecture(
+        "gptneox",
+        {"hidden_act": ("gelu", "gelu_pytorch_tanh"), "qkv_bias": (True,), "tie_word_embeddings": (False,)},
+        fuses_qkv=True,
+    ),
+    "gpt2": _Architecture("gpt2", _TANH, fuses_qkv=True),
+}
+
+
+def gguf_architecture(shape: ModelConfig) -> str:
+    """The name of llama.cpp's class."""
+    return _ARCHITECTURES[model_type(shape)].name
 
 
 def gguf_tensors(shape: ModelConfig) -> dict[str, tuple[str, ...]]:
     """llama.cpp's tensor name -> megalm's parameters that it concatenates, in the model's order."""
     found: dict[str, tuple[str, ...]] = {}
-    fused = shape.style == "gpt2"  # query, key and value are one tensor there
+    fused = _ARCHITECTURES[model_type(shape)].fuses_qkv
     for name in shape.parameters():
         whole, _, kind = name.rpartition(".")
         if not whole.startswith("layers."):
@@ -66,14 +145,59 @@ def gguf_tensors(shape: ModelConfig) -> dict[str, tuple[str, ...]]:
     return found
 
 
+def _obstacles(shape: ModelConfig) -> Iterator[str]:
+    """The choices of a model that llama.cpp would compute otherwise, without a word."""
+    architecture, layers = _ARCHITECTURES[model_type(shape)], range(shape.num_hidden_layers)
+    for field, values in architecture.needs.items():
+        if getattr(shape, field) not in values:
+            yield f"model.{field}={shown(getattr(shape, field))}"
+    windowed = [layer for layer in layers if shape.window(layer) is not None]
+    if windowed != _others(architecture.window_every, layers) and (windowed or architecture.needs_window):
+        yield f"model.sliding_window={shown(shape.sliding_window)} on layers {shown(windowed)}"
+    local = shape.rope_local_theta or shape.rope_theta
+    if windowed and local != (architecture.window_theta or shape.rope_theta):
+        yield f"model.rope_local_theta={shown(shape.rope_local_theta)}"
+    rotating = [layer for layer in layers if shape.rotates(layer)]
+    every = architecture.no_rope_every
+    if shape.position_embedding_type == "rope" and rotating != (_others(every, layers) if every else [*layers]):
+        yield f"model.no_rope_layers={shown(list(shape.no_rope_layers))}"
+    is_wide = len(layers) == architecture.wide_scale_layers
+    theirs = (shape.hidden_size // shape.num_attention_heads if is_wide else shape.head_dim) ** -0.5
+    scale = shape.head_dim**-0.5 if shape.attention_scale is None else shape.attention_scale
+    if not math.isclose(scale, theirs, rel_tol=1e-6):
+        yield f"model.attention_scale={shape.attention_scale}"
+    scaling = shape.rope_scaling
+    if scaling is not None and not (scaling.rope_type in architecture.scalings and _is_plain(scaling)):
+        yield f"model.rope_scaling={shown(scaling.model_dump(exclude_defaults=True))}"
+
+
+def _others(every: int, layers: range) -> list[int]:
+    """The layers that are not every n-th; none for 0."""
+    return [layer for layer in layers if every and (layer + 1) % every]
+
+
+def _is_plain(scaling: RopeScaling) -> bool:
+    """YaRN with the numbers of its paper."""
+    own = 0.1 * math.log(scaling.factor) + 1
+    is_papers = math.isclose(scaling.attention_factor or own, own, rel_tol=1e-6)
+    betas = scaling.beta_fast, scaling.beta_slow, scaling.truncate
+    return scaling.rope_type != "yarn" or (is_papers and betas == (32, 1, True))
+
+
 def check_gguf(plan: ExportPlan) -> GGUFTokenizer:
     """Check what an export as GGUF needs; return its tokenizer.
 
     Raises:
+        CheckpointError: llama.cpp has no model with this computation.
         ConfigError: the package gguf is not installed.
         DataError: llama.cpp would give other ids than the run's tokenizer.
     """
     require_extra("gguf", "--to gguf")
+    if obstacles := list(_obstacles(plan.shape)):
+        raise CheckpointError(
+            f"llama.cpp's {gguf_architecture(plan.shape)} does not compute {', '.join(obstacles)}; export the model "
+            "without --to gguf, for transformers"
+        )
     made = to_gguf(plan.tokenizer, plan.shape.vocab_size)
     return made if plan.template is None else replace(made, template=plan.template.template)
 
@@ -137,8 +261,7 @@ def write_gguf(
     """
     import gguf
 
-    family = model_type(shape)
-    writer = gguf.GGUFWriter(path, family)
+    writer = gguf.GGUFWriter(path, gguf_architecture(shape))
     _describe_model(writer, gguf, shape, name, dtype)
     _describe_tokenizer(writer, tokenizer)
     sizes = shape.parameters()
@@ -146,6 +269,9 @@ def write_gguf(
     if reader.shapes() != sizes:
         raise CheckpointError(f"{reader.path} does not match the model section of its manifest; use another checkpoint")
     total = 0
+    factors = _rope_factors(shape)
+    if factors is not None:
+        writer.add_tensor_info(_ROPE_FACTORS, tuple(factors.shape), _as_numpy(factors).dtype, factors.nbytes)
     for target, size in _sizes(shape).items():
         stored = dtype if len(size) > 1 else torch.float32
         count = math.prod(size) * stored.itemsize
@@ -155,6 +281,8 @@ def write_gguf(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(_as_numpy(factors))
     for parts in tensors.values():
         whole = torch.cat([_rows(reader.read_finite(part, sizes[part]), part, shape) for part in parts])
         writer.write_tensor_data(_as_numpy(whole.to(dtype if whole.dim() > 1 else torch.float32).contiguous()))
@@ -164,11 +292,23 @@ def write_gguf(
 
 
 def _rows(values: Tensor, name: str, shape: ModelConfig) -> Tensor:
-    """llama.cpp rotates neighbouring rows of a Llama's heads, megalm (as transformers) the two halves of a head."""
-    heads = {"query": shape.num_attention_heads, "key": shape.num_key_value_heads}.get(name.split(".")[-2])
-    if heads is None or model_type(shape) != "llama":
+    """A parameter as llama.cpp reads it: its order of rows, and gains of norms around 1."""
+    part = name.split(".")[-2]
+    if shape.norm_zero_centered and part.endswith("_norm"):
+        return values + 1
+    heads = {"query": shape.num_attention_heads, "key": shape.num_key_value_heads}.get(part)
+    if heads is None or not _ARCHITECTURES[model_type(shape)].rotates_neighbours:
         return values
     return values.view(heads, 2, shape.head_dim // 2, -1).transpose(1, 2).reshape(values.shape)
+
+
+def _rope_factors(shape: ModelConfig) -> Tensor | None:
+    """Of Llama 3's scaling: how much slower each frequency is; llama.cpp has no keys for it."""
+    scaling = shape.rope_scaling
+    if scaling is None or scaling.rope_type != "llama3":
+        return None
+    plain, _ = rotary_frequencies(shape.rotary_dim, shape.rope_theta, None)
+    return (plain / rotary_frequencies(shape.rotary_dim, shape.rope_theta, scaling)[0]).float()
 
 
 def _as_numpy(values: Tensor) -> Any:
@@ -187,15 +327,32 @@ def _describe_model(writer: Any, gguf: ModuleType, shape: ModelConfig, name: str
     writer.add_block_count(shape.num_hidden_layers)
     writer.add_feed_forward_length(shape.intermediate_size)
     writer.add_head_count(shape.num_attention_heads)
-    if shape.style == "gpt2":
+    if shape.normalization == "layer_norm":
         writer.add_layer_norm_eps(shape.norm_epsilon)
+    else:
+        writer.add_layer_norm_rms_eps(shape.norm_epsilon)
+    if shape.position_embedding_type != "rope":
         return
     writer.add_head_count_kv(shape.num_key_value_heads)
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
-    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_dimension_count(shape.rotary_dim)
     writer.add_rope_freq_base(shape.rope_theta)
-    writer.add_layer_norm_rms_eps(shape.norm_epsilon)
+    if shape.normalization == "layer_norm":
+        writer.add_parallel_residual(shape.parallel_residual)
+    scaling = shape.rope_scaling
+    if scaling is not None and scaling.rope_type != "llama3":
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling.rope_type))
+        writer.add_rope_scaling_factor(scaling.factor)
+        writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings or shape.max_position_embeddings)
+    if shape.sliding_window is not None:
+        writer.add_sliding_window(shape.sliding_window)
+        layers = range(shape.num_hidden_layers)
+        writer.add_sliding_window_pattern([shape.window(layer) is not None for layer in layers])
+    if shape.attn_logit_softcapping is not None:
+        writer.add_attn_logit_softcapping(shape.attn_logit_softcapping)
+    if shape.final_logit_softcapping is not None:
+        writer.add_final_logit_softcapping(shape.final_logit_softcapping)
 
 
 def _describe_tokenizer(writer: Any, tokenizer: GGUFTokenizer) -> None:

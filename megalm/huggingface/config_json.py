@@ -1,4 +1,4 @@
-"""Converts a ModelConfig to Hugging Face's `config.json` and back.
+"""Converts a ModelConfig to Hugging Face's `config.json` and back, by the tables of `families.py`.
 
 No key is ignored in silence: a key is converted, or must have the one value that megalm's model computes, or is known
 to change no number of a forward pass. Any other key is refused.
@@ -6,20 +6,20 @@ to change no number of a forward pass. Any other key is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+import functools
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from pydantic import ValidationError
 
 from megalm.config.schema import ModelSection
+from megalm.config.validation import shown
 from megalm.errors import CheckpointError, DataError
+from megalm.huggingface.config_rules import Config, Values, plain_scaling
+from megalm.huggingface.families import FAMILIES, Family
 from megalm.model.model_config import ModelConfig, build_model_config, model_settings
-
-Config = Mapping[str, Any]
-Accepts = Callable[[Any], bool]
-
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen3": "Qwen3ForCausalLM", "gpt2": "GPT2LMHeadModel"}
-_HEADLESS = {"llama": "LlamaModel", "qwen3": "Qwen3Model", "gpt2": "GPT2Model"}
 
 # Keys about files, generation, outputs and other heads: no number of a forward pass depends on them.
 _WITHOUT_EFFECT_WORDS = (
@@ -31,132 +31,99 @@ _WITHOUT_EFFECT_WORDS = (
     "tokenizer_class top_k top_p torch_dtype torchscript transformers_version use_bfloat16 use_cache"
 )
 _WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT_WORDS.split())
-
-
-def _is(*values: Any) -> Accepts:
-    return lambda value: value in values
-
-
-def _plain_rope(value: Any) -> bool:
-    """Rotary positions without scaling, on all dimensions of a head."""
-    if not value:
-        return True
-    if not isinstance(value, Mapping) or value.get("partial_rotary_factor", 1) != 1:
-        return False
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
-    kinds = (value.get("rope_type", "default"), value.get("type", "default"))
-    return value.keys() <= known and kinds == ("default", "default")
-
-
-def _all_full(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(kind == "full_attention" for kind in value))
-
-
-# The values that megalm's model computes; each is also the default of a missing key in transformers.
-_LLAMA_REQUIRED: dict[str, Accepts] = {
-    "hidden_act": _is("silu", "swish"),
-    "attention_bias": _is(False),
-    "mlp_bias": _is(False),
-    "rope_scaling": _plain_rope,
-    "rope_parameters": _plain_rope,
-    "partial_rotary_factor": _is(1),
-    "rope_interleaved": _is(False),
-    "pretraining_tp": _is(1),
-    "is_encoder_decoder": _is(False),
-}
-_QWEN3_REQUIRED = {
-    **{key: accepts for key, accepts in _LLAMA_REQUIRED.items() if key != "pretraining_tp"},
-    "use_sliding_window": _is(False),
-    "layer_types": _all_full,
-}
-_GPT2_REQUIRED: dict[str, Accepts] = {
-    "activation_function": _is("gelu_new", "gelu_pytorch_tanh"),
-    "scale_attn_weights": _is(True),
-    "scale_attn_by_inverse_layer_idx": _is(False),
-    "reorder_and_upcast_attn": _is(False),
-    "add_cross_attention": _is(False),
-    "n_special": _is(0),
-    "is_encoder_decoder": _is(False),
-}
-
-# ModelConfig field -> (key of config.json, default of the transformers class; ... for a key that is required here).
-_LLAMA_FIELDS: dict[str, tuple[str, Any]] = {
-    **{name: (name, ...) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")},
-    **{name: (name, ...) for name in ("intermediate_size", "max_position_embeddings")},
-    "num_key_value_heads": ("num_key_value_heads", None),
-    "head_dim": ("head_dim", None),
-    "tie_word_embeddings": ("tie_word_embeddings", False),
-    "rope_theta": ("rope_theta", 10_000.0),
-    "norm_epsilon": ("rms_norm_eps", 1e-6),
-    "attention_dropout": ("attention_dropout", 0.0),
-    "initializer_range": ("initializer_range", 0.02),
-}
-# The Qwen3 class has its own defaults for both; no other model shares them.
-_QWEN3_FIELDS = {**_LLAMA_FIELDS, "num_key_value_heads": ("num_key_value_heads", ...), "head_dim": ("head_dim", ...)}
-_GPT2_FIELDS: dict[str, tuple[str, Any]] = {
-    "vocab_size": ("vocab_size", ...),
-    "hidden_size": ("n_embd", ...),
-    "num_hidden_layers": ("n_layer", ...),
-    "num_attention_heads": ("n_head", ...),
-    "intermediate_size": ("n_inner", None),
-    "max_position_embeddings": ("n_positions", ...),
-    "tie_word_embeddings": ("tie_word_embeddings", True),
-    "norm_epsilon": ("layer_norm_epsilon", 1e-5),
-    "dropout": ("resid_pdrop", 0.1),
-    "attention_dropout": ("attn_pdrop", 0.1),
-    "initializer_range": ("initializer_range", 0.02),
-}
-_FAMILIES = {
-    "llama": (_LLAMA_FIELDS, _LLAMA_REQUIRED),
-    "qwen3": (_QWEN3_FIELDS, _QWEN3_REQUIRED),
-    "gpt2": (_GPT2_FIELDS, _GPT2_REQUIRED),
-}
 # Keys that change what some model of transformers computes: none of them may be ignored.
 _ELSEWHERE = (
-    "alibi attention_chunk_size attention_multiplier attn_logit_softcapping attn_type clip_qkv embedding_multiplier "
-    "expert_layer_offset expert_layer_period final_logit_softcapping first_k_dense_replace hidden_activation "
-    "kv_lora_rank layer_norm_eps layer_types logit_scale logits_scaling moe_intermediate_size n_routed_experts "
-    "n_shared_experts no_rope_layers norm_topk_prob num_experts num_experts_per_tok num_local_experts "
-    "parallel_attn q_lora_rank qk_norm quantization_config query_pre_attn_scalar residual_multiplier "
-    "rope_local_base_freq rotary_emb_base rotary_pct sliding_window sliding_window_pattern use_parallel_residual "
+    "alibi attention_chunk_size attention_multiplier attn_type clip_qkv embedding_multiplier expert_layer_offset "
+    "expert_layer_period first_k_dense_replace kv_lora_rank logit_scale logits_scaling moe_intermediate_size "
+    "n_routed_experts n_shared_experts norm_topk_prob num_experts num_experts_per_tok num_local_experts "
+    "original_max_position_embeddings parallel_attn q_lora_rank qk_norm quantization_config residual_multiplier "
     "use_qk_norm"
 )
-_DECISIVE = frozenset(
-    {"embd_pdrop", "n_ctx", *_ELSEWHERE.split()}.union(
-        *(({key for key, _ in fields.values()} | required.keys()) for fields, required in _FAMILIES.values())
-    )
-)
+_DECISIVE = frozenset(_ELSEWHERE.split()).union(*(family.keys for family in FAMILIES.values()))
+# What acts in training only, and what only names the choices.
+_NOT_COMPUTED = ("style", "dropout", "attention_dropout", "initializer_range")
 
 
 def model_type(shape: ModelConfig) -> str:
-    """The `model_type` of config.json; Qwen3 is Llama with a norm on each head's queries and keys."""
-    return "qwen3" if shape.style == "llama" and shape.qk_norm else shape.style
+    """The `model_type` of config.json."""
+    return family_of(shape).name
 
 
 def require_exportable(shape: ModelConfig) -> None:
     """Raises: CheckpointError: transformers has no model with this computation."""
-    problem = ""
-    if shape.style == "gpt2" and shape.qk_norm:
-        problem = "model.qk_norm=true with style gpt2: GPT2LMHeadModel has no norm on queries and keys"
-    elif shape.style == "gpt2" and shape.num_key_value_heads != shape.num_attention_heads:
-        problem = (
-            f"model.num_key_value_heads={shape.num_key_value_heads} with style gpt2: GPT2LMHeadModel has one key/value "
-            "head per attention head"
-        )
-    elif shape.style == "gpt2" and shape.num_attention_heads * shape.head_dim != shape.hidden_size:
-        problem = (
-            f"model.head_dim={shape.head_dim} with style gpt2: GPT2LMHeadModel uses hidden_size / num_attention_heads"
-        )
-    elif model_type(shape) == "llama" and shape.hidden_size % shape.num_attention_heads:
-        problem = (
-            f"model.num_attention_heads={shape.num_attention_heads} does not divide "
-            f"model.hidden_size={shape.hidden_size}, which LlamaForCausalLM refuses"
-        )
-    if problem:
-        raise CheckpointError(
-            f"the model cannot be exported to Hugging Face format ({problem}); `megalm checkpoint convert` writes its "
-            "weights as one safetensors file"
-        )
+    family_of(shape)
+
+
+@functools.lru_cache
+def family_of(shape: ModelConfig) -> Family:
+    """The first family that computes the model.
+
+    Raises:
+        CheckpointError: none does; the message names the choices that the nearest one lacks.
+    """
+    nearest: tuple[Family, list[str]] | None = None
+    for family in FAMILIES.values():
+        obstacles = _obstacles(shape, family)
+        if not obstacles:
+            return family
+        if nearest is None or len(obstacles) < len(nearest[1]):
+            nearest = family, obstacles
+    assert nearest is not None
+    raise CheckpointError(
+        f"the model cannot be exported to Hugging Face format: the nearest class, {nearest[0].architecture} "
+        f"({nearest[0].name}), does not have {'; '.join(nearest[1])}. `megalm checkpoint convert` writes its weights "
+        "as one safetensors file"
+    )
+
+
+def _obstacles(shape: ModelConfig, family: Family) -> list[str]:
+    """The choices of the model that do not come back from the family's config.json."""
+    plain = _without_idle_choices(shape)
+    values, problems = _read(_written(plain, family), family)
+    # A choice that no rule knows has to be the one that models are made with otherwise.
+    values = {name: ModelSection.model_fields[name].default for name in vars(plain).keys() - values.keys()} | values
+    obstacles = [
+        f"model.{name}={shown(getattr(shape, name))}"
+        for name, value in values.items()
+        if name not in _NOT_COMPUTED and not _is_same(value, getattr(plain, name))
+    ]
+    if family.heads_divide_hidden and shape.hidden_size % shape.num_attention_heads:
+        obstacles.append(f"model.num_attention_heads={shape.num_attention_heads} of hidden_size={shape.hidden_size}")
+    return obstacles + problems
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=1e-6)  # of roots that are written as their squares
+    return bool(one == other)
+
+
+def _without_idle_choices(shape: ModelConfig) -> ModelConfig:
+    """The model with the defaults of choices that change nothing beside the others."""
+    layers = range(shape.num_hidden_layers)
+    idle: Values = {}
+    if not any(shape.rotates(layer) for layer in layers):
+        idle |= {"rope_theta": 10_000.0, "rope_local_theta": None, "rope_scaling": None, "partial_rotary_factor": 1.0}
+    if shape.position_embedding_type != "rope":
+        idle["no_rope_layers"] = ()
+    if shape.sliding_window is None or len(shape.full_attention_layers) == len(layers):
+        idle |= {"sliding_window": None, "full_attention_layers": (), "rope_local_theta": None}
+    elif not shape.full_attention_layers and shape.rope_local_theta is not None:
+        idle |= {"rope_theta": shape.rope_local_theta, "rope_local_theta": None, "rope_scaling": None}
+    elif shape.rope_local_theta == shape.rope_theta:
+        idle["rope_local_theta"] = None
+    if shape.attention_scale is not None and _is_same(shape.attention_scale, 1 / math.sqrt(shape.head_dim)):
+        idle["attention_scale"] = None
+    if shape.embedding_scale == 1:
+        idle["embedding_scale"] = None
+    return replace(shape, **{"rope_scaling": plain_scaling(shape.rope_scaling), **idle})
+
+
+def _written(shape: ModelConfig, family: Family) -> Values:
+    written: Values = {"architectures": [family.architecture], "model_type": family.name}
+    for rule in family.rules:
+        written |= rule.write(shape)
+    return written
 
 
 def to_config(shape: ModelConfig, eod_id: int, special: Mapping[str, int], dtype: str) -> dict[str, Any]:
@@ -167,20 +134,20 @@ def to_config(shape: ModelConfig, eod_id: int, special: Mapping[str, int], dtype
         special: ids of `bos_token` and `pad_token`, as far as the tokenizer has them.
         dtype: torch's name for the dtype of the stored weights.
     """
-    family = model_type(shape)
-    fields, required = _FAMILIES[family]
-    config: dict[str, Any] = {"architectures": [ARCHITECTURES[family]], "model_type": family}
-    config |= {key: getattr(shape, field) for field, (key, _) in fields.items()}
-    if family == "gpt2":
-        # n_ctx: the older name of n_positions, which llama.cpp's converter asks for
-        config |= {"n_ctx": shape.max_position_embeddings, "embd_pdrop": shape.dropout}
-        config |= {"activation_function": "gelu_new"}
-    else:
-        # transformers 4 reads rope_theta, transformers 5 reads rope_parameters.
-        config |= {"rope_parameters": {"rope_type": "default", "rope_theta": shape.rope_theta}, "hidden_act": "silu"}
-        config |= {key: False for key in ("attention_bias", "mlp_bias", "use_sliding_window") if key in required}
+    config = _written(_without_idle_choices(shape), family_of(shape))
     config |= {f"{name}_id": special.get(name) for name in ("bos_token", "pad_token")} | {"eos_token_id": eod_id}
     return {**config, "dtype": dtype, "use_cache": True}
+
+
+def family_of_config(config: Config) -> Family:
+    """Raises: DataError: no family has this `model_type`."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    if family is None:
+        raise DataError(
+            f"config.json has model_type={config.get('model_type')!r}, which megalm does not support; supported: "
+            f"{', '.join(FAMILIES)}"
+        )
+    return family
 
 
 def to_shape(config: Config, ignored: Collection[str] = ()) -> ModelConfig:
@@ -193,47 +160,38 @@ def to_shape(config: Config, ignored: Collection[str] = ()) -> ModelConfig:
         DataError: unsupported model type, or unsupported keys; the message lists all of them with their values. Or a
             key is to be ignored of which it is known that it changes numbers.
     """
-    family = str(config.get("model_type"))
-    if family not in _FAMILIES:
-        raise DataError(
-            f"config.json has model_type={config.get('model_type')!r}, which megalm does not support; supported: "
-            f"{', '.join(_FAMILIES)}"
-        )
+    family = family_of_config(config)
     if decisive := [key for key in ignored if key in _DECISIVE]:
         raise DataError(
             f"--ignore-key {decisive[0]}: {decisive[0]}={config.get(decisive[0])!r} changes what the model computes; "
             "without it the imported model would be another one"
         )
     config = {key: value for key, value in config.items() if key not in ignored}
-    unknown = _unknown(config, family)
-    if problems := [*_problems(config, family), *(f"{key}={config[key]!r}" for key in unknown)]:
+    values, problems = _read(config, family)
+    unknown = [key for key, value in config.items() if key not in family.keys | _WITHOUT_EFFECT and value is not None]
+    if problems := [*problems, *(f"{key}={config[key]!r}" for key in unknown)]:
         offer = " (--ignore-key KEY ignores an unknown key of which you know that it changes nothing)"
         raise DataError(
             f"config.json has settings that megalm's model does not support: {'; '.join(problems)}"
             f"{offer if any(key not in _DECISIVE for key in unknown) else ''}"
         )
-    values: dict[str, Any] = {
-        field: default if config.get(key) is None else config[key]
-        for field, (key, default) in _FAMILIES[family][0].items()
-    }
-    if family != "gpt2":
-        values["rope_theta"] = next(iter(_thetas(config).values()), 10_000.0)
     try:
-        section = ModelSection(style="gpt2" if family == "gpt2" else "llama", qk_norm=family == "qwen3", **values)
+        section = ModelSection(style=family.style, **values)
     except ValidationError as error:
         first = error.errors()[0]
-        raise DataError(f"config.json: {first['loc'][-1]}={first['input']!r}: {first['msg']}") from None
+        raise DataError(f"config.json: {first['loc'][0]}={first['input']!r}: {first['msg']}") from None
     shape = build_model_config(section, vocab_size=0, sequence_length=0)  # the section sets both
     if shape.num_attention_heads % shape.num_key_value_heads:
         raise DataError(
             f"config.json: num_key_value_heads={shape.num_key_value_heads} does not divide "
             f"num_attention_heads={shape.num_attention_heads}"
         )
-    if shape.style == "llama" and shape.head_dim % 2:
+    if shape.position_embedding_type == "rope" and (shape.rotary_dim % 2 or not shape.rotary_dim):
         raise DataError(
-            f"config.json: head_dim={shape.head_dim} is odd; rotary position embeddings need an even number"
+            f"config.json: of head_dim={shape.head_dim}, {shape.rotary_dim} dimensions rotate; rotary position "
+            "embeddings need an even number"
         )
-    return shape
+    return _without_idle_choices(shape)
 
 
 def section_of(shape: ModelConfig) -> dict[str, Any]:
@@ -241,45 +199,16 @@ def section_of(shape: ModelConfig) -> dict[str, Any]:
     return {name: value for name, value in model_settings(shape).items() if name in ModelSection.model_fields}
 
 
-def _problems(config: Config, family: str) -> Iterator[str]:
-    """Settings with which megalm's model computes something else, each with key and value."""
-    fields, required = _FAMILIES[family]
+def _read(config: Config, family: Family) -> tuple[Values, list[str]]:
+    """The fields of the model, and settings with which megalm's model computes something else, with key and value."""
+    values, problems = dict(family.fixed), []
     architectures = config.get("architectures") or []
     named = architectures if isinstance(architectures, list) else [architectures]
-    if named and named[0] not in (ARCHITECTURES[family], _HEADLESS[family]):
-        yield f"architectures={named!r} (supported: {ARCHITECTURES[family]})"
-    for key, accepts in required.items():
+    if named and named[0] not in (family.architecture, family.base):
+        problems.append(f"architectures={named!r} (supported: {family.architecture})")
+    for key, accepts in family.required.items():
         if key in config and not accepts(config[key]):
-            yield f"{key}={config[key]!r}"
-    for key, default in fields.values():
-        if default is ... and config.get(key) is None:
-            yield f"{key} is missing"
-    # Two keys for one number of ModelConfig.
-    for one, other, default in (
-        ("embd_pdrop", "resid_pdrop", 0.1),
-        ("n_ctx", "n_positions", config.get("n_positions")),
-    ):
-        first, second = config.get(one, default), config.get(other, default)
-        if first != second:
-            yield f"{one}={first!r} contradicts {other}={second!r}"
-    thetas = _thetas(config)
-    if any(value != next(iter(thetas.values())) for value in thetas.values()):
-        yield " contradicts ".join(f"{place}={value!r}" for place, value in thetas.items())
-
-
-def _unknown(config: Config, family: str) -> list[str]:
-    """The keys whose meaning for this family is not known; a null says nothing."""
-    fields, required = _FAMILIES[family]
-    known = _WITHOUT_EFFECT | required.keys() | {key for key, _ in fields.values()}
-    # Qwen3 files hold the width of a sliding window even if the model uses none.
-    known |= {"gpt2": {"embd_pdrop", "n_ctx"}, "qwen3": {"sliding_window"}}.get(family, set())
-    return [key for key, value in config.items() if key not in known and value is not None]
-
-
-def _thetas(config: Config) -> dict[str, Any]:
-    """The RoPE base by the place that holds it; there are three."""
-    nested = {
-        key: value for key in ("rope_parameters", "rope_scaling") if isinstance(value := config.get(key), Mapping)
-    }
-    places = {"rope_theta": config, **{f"{key}.rope_theta": value for key, value in nested.items()}}
-    return {place: values["rope_theta"] for place, values in places.items() if values.get("rope_theta") is not None}
+            problems.append(f"{key}={config[key]!r}")
+    for rule in family.rules:
+        rule.read(config, values, problems)
+    return values, problems

@@ -75,18 +75,23 @@ def weight_files(shape: ModelConfig, dtype: torch.dtype, largest_file_bytes: int
 
 def to_hf(tensor: HFTensor, parts: Sequence[Tensor]) -> Tensor:
     """Concatenate megalm's parameters to a Hugging Face tensor."""
-    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    if tensor.heads:
+        whole = torch.cat([part.unflatten(0, (tensor.heads, -1)) for part in parts], dim=1).flatten(0, 1)
+    else:
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
     return whole.t() if tensor.transposed else whole
 
 
 def from_hf(tensor: HFTensor, whole: Tensor, part: str) -> Tensor:
-    """One of megalm's parameters as a view of a Hugging Face tensor."""
+    """One of megalm's parameters of a Hugging Face tensor, as a view of it unless heads are apart there."""
     straight = whole.t() if tensor.transposed else whole
+    rows = straight.unflatten(0, (tensor.heads or 1, -1))
     start = 0
     for name, shape in tensor.parts:
+        size = shape[0] // (tensor.heads or 1)
         if name == part:
-            return straight[start : start + shape[0]]
-        start += shape[0]
+            return rows[:, start : start + size].flatten(0, 1)
+        start += size
     raise AssertionError(part)
 
 

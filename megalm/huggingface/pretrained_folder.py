@@ -17,17 +17,19 @@ from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import is_finite
 from megalm.errors import DataError
-from megalm.huggingface.config_json import to_shape
+from megalm.huggingface.config_json import family_of_config, to_shape
 from megalm.huggingface.export_weights import INDEX, WEIGHTS, from_hf
-from megalm.huggingface.weight_mapping import HFTensor, base_model_prefix, hf_tensors
+from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head
 from megalm.model.model_config import ModelConfig
 from megalm.utils.atomic_files import read_json
 
 _EXACT = ("F32", "F16", "BF16")  # converting these to fp32 is exact
 _FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*\.safetensors")
 # Masks and tables that older versions of transformers saved; the configuration determines them.
-_BUFFER = re.compile(r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.self_attn\.rotary_emb\.inv_freq)")
-HEAD = "lm_head.weight"
+_BUFFER = re.compile(
+    r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.(self_attn|attention)\.rotary_emb\.inv_freq"
+    r"|layers\.\d+\.attention\.(bias|masked_bias))"
+)
 _SHOWN = 3
 
 
@@ -61,10 +63,12 @@ class HuggingFaceFolder:
         self.folder = folder
         self.config = _config(folder, ignored_keys)
         self.shape = to_shape(self.config, ignored_keys)
+        self._names = family_of_config(self.config).names
+        self._tensors = {tensor.name: tensor for tensor in hf_tensors(self.shape, family_of_config(self.config))}
         self._files = {name: _opened(folder / name) for name in _weight_files(folder)}
         self._places: dict[str, tuple[str, str]] = {}  # full name -> file, name in the file
         self._find_tensors()
-        self._owner = {part: tensor for tensor in hf_tensors(self.shape) for part, _ in tensor.parts}
+        self._owner = {part: tensor for tensor in self._tensors.values() for part, _ in tensor.parts}
         self._check_tensors()
 
     def read(self, name: str) -> Tensor:
@@ -82,18 +86,19 @@ class HuggingFaceFolder:
         return found
 
     def _find_tensors(self) -> None:
-        prefix = base_model_prefix(self.shape)
+        names = self._names
         for file, opened in self._files.items():
             for stored in opened.keys():  # noqa: SIM118  (not a dictionary)
                 if is_buffer(stored):
                     continue
-                name = stored if stored.startswith(prefix) or stored == HEAD else prefix + stored
+                name = own_head(stored, names)
+                name = name if name.startswith(names.prefix) or name == names.head_weight else names.prefix + name
                 if name in self._places:
                     raise DataError(f"{self.folder}: {self._places[name][0]} and {file} both hold {stored}")
                 self._places[name] = (file, stored)
 
     def _check_tensors(self) -> None:
-        expected = {tensor.name: tensor for tensor in hf_tensors(self.shape)}
+        expected = self._tensors
         if self.shape.tie_word_embeddings:
             self._drop_tied_head()
         if missing := [name for name in expected if name not in self._places]:
@@ -115,14 +120,14 @@ class HuggingFaceFolder:
 
     def _drop_tied_head(self) -> None:
         """A stored head of a model with tied weights must equal the token embedding."""
-        if HEAD not in self._places:
+        head, table = self._names.head_weight, next(iter(self._tensors))
+        if head not in self._places:
             return
-        table = next(tensor.name for tensor in hf_tensors(self.shape))
-        if table in self._places and not torch.equal(self._load(HEAD), self._load(table)):
+        if table in self._places and not torch.equal(self._load(head), self._load(table)):
             raise DataError(
-                f"{self.folder}: {HEAD} differs from {table}, but tie_word_embeddings is true; correct one of them"
+                f"{self.folder}: {head} differs from {table}, but tie_word_embeddings is true; correct one of them"
             )
-        del self._places[HEAD]
+        del self._places[head]
 
     def _load(self, name: str) -> Tensor:
         file, stored = self._places[name]

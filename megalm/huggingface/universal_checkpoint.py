@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,12 @@ from torch import Tensor
 from megalm.checkpoint.checkpoint_reader import is_finite
 from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.errors import CheckpointError, DataError
-from megalm.huggingface.config_json import to_shape
+from megalm.huggingface.config_json import family_of_config, to_shape
 from megalm.huggingface.export_weights import from_hf
-from megalm.huggingface.pretrained_folder import HEAD, is_buffer, read_config
+from megalm.huggingface.families import Family
+from megalm.huggingface.pretrained_folder import is_buffer, read_config
 from megalm.huggingface.torch_file import load_torch_file
-from megalm.huggingface.weight_mapping import HFTensor, base_model_prefix, hf_tensors
+from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head
 from megalm.model.model_config import ModelConfig
 
 MOMENTS: tuple[FragmentKind, ...] = ("exp_avg", "exp_avg_sq")
@@ -122,7 +123,10 @@ class UniversalCheckpoint:
         self.config_folder = file.parent
         self.config = read_config(file, ignored_keys)
         self.shape = to_shape(self.config, ignored_keys)
-        tensors = _tensors(self.shape, self._stored)
+        family = family_of_config(self.config)
+        self._stored = {own_head(name, family.names): folder for name, folder in self._stored.items()}
+        self._head = family.names.head_weight
+        tensors = _tensors(self.shape, self._stored, family)
         self._kinds: tuple[FragmentKind, ...] = ("master",) if weights_only else ("master", *MOMENTS)
         if problems := list(self._problems(tensors)):
             raise CheckpointError(f"{self.folder} is not the model of {file}: {_first(problems, '; ')}")
@@ -147,7 +151,7 @@ class UniversalCheckpoint:
         expected = {tensor.name: tensor for tensor in tensors}
         if missing := [name for name in expected if name not in self._stored]:
             yield f"zero has no {_first(missing)}"
-        if self.shape.tie_word_embeddings and HEAD not in expected:
+        if self.shape.tie_word_embeddings and self._head not in expected:
             yield from self._tied_head(tensors[0])
         if unknown := [name for name in self._stored if name not in expected]:
             yield f"the model has no place for {_first(unknown)}{_known_names(unknown)}"
@@ -165,7 +169,7 @@ class UniversalCheckpoint:
 
     def _tied_head(self, embedding: HFTensor) -> Iterator[str]:
         """DeepSpeed stores a tied head too, from the model's own precision; it must be the token embedding, rounded."""
-        head, table = self._stored.pop(HEAD, None), self._stored.get(embedding.name)
+        head, table = self._stored.pop(self._head, None), self._stored.get(embedding.name)
         if head is None or table is None:
             return
         try:
@@ -174,7 +178,7 @@ class UniversalCheckpoint:
             yield str(error)
             return
         if not any(torch.equal(rows, each) for each in (own, own.bfloat16().float(), own.half().float())):
-            yield f"{HEAD} differs from {embedding.name}, but tie_word_embeddings is true"
+            yield f"{self._head} differs from {embedding.name}, but tie_word_embeddings is true"
 
 
 def _file(kind: FragmentKind) -> str:
@@ -227,15 +231,15 @@ def _config_file(folder: Path, config: Path | None) -> Path:
     return file
 
 
-def _tensors(shape: ModelConfig, stored: Mapping[str, Path]) -> list[HFTensor]:
+def _tensors(shape: ModelConfig, stored: Mapping[str, Path], family: Family) -> list[HFTensor]:
     """The tensors by the names that the checkpoint uses: megalm's, or Hugging Face's with or without their prefix."""
     parameters = shape.parameters()
     if all(name in stored for name in list(parameters)[:1]):
         return [HFTensor(name, ((name, size),)) for name, size in parameters.items()]
-    prefix = base_model_prefix(shape)
+    prefix, tensors = family.names.prefix, hf_tensors(shape, family)
     if any(name.startswith(prefix) for name in stored):
-        return hf_tensors(shape)
-    return [HFTensor(tensor.name.removeprefix(prefix), tensor.parts, tensor.transposed) for tensor in hf_tensors(shape)]
+        return tensors
+    return [replace(tensor, name=tensor.name.removeprefix(prefix)) for tensor in tensors]
 
 
 def _known_names(unknown: Iterable[str]) -> str:

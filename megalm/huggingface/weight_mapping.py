@@ -1,43 +1,18 @@
-"""Names and layouts of Hugging Face's weights: one table, read in both directions. It needs no torch.
+"""Names and layouts of Hugging Face's weights, by the tables of `families.py`. It needs no torch.
 
-A Hugging Face tensor holds one or more of megalm's parameters, concatenated along their output dimension (GPT-2 keeps
-query, key and value in one tensor). GPT-2 stores its matrices transposed, as [in, out].
+A Hugging Face tensor holds one or more of megalm's parameters, concatenated along their output dimension, as a whole
+(GPT-2 keeps query, key and value in one tensor) or within each head (GPT-NeoX). GPT-2 stores its matrices transposed,
+as [in, out].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from megalm.huggingface.config_json import family_of
+from megalm.huggingface.families import Family, TensorNames
 from megalm.model.model_config import ModelConfig
-
-# Hugging Face name -> (megalm's parameters, whether a matrix is stored transposed).
-_Sources = Mapping[str, tuple[tuple[str, ...], bool]]
-
-_LLAMA_BLOCK: _Sources = {
-    name: ((part,), False)
-    for name, part in {
-        "input_layernorm": "attention_norm",
-        "self_attn.q_proj": "attention.query",
-        "self_attn.k_proj": "attention.key",
-        "self_attn.v_proj": "attention.value",
-        "self_attn.o_proj": "attention.output",
-        "self_attn.q_norm": "attention.query_norm",
-        "self_attn.k_norm": "attention.key_norm",
-        "post_attention_layernorm": "mlp_norm",
-        "mlp.gate_proj": "mlp.gate",
-        "mlp.up_proj": "mlp.up",
-        "mlp.down_proj": "mlp.down",
-    }.items()
-}
-_GPT2_BLOCK: _Sources = {
-    "ln_1": (("attention_norm",), False),
-    "attn.c_attn": (("attention.query", "attention.key", "attention.value"), True),
-    "attn.c_proj": (("attention.output",), True),
-    "ln_2": (("mlp_norm",), False),
-    "mlp.c_fc": (("mlp.up",), True),
-    "mlp.c_proj": (("mlp.down",), True),
-}
 
 
 @dataclass(frozen=True)
@@ -47,11 +22,13 @@ class HFTensor:
     Attributes:
         parts: canonical names and shapes of the parameters that it concatenates.
         transposed: the tensor is their transpose.
+        heads: it concatenates the parts of each of so many heads; 0: the parts as a whole.
     """
 
     name: str
     parts: tuple[tuple[str, tuple[int, ...]], ...]
     transposed: bool = False
+    heads: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,39 +38,39 @@ class HFTensor:
         return whole[::-1] if self.transposed else whole
 
 
-def hf_tensors(shape: ModelConfig) -> list[HFTensor]:
-    """Every tensor of the model in Hugging Face format, in the model's order; each parameter is in exactly one."""
+def own_head(name: str, names: TensorNames) -> str:
+    """The family's own name of its head: transformers 5 gives all of them one name."""
+    return names.head_weight if name == "lm_head.weight" else name
+
+
+def hf_tensors(shape: ModelConfig, family: Family | None = None) -> list[HFTensor]:
+    """Every tensor of the model in Hugging Face format, in the model's order; each parameter is in exactly one.
+
+    Args:
+        family: whose names; None: of the one that the model is exported as.
+    """
     parameters = shape.parameters()
     tensors = [
-        HFTensor(name, tuple((part, parameters[part]) for part in parts), transposed and len(parameters[parts[0]]) > 1)
-        for name, (parts, transposed) in _sources(shape).items()
+        HFTensor(name, tuple((part, parameters[part]) for part in parts), flip and len(parameters[parts[0]]) > 1, heads)
+        for name, parts, flip, heads in _sources((family or family_of(shape)).names, shape)
         if parts[0] in parameters
     ]
     assert {part for tensor in tensors for part, _ in tensor.parts} == set(parameters), shape
     return tensors
 
 
-def base_model_prefix(shape: ModelConfig) -> str:
-    """The prefix of every name except the head's; a model that was saved without its head lacks it."""
-    return "transformer." if shape.style == "gpt2" else "model."
-
-
-def _sources(shape: ModelConfig) -> _Sources:
-    """Embeddings, blocks, final norm, head; names that a model of this shape lacks are included."""
-    prefix = base_model_prefix(shape)
-    gpt2 = shape.style == "gpt2"
-    layers, block = ("h", _GPT2_BLOCK) if gpt2 else ("layers", _LLAMA_BLOCK)
-    tokens, final_norm = ("wte", "ln_f") if gpt2 else ("embed_tokens", "norm")
-    return {
-        f"{prefix}{tokens}.weight": (("embedding.tokens.weight",), False),
-        f"{prefix}wpe.weight": (("embedding.positions.weight",), False),
-        **{
-            f"{prefix}{layers}.{layer}.{name}.{kind}": (tuple(f"layers.{layer}.{part}.{kind}" for part in parts), flip)
-            for layer in range(shape.num_hidden_layers)
-            for name, (parts, flip) in block.items()
-            for kind in ("weight", "bias")
-        },
-        f"{prefix}{final_norm}.weight": (("final_norm.weight",), False),
-        f"{prefix}{final_norm}.bias": (("final_norm.bias",), False),
-        "lm_head.weight": (("head.weight",), False),
-    }
+def _sources(names: TensorNames, shape: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], bool, int]]:
+    """Name, parts, whether transposed, heads: embeddings, blocks, final norm, head; also those that the shape lacks."""
+    kinds = ("weight", "bias")
+    yield f"{names.prefix}{names.tokens}.weight", ("embedding.tokens.weight",), False, 0
+    yield f"{names.prefix}{names.positions}.weight", ("embedding.positions.weight",), False, 0
+    for layer in range(shape.num_hidden_layers):
+        for name, parts in names.block.items():
+            heads = shape.num_attention_heads if name in names.by_head else 0
+            for kind in kinds:
+                ours = tuple(f"layers.{layer}.{part}.{kind}" for part in parts)
+                whole = f"{names.prefix}{names.layers}.{layer}.{name}.{kind}"
+                yield whole, ours, name in names.transposed, heads
+    for kind in kinds:
+        yield f"{names.prefix}{names.final_norm}.{kind}", (f"final_norm.{kind}",), False, 0
+    yield names.head_weight, ("head.weight",), False, 0

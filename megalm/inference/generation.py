@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import SampleSection
+from megalm.data.sampling.scored_sequences import common_prefix
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import CheckpointError
-from megalm.inference.batching import common_prefix
 from megalm.inference.inference_model import COMPUTES_NAN, InferenceModel
 from megalm.model.attention import KeyValueCache
 from megalm.train.text_samples import Predictor, extend, prompt_tokens

@@ -18,13 +18,14 @@ from torch import Tensor
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.manifest import MANIFEST, Manifest, read_manifest, shape_of
 from megalm.data.sampling.batch_loader import MicroBatch
-from megalm.data.sampling.samples import PackingKind
+from megalm.data.sampling.samples import IGNORE_INDEX, PackingKind
 from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer, tokenizer_of
 from megalm.errors import CheckpointError, DataError
 from megalm.huggingface.import_model import find_tokenizer, manifest_facts
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 from megalm.model.model_config import ModelConfig
 from megalm.model.transformer import LanguageModel
+from megalm.train.multiple_choice import Encoding
 
 COMPUTES_NAN = "the model computes NaN; training had diverged by this step, choose an earlier checkpoint"
 
@@ -48,6 +49,11 @@ class CheckpointFacts:
     def document_mask(self) -> bool:
         """Whether attention was confined to one document, so that no document follows an end-of-document token."""
         return bool(self.manifest.data.get("data.document_mask", False))
+
+    @property
+    def encoding(self) -> Encoding:
+        """How the model reads multiple-choice questions."""
+        return Encoding(self.tokenizer, self.sequence_length, self.document_mask)
 
     @property
     def packing(self) -> PackingKind:
@@ -168,14 +174,33 @@ class InferenceModel:
         """The sum of losses in nats of each row, fp64 [B]; rows are single texts.
 
         Raises:
+            CheckpointError: one is NaN.
             DataError: a token is not in the model's vocabulary.
         """
+        return self.score_rows(batch)[0]
+
+    @torch.inference_mode()
+    def score_rows(
+        self, batch: MicroBatch, greedy: bool = False
+    ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+        """The same as `row_losses`, and with `greedy` whether each target of a row is the likeliest token, [B]."""
         tokens, labels, documents = self._tensors(batch)
         assert tokens is not None
         assert labels is not None
         hidden = self.network.hidden_states(tokens, documents)
-        losses = [self.network.head(*row)[0] for row in zip(hidden.split(1), labels.split(1), strict=True)]
-        return torch.stack(losses).double().cpu().numpy()
+        rows = list(zip(hidden.split(1), labels.split(1), strict=True))
+        losses = torch.stack([self.network.head(*row)[0] for row in rows]).double().cpu().numpy()
+        if np.isnan(losses).any():  # the largest of several would be a NaN
+            raise CheckpointError(f"{self.path}: {COMPUTES_NAN}")
+        likeliest = [self._is_likeliest(*row) for row in rows] if greedy else []
+        return losses, np.array(likeliest, dtype=np.bool_)
+
+    def _is_likeliest(self, hidden: Tensor, labels: Tensor) -> bool:
+        """Whether each target of a row, [1, T, H] and [1, T], is the likeliest token."""
+        is_target = labels != IGNORE_INDEX
+        logits = self.network.head(hidden[is_target][None])
+        assert isinstance(logits, Tensor)
+        return bool((logits.argmax(-1)[0] == labels[is_target]).all())
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor | None, ...]:
         largest = max(int(batch.tokens.max()), int(batch.labels.max()))

@@ -1,12 +1,16 @@
-"""Selects checkpoints of a run: all good ones, or those nearest to given percentages of the run."""
+"""Selects checkpoints of a run: all good ones, those nearest to given percentages of it, or new ones as they come."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from megalm.checkpoint.discovery import Entry, list_checkpoints
 from megalm.errors import CheckpointError
+from megalm.runs.run_lock import is_held
+
+_POLL_SECONDS = 2.0
 
 
 def good_checkpoints(run: Path) -> tuple[list[Path], list[str]]:
@@ -23,6 +27,38 @@ def good_checkpoints(run: Path) -> tuple[list[Path], list[str]]:
         found = f" ({'; '.join(others)})" if others else ""
         raise CheckpointError(f"{run} has no good checkpoint{found}; `megalm checkpoint list {run}` lists all")
     return good, others
+
+
+def follow(run: Path, tell: Callable[[str], None]) -> Iterator[Path]:
+    """Yield each good checkpoint of a run once, by step, and each new one when it is complete.
+
+    Ends when no job trains the run and all are yielded. One that is deleted before its turn is left out.
+
+    Args:
+        tell: called once with each other checkpoint and the reason.
+    """
+    done: set[tuple[str, int, object]] = set()  # a later attempt may save the same step again
+    told: set[str] = set()
+    while True:
+        is_last_look = not is_held(run)  # before looking: a job's last checkpoint is complete before it ends
+        entries = list_checkpoints(run / "checkpoints")
+        new: list[Path] = []
+        for entry in sorted(entries, key=lambda entry: entry.step):
+            identity = entry.path.name, entry.attempt, entry.manifest and entry.manifest.created
+            if identity in done:
+                continue
+            if not (defect := _defect(entry, entries)):
+                new.append(entry.path)
+                done.add(identity)
+                break  # those after it may be deleted while this one is in use
+            if (line := f"{entry.path.name}: {defect}") not in told and entry.path.exists():
+                told.add(line)
+                tell(line)
+        yield from new
+        if not new:
+            if is_last_look:
+                return
+            time.sleep(_POLL_SECONDS)
 
 
 def nearest(steps: Sequence[int], percentages: Sequence[float]) -> list[int]:

@@ -34,7 +34,7 @@ class VocabularyOutput:
         compiled: the loss of a chunk runs compiled; its matrix products do not need it.
 
     Attributes:
-        observe: takes the losses [N] of each token in training, 0 where there is no target.
+        observe: takes the losses [N] of each token, 0 where there is no target.
     """
 
     def __init__(self, rule: LogitRule, compiled: bool = False) -> None:

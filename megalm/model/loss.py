@@ -93,17 +93,17 @@ def linear_cross_entropy(
         labels: [N] int64 in [0, V) or IGNORE.
         chunk_tokens: C, the number of tokens whose logits are held at once.
         chunk: `chunk_loss`, compiled or not.
-        observe: takes the losses [N] of a forward pass that has gradients.
+        observe: takes the losses [N] of a forward pass.
 
     Returns:
         fp32 scalar, a sum: divide by the number of labels of the *global* batch.
     """
     if torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(hidden, weight, labels, chunk_tokens, chunk, observe)  # type: ignore[no-untyped-call]  # torch: untyped
-    parts = [
-        chunk(hidden[rows] @ weight.t(), labels[rows], False)[0].sum() for rows in _chunks(len(hidden), chunk_tokens)
-    ]
-    return torch.stack(parts).sum()
+    parts = [chunk(hidden[rows] @ weight.t(), labels[rows], False)[0] for rows in _chunks(len(hidden), chunk_tokens)]
+    if observe is not None:
+        observe(torch.cat(parts))
+    return torch.stack([part.sum() for part in parts]).sum()
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

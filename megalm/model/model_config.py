@@ -209,9 +209,10 @@ def model_settings(shape: ModelConfig) -> dict[str, Any]:
 
 def completed_settings(stored: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a manifest, also of one that was written before models had these choices."""
-    if stored.get("style") not in STYLES:
+    style = next((name for name in STYLES if name == stored.get("style")), None)
+    if style is None:
         return dict(stored)
-    defaults = model_settings(build_model_config(ModelSection(style=stored["style"]), 1, 1))
+    defaults = model_settings(build_model_config(ModelSection(style=style), 1, 1))
     return {name: defaults[name] for name in _CHOICES} | dict(stored)
 
 

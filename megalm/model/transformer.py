@@ -170,7 +170,7 @@ class Embedding(nn.Module):
         """[B, T] tokens, or their embeddings [B, T, H] without a table -> [B, T, H]; positions count from `start`."""
         hidden = tokens if self.tokens is None else self.tokens(tokens)
         if self.scale is not None:
-            hidden = hidden * self.scale
+            hidden = hidden * hidden.new_full((), self.scale)  # rounded to its precision, as in transformers
         if self.positions is not None:
             hidden = hidden + self.positions(start + hidden.shape[1], documents)[..., start:, :]
         return self.dropout(hidden)

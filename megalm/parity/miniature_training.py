@@ -23,7 +23,7 @@ from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine
 from megalm.model.model_config import ModelConfig
 from megalm.parity.miniature import VOCABULARY
-from megalm.parity.state_comparison import Fragments, Outcome, Trace
+from megalm.parity.state_comparison import Fragments, Outcome, Trace, some_choices
 from megalm.planning.resolve import ResolvedRun
 from megalm.train.datasets import batch_layout
 
@@ -110,9 +110,10 @@ def train_and_resume(
         validation = engine.evaluate(loader.batch(run.stages.samples(STEPS)).micro_batches)
         texts = np.random.default_rng(3).integers(0, VOCABULARY, (2, run.config.data.sample_length))
         logits = engine.next_token_logits(texts, np.array([3, run.config.data.sample_length - 1]))
+        choices = engine.row_losses(some_choices(VOCABULARY, run.config.data.sample_length - 1))
     engine.close()
     say()
-    outcome = Outcome(Trace([], [], initial), trained, validation, logits)
+    outcome = Outcome(Trace([], [], initial), trained, validation, logits, choices)
     _, resumed = load_and_train(comm, device, run, shape, own)
     say()
     findings = RankFindings(outcome, first, second, resumed)

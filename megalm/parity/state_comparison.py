@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.checkpoint.shard_spec import FragmentKey, FragmentKind
+from megalm.data.sampling.batch_loader import MicroBatch
+from megalm.data.sampling.samples import IGNORE_INDEX
 from megalm.errors import TrainingError
 
 Array = npt.NDArray[np.float32]
@@ -28,12 +30,17 @@ class Trace:
 
 @dataclass
 class Outcome:
-    """What one rank shows of a layout: its first state, its steps, the next batch's validation loss, [B, V] logits."""
+    """What one rank shows of a layout: its first state, its steps, the next batch's validation loss, [B, V] logits.
+
+    Attributes:
+        choices: [B] the losses of some rows, as of the choices of a question.
+    """
 
     initial: Trace
     trained: Trace
     validation: float
     logits: Array
+    choices: npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -98,8 +105,21 @@ def difference(ranks: Sequence[Outcome], reference: Outcome) -> Difference:
         norm=max(relative(rank.trained.norms, reference.trained.norms) for rank in ranks),
         weights=state_difference(final, expected, "master"),
         moments=max(state_difference(final, expected, kind) for kind in sorted(moments)),
-        logits=max(_l2(rank.logits - reference.logits) / _l2(reference.logits) for rank in ranks),
+        logits=max(
+            _l2(getattr(rank, name) - getattr(reference, name)) / _l2(getattr(reference, name))
+            for rank in ranks
+            for name in ("logits", "choices")
+        ),
     )
+
+
+def some_choices(vocab_size: int, length: int) -> MicroBatch:
+    """Return three rows, which few numbers of ranks divide evenly, of which the last tokens are scored."""
+    tokens = np.random.default_rng(4).integers(0, vocab_size, (3, length + 1))
+    labels = tokens[:, 1:].copy()
+    labels[:, : length // 2] = IGNORE_INDEX
+    labels[1, -2:] = IGNORE_INDEX  # one ends before the others
+    return MicroBatch(tokens[:, :-1].copy(), labels, None)
 
 
 def whole_state(traces: Sequence[Trace]) -> State:
@@ -162,5 +182,5 @@ def _require_same_parameters(*states: State) -> None:
         raise TrainingError(f"the layouts hold other parameters: {sorted(names)[:3]}")
 
 
-def _l2(values: npt.NDArray[np.float32]) -> float:
+def _l2(values: npt.NDArray[np.floating]) -> float:
     return float(np.linalg.norm(values.astype(np.float64)))

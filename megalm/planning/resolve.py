@@ -548,11 +548,12 @@ def _stage_notices(config: RunConfig) -> list[str]:
 def _interval_notices(config: RunConfig) -> list[str]:
     steps = config.train.steps
     return [
-        f"{name}.interval_steps={interval} is more than train.steps={steps}: once, at the end"
-        for name, interval in (
-            ("evaluate", config.evaluate.interval_steps),
-            ("sample", config.sample.interval_steps),
-            ("checkpoint", config.checkpoint.interval_steps),
+        f"{key}={interval} is more than train.steps={steps}: once, at the end"
+        for key, interval in (
+            ("evaluate.interval_steps", config.evaluate.interval_steps),
+            ("evaluate.tasks_interval_steps", config.evaluate.tasks_interval_steps),
+            ("sample.interval_steps", config.sample.interval_steps),
+            ("checkpoint.interval_steps", config.checkpoint.interval_steps),
         )
         if interval is not None and interval > steps
     ]

@@ -21,7 +21,8 @@ from megalm.config.deepspeed.unsupported_keys import DEEPSPEED_NAMES
 from megalm.config.loading import RUN_LENGTH, LoadedConfig, value_of
 from megalm.config.schema import DataSection, RunConfig
 from megalm.config.validation import leaf_fields
-from megalm.errors import ConfigError, MegalmError
+from megalm.data.readers.questions import read_questions, task_name
+from megalm.errors import ConfigError, DataError, MegalmError
 from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
 from megalm.planning.diagnostics import profiled_steps
 from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
@@ -404,6 +405,20 @@ def tokenizer_exists(case: CheckContext) -> None:
         )
 
 
+def tasks_are_questions(case: CheckContext) -> None:
+    files = case.config.evaluate.tasks
+    if repeated := _repeated(map(task_name, files)):
+        raise ConfigError(f"evaluate.tasks: two files are named {repeated}; give each another name")
+    problems = []
+    for file in files:
+        try:
+            read_questions(Path(file))
+        except DataError as error:
+            problems.append(f"evaluate.tasks: {error}")
+    if problems:
+        raise ConfigError(*problems)
+
+
 def _named_datasets(data: DataSection) -> list[tuple[str, str]]:
     """Return (key, prefix) of every dataset, each prefix once."""
     named: dict[str, str] = {}
@@ -701,4 +716,5 @@ RULES: tuple[Rule, ...] = (
     datasets_are_local,
     dataset_files_exist,
     tokenizer_exists,
+    tasks_are_questions,
 )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalm.data.readers.questions import task_name
 from megalm.errors import DataError
 from megalm.runs.metrics_log import Row, read_metrics
 
 EVALUATIONS_FILE = "evaluations.jsonl"
-_ENDINGS = (".jsonl", ".json", ".txt", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -40,40 +42,42 @@ class RecordedEvaluation:
         return f"{self.task}{' (EMA)' if self.ema else ''}, {self.measure} of {self.count:,} {self.unit}"
 
 
-def task_name(dataset: str) -> str:
-    """The name of a set, a prefix, or a file of text or questions, packed or not."""
-    name = Path(dataset).name.removesuffix(".zst").removesuffix(".gz").removesuffix(".xz").removesuffix(".bz2")
-    return next((name.removesuffix(ending) for ending in _ENDINGS if name.endswith(ending)), name)
-
-
 def read_evaluations(run_dir: Path) -> list[RecordedEvaluation]:
     """Return the newest evaluation of each checkpoint and set, by step; [] if there is none.
 
     A damaged line, which no training depends on, ends the list.
     """
-    found: dict[tuple[int, str], RecordedEvaluation] = {}
+    rows: list[Row] = []
     path = run_dir / EVALUATIONS_FILE
-    try:
-        for row in read_metrics(path) if path.exists() else ():
-            if one := _evaluation(row):
-                found[one.step, one.name] = one
-    except DataError:
-        pass
+    with contextlib.suppress(DataError):
+        rows.extend(read_metrics(path) if path.exists() else ())
+    return newest(rows)
+
+
+def newest(rows: Iterable[Row]) -> list[RecordedEvaluation]:
+    """Return the newest evaluation of each step and set in rows of evaluations.jsonl, or of kind `task`, by step."""
+    found = {(one.step, one.name): one for row in rows for one in main_numbers(row)}
     return sorted(found.values(), key=lambda one: (one.step, one.name))
 
 
-def _evaluation(row: Row) -> RecordedEvaluation | None:
+def main_numbers(row: Row) -> list[RecordedEvaluation]:
+    """Return the main number of a row, or every metric of a task of lm-eval; [] of a row without any."""
     questions = row.get("questions")
-    measures = (("accuracy", "accuracy"),) if questions else (("bits per byte", "bits_per_byte"), ("loss", "loss"))
     count, step = questions or row.get("targets"), row.get("step")
     if not isinstance(count, int) or not isinstance(step, int):
-        return None
-    for measure, key in measures:
-        value = row.get(key)
-        if isinstance(value, float) and math.isfinite(value):
-            unit, error = "questions" if questions else "tokens", row.get("accuracy_error")
-            task = task_name(str(row.get("dataset") or "validation"))
-            return RecordedEvaluation(
-                step, task, measure, value, count, unit, error if questions else None, row.get("ema") is True
-            )
-    return None
+        return []
+    metrics, errors = row.get("metrics"), row.get("errors")
+    if isinstance(metrics, dict) and isinstance(errors, dict):
+        measures = [(name, value, errors.get(name)) for name, value in metrics.items()]
+    elif questions:
+        measures = [("accuracy", row.get("accuracy"), row.get("accuracy_error"))]
+    else:
+        measures = [("bits per byte", row.get("bits_per_byte"), None), ("loss", row.get("loss"), None)]
+    examples = f" ({row['fewshot']}-shot)" if row.get("fewshot") else ""
+    known = [each for each in measures if isinstance(each[1], float) and math.isfinite(each[1])]
+    task, is_ema = task_name(str(row.get("dataset") or "validation")), row.get("ema") is True
+    unit = "questions" if questions else "tokens"
+    return [
+        RecordedEvaluation(step, f"{task}{examples}", measure, value, count, unit, error, is_ema)
+        for measure, value, error in (known if metrics else known[:1])
+    ]

@@ -45,6 +45,7 @@ class History:
         train: name -> [N], also of each loss by dataset (LOSS_OF); NaN if a row lacks the number or has NaN.
         live: [N] whether the row counts; false if a resume, a rollback or another start has withdrawn it.
         evaluations: validation rows that count.
+        tasks: answers to multiple-choice questions that count.
         events: all events.
         seconds: time of all attempts by activity, without pauses between attempts.
         last_time: unix seconds of the last row; None without rows.
@@ -53,6 +54,7 @@ class History:
     train: dict[str, Numbers]
     live: npt.NDArray[np.bool_]
     evaluations: list[Row]
+    tasks: list[Row]
     events: list[Row]
     seconds: dict[str, float]
     last_time: float | None
@@ -90,7 +92,7 @@ def read_history(batches: Iterable[RowBatch]) -> History:
             parts.append(found[name])
         clock.see(trains, found, rest)
         for number, (place, row) in enumerate(zip(places, rest, strict=True)):
-            if row["kind"] in ("eval", "event"):
+            if row["kind"] in ("eval", "task", "event"):
                 others.append(row)
                 if row.get("event") in ATTEMPT_EVENTS and row.get("step") is not None:
                     kept_steps.append((count + place - number, row["step"]))
@@ -99,10 +101,12 @@ def read_history(batches: Iterable[RowBatch]) -> History:
     live = np.ones(count, dtype=np.bool_)
     for before, step in kept_steps:
         live[:before] &= training["step"][:before] <= step
+    counting = list(live_rows(others))
     return History(
         training,
         live,
-        [row for row in live_rows(others) if row["kind"] == "eval"],
+        [row for row in counting if row["kind"] == "eval"],
+        [row for row in counting if row["kind"] == "task"],
         [row for row in others if row["kind"] == "event"],
         *clock.result(),
     )
@@ -132,7 +136,7 @@ def _numbers(rows: Sequence[Row] | Columns, count: int, names: Iterable[str]) ->
 
 # Kinds of rows for the clock. The time before a row that opens a process is a pause and not counted.
 _TRAIN, _EVAL, _OTHER, _OPENS, _BEGINS, _ROLLS_BACK = range(6)
-_CODES = {"train": _TRAIN, "eval": _EVAL, "repair": _OPENS, "warning": _OPENS}
+_CODES = {"train": _TRAIN, "eval": _EVAL, "task": _EVAL, "repair": _OPENS, "warning": _OPENS}
 _CODES |= {"start": _BEGINS, "resume": _BEGINS, "rollback": _ROLLS_BACK}
 
 

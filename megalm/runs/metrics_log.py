@@ -9,6 +9,9 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   targets they add up to loss
 - `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and if known
   bits_per_byte, and loss_stderr, the standard error of the loss by the choice of the samples)
+- `task`: step, tokens, task and dataset (name and path of a file of evaluate.tasks), questions, accuracy, byte_accuracy
+  (by log-likelihood per byte of a choice), their standard errors, answer_bits_per_byte (of the right choices), chance,
+  cut_contexts, whole (all questions), attempt
 - `event`: event = start | resume | checkpoint | copied | spike | skip | rollback | signal | wall_time | early_stop |
   warning | expected | traffic | profile | straggler | repair | end, and its own fields:
   - `spike`: at_step, quantity, decided, loss, grad_norm, limit, median, first_sample
@@ -293,19 +296,21 @@ _LIST = _Kind(frozenset({list}), "a list")
 _COLUMNS: dict[str, _Kind] = {
     **dict.fromkeys(("step", "tokens", "samples", "attempt", "at_step", "saved_step", "first_sample"), _INTEGER),
     **dict.fromkeys(("memory_bytes", "bytes", "targets", "samples_skipped", "rollbacks", "exit_code"), _INTEGER),
+    **dict.fromkeys(("questions", "cut_contexts"), _INTEGER),
     **dict.fromkeys(("signal", "dropped_bytes", "world_size", "rank"), _INTEGER),
     **dict.fromkeys(("time", "loss", "lr", "grad_norm", "loss_scale", "tokens_per_second", "step_seconds"), _NUMBER),
     **dict.fromkeys(("mfu", "perplexity", "bits_per_byte", "seconds", "stall_seconds", "startup_seconds"), _NUMBER),
     **dict.fromkeys(("low", "high", "median", "best_loss", "loss_stderr", "own_seconds", "median_seconds"), _NUMBER),
-    **dict.fromkeys(("lasted_seconds", "temperature"), _NUMBER),
+    **dict.fromkeys(("lasted_seconds", "temperature", "accuracy", "accuracy_error", "byte_accuracy"), _NUMBER),
+    **dict.fromkeys(("byte_accuracy_error", "answer_bits_per_byte", "chance"), _NUMBER),
     **dict.fromkeys(("kind", "event", "dataset", "path", "text", "quantity", "decided", "why", "reason"), _TEXT),
-    **dict.fromkeys(("host", "device"), _TEXT),
+    **dict.fromkeys(("host", "device", "task"), _TEXT),
     **dict.fromkeys(("status", "report", "precision"), _TEXT),
     **dict.fromkeys(("whole", "met"), _FLAG),
     **dict.fromkeys(("pruned", "changed"), _LIST),
 }
 _NUMERIC = {name for name, kind in _COLUMNS.items() if kind in (_INTEGER, _NUMBER)}
-_NEEDED = {"train": ("step",), "eval": ("step",), "event": ("event",)}
+_NEEDED = {"train": ("step",), "eval": ("step",), "event": ("event",), "task": ("step", "task")}
 _NOT_NEGATIVE = ("step", "tokens", "samples", "attempt", "at_step", "time")
 _LAST_TIME = 1e11  # seconds: the year 5138
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from megalm.runs.evaluations import RecordedEvaluation, read_evaluations
+from megalm.runs.evaluations import RecordedEvaluation, newest, read_evaluations
 from megalm.runs.metrics_history import History, Numbers, read_history
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, LOSS_OF, METRICS_FILE, ReadBatches, Row, read_batches
 from megalm.runs.run_folder import ENVIRONMENT_FILE, parameter_count, read_mapping
@@ -46,8 +46,8 @@ class Results:
         scatter: name -> median absolute deviation of a per-step number; for the training loss, over the last tenth of
             the steps.
         dataset_losses: training loss by dataset of a mixture, the mean over the last tenth of the steps.
-        evaluations: name -> main number of the newest checkpoint that `megalm evaluate` has evaluated on it; the name
-            has the set, the measure and the number of tokens or questions, so equal names compare.
+        evaluations: name -> main number of the newest checkpoint that training or `megalm evaluate` has evaluated on
+            it; the name has the set, the measure and the number of tokens or questions, so equal names compare.
     """
 
     parameters: int | None
@@ -140,7 +140,7 @@ def read_run(run_dir: Path, read: ReadBatches = read_batches) -> RunRecord:
     for name in _OWN_TO_A_RUN:
         found.pop(name, None)
     environment = read_mapping(run_dir / ENVIRONMENT_FILE)
-    evaluations = read_evaluations(run_dir)
+    evaluations = sorted([*newest(history.tasks), *read_evaluations(run_dir)], key=lambda one: one.step)
     return RunRecord(run_dir.resolve().name, found, history, parameter_count(run_dir), environment, evaluations)
 
 

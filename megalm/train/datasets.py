@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.training_stages import TrainingStages
+from megalm.train.multiple_choice import NO_CHOICES, Choices, ChoiceTask, Encoding, read_choices
 
 log = logging.getLogger(__name__)
 VALIDATION = "validation"  # the name of the only validation set, and of all together
@@ -70,6 +71,7 @@ class RunData:
         samples: the number of samples of `train` that the run has read at its end.
         validation_fingerprint: of the samples for validation during training; only losses over the same ones compare.
         unigram_entropy: nats per token of the only training dataset, if its builder noted it.
+        choices: the questions of `evaluate.tasks`.
     """
 
     places: DataPlaces
@@ -79,6 +81,7 @@ class RunData:
     validation: dict[str, ValidationSamples]
     validation_fingerprint: str
     unigram_entropy: float | None
+    choices: Choices = NO_CHOICES
 
 
 def find_data(data: DataSection, info: Callable[[str], None]) -> DataPlaces:
@@ -121,10 +124,31 @@ def rebuild_data(data: DataSection, places: DataPlaces, workers: int, info: Call
 def open_run_data(
     run: ResolvedRun, first_sample_of: Callable[[int], int], comm: Communicator, info: Callable[[str], None]
 ) -> RunData:
-    """Prepare, rebuild and open the data of a run; collective. For arguments and errors see the three functions."""
+    """Prepare, rebuild and open the data of a run; collective. For arguments and errors see the four functions."""
     places = comm.once_per_node(lambda: find_data(run.config.data, info))
     comm.once(lambda: rebuild_data(run.config.data, places, len(os.sched_getaffinity(0)), info))
-    return open_data(run, places, first_sample_of)
+    data = open_data(run, places, first_sample_of)
+    return replace(data, choices=open_choices(run, data.tokenizer, info))
+
+
+def open_choices(run: ResolvedRun, tokenizer: Tokenizer, info: Callable[[str], None]) -> Choices:
+    """Read the questions of `evaluate.tasks`.
+
+    Raises:
+        DataError: a line is not a question, or a choice exceeds the model's window.
+    """
+    data, evaluate = run.config.data, run.config.evaluate
+    encoding = Encoding(tokenizer, data.sample_length, data.masks_documents)
+    rows = run.batch.micro_batch * run.batch.data_parallel
+
+    def task(max_samples: int | None) -> ChoiceTask:
+        return ChoiceTask([read_choices(Path(file), encoding, max_samples) for file in evaluate.tasks], rows)
+
+    whole = task(None)
+    for one in whole.sets:
+        if one.cut:
+            info(f"  WARNING: {one.name}: {one.cut:,} contexts exceed the model's window and lose their beginning")
+    return whole if evaluate.max_samples is None else task(evaluate.max_samples), whole
 
 
 def open_data(run: ResolvedRun, places: DataPlaces, first_sample_of: Callable[[int], int] | None = None) -> RunData:

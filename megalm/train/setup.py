@@ -452,6 +452,7 @@ def _components(
         ),
         peak_flops=peak,
         datasets=tuple(data.train.names),
+        choices=data.choices,
     )
 
 

@@ -19,6 +19,7 @@ from megalm.checkpoint.checkpointer import Saved
 from megalm.checkpoint.discovery import step_of
 from megalm.checkpoint.manifest import Status
 from megalm.communicator import Communicator
+from megalm.data.readers.questions import task_name
 from megalm.data.sampling.batch_loader import PREFETCHED_BATCHES, BatchLoader
 from megalm.engine.interface import Engine, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError, is_out_of_memory
@@ -26,13 +27,14 @@ from megalm.nodes.straggler_watch import StragglerWatch
 from megalm.planning.lr_schedule import rate_at
 from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.metrics_log import LOSS_OF, MetricsWriter, wall_limit
+from megalm.runs.metrics_log import LOSS_OF, MetricsWriter, Row, wall_limit
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_lock import LostFolder, RunLock
 from megalm.train.console import RunConsole
 from megalm.train.evaluator import TOTAL, Evaluation, Evaluator
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits
+from megalm.train.multiple_choice import NO_CHOICES, Choices
 from megalm.train.resume.training_progress import TrainingProgress
 from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.spikes.spike_guard import SpikeGuard, Verdict
@@ -63,6 +65,7 @@ class TrainerComponents:
     flops_per_token: Callable[[int], float]  # by sequence length
     peak_flops: float  # of all ranks together
     datasets: tuple[str, ...] = ()  # their names, of a mixture
+    choices: Choices = NO_CHOICES
     diagnostics: StepDiagnostics | None = None  # where the run asks for measurements
     stragglers: StragglerWatch | None = None  # where there are several ranks
 
@@ -156,6 +159,19 @@ class MetricsRecorder:
         parts.reporter.info(f"step {position.step}: validation{of_set} {result}")
         if result.dataset == TOTAL:
             self._compare_with_document(position, "validation_loss", lambda: result.loss)
+
+    def task(self, position: TrainingProgress, result: Row, whole: bool) -> None:
+        """Record the answers to the questions of one file."""
+        parts, name = self.parts, task_name(result["dataset"])
+        if parts.metrics is not None:
+            of_step = {"step": position.step, "tokens": position.tokens, "attempt": position.attempt}
+            parts.metrics.row("task", task=name, **result, whole=whole, **of_step)
+        error = result["accuracy_error"]
+        spread = "" if error is None else f" +- {error:.1%}"
+        parts.reporter.info(
+            f"step {position.step}: {name} accuracy {result['accuracy']:.1%}{spread}, by byte "
+            f"{result['byte_accuracy']:.1%}, chance {result['chance']:.1%} ({result['questions']:,} questions)"
+        )
 
     def checkpoint(self, position: TrainingProgress, saved: Saved) -> None:
         """Record a completed checkpoint."""
@@ -399,6 +415,8 @@ class Trainer:
 
     def _between_steps(self) -> None:
         config, step = self.parts.run.config, self.position.step
+        if _due(step, config.evaluate.tasks_interval_steps):
+            self._answer(whole=False)  # before validation, which may save: a resume from there does not return here
         if _due(step, config.evaluate.interval_steps):
             self._evaluate(whole=False)
         if _due(step, config.sample.interval_steps):
@@ -417,6 +435,11 @@ class Trainer:
             self.record.evaluation(position, each, whole)
         if not whole or parts.run.config.evaluate.max_samples is None:  # only losses over the same samples compare
             self._compare_with_best(result.loss)
+
+    def _answer(self, whole: bool) -> None:
+        """Answer the questions of evaluate.tasks, all of them or evaluate.max_samples of each file."""
+        for result in self.parts.choices[whole].rows(self.parts.engine, self.parts.limits.heartbeat):
+            self.record.task(self.position, result, whole)
 
     def _needs_selection_eval(self) -> bool:
         """Return whether the last step also needs validation on the samples that select the best checkpoint."""
@@ -495,6 +518,7 @@ class Trainer:
         if self._needs_selection_eval():
             self._evaluate(whole=False)
         self._evaluate(whole=True)
+        self._answer(whole=True)
         self._log_completed_saves(wait=True)
         if self.position.evaluation is not None:
             parts.checkpoints.note_evaluation(path, self.position.evaluation)
@@ -564,6 +588,7 @@ def run_preflight(parts: TrainerComponents) -> None:
         engine.train_step(parts.batches.batch(0, [(largest.samples, largest.parts)]), step=1, learning_rate=0.0)
     with memory_errors_named("validation"):
         parts.evaluator.preflight(engine)
+        parts.choices[True].preflight(engine)
     with memory_errors_named("sampling"):
         parts.sampler.preflight(engine)
     engine.reset()

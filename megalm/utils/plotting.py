@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,24 @@ if TYPE_CHECKING:
 
 def new_plot(xlabel: str, ylabel: str) -> tuple[Figure, Axes]:
     """Return an empty figure and its axes."""
+    figure, (axes,) = new_plots(xlabel, [ylabel])
+    return figure, axes
+
+
+def new_plots(xlabel: str, ylabels: Sequence[str]) -> tuple[Figure, list[Axes]]:
+    """Return an empty figure with axes below each other."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes half a second, so imported only here
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5.5), layout="constrained")
+    count = len(ylabels)
+    figure = Figure(figsize=(9, 3.5 + 2 * count), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel=xlabel, ylabel=ylabel)
-    axes.grid(alpha=0.3)
-    return figure, axes
+    found = []
+    for place, ylabel in enumerate(ylabels, start=1):
+        axes = figure.add_subplot(count, 1, place, xlabel=xlabel if place == count else "", ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        found.append(axes)
+    return figure, found
 
 
 def save_plot(figure: Figure, path: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests
-from megalm.parity.state_comparison import TOLERANCES, Outcome, Tolerance
+from megalm.parity.state_comparison import TOLERANCES, Outcome, Tolerance, some_choices
 from megalm.planning.engine_checks import ALLOW_CPU_FP16
 from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps
 
@@ -229,8 +229,9 @@ def train(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Pat
     validation = engine.evaluate(loader.batch(run.stages.samples(step_count)).micro_batches)
     texts = np.random.default_rng(3).integers(0, VOCAB, (2, 24))
     logits = engine.next_token_logits(texts, np.array([3, 23]))
+    choices = engine.row_losses(some_choices(VOCAB, 23))
     loader.close()
-    return Outcome(initial, trained, validation, logits)
+    return Outcome(initial, trained, validation, logits, choices)
 
 
 def train_rows(

@@ -184,6 +184,7 @@ def _equal(one: Sequence[Outcome], other: Sequence[Outcome]) -> bool:
     return all(
         (a.trained.losses, a.trained.norms, a.validation) == (b.trained.losses, b.trained.norms, b.validation)
         and np.array_equal(a.logits, b.logits)
+        and np.array_equal(a.choices, b.choices)
         and all(
             key == other_key and np.array_equal(values, other_values)
             for (key, values), (other_key, other_values) in zip(a.trained.fragments, b.trained.fragments, strict=True)

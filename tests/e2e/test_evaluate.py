@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from megalm.data.builder.builder import build_dataset
 from megalm.data.readers.document_reader import Document
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
+from megalm.errors import EXIT_START_AGAIN
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import Finished, finish, megalm, pretrain, rows
+from tests.e2e.jobs import Finished, finish, job, megalm, pretrain, rows, train_rows, until
 
 pytestmark = pytest.mark.e2e
 
@@ -38,9 +40,12 @@ def train(folder: Path, small_data: SmallData, *words: str, json_file: str | Pat
 
 @pytest.fixture(scope="module")
 def folder(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 12 steps with three checkpoints, in fp32."""
+    """A run of 12 steps with three checkpoints, in fp32, that answers questions at each."""
     folder = tmp_path_factory.mktemp("evaluated")
-    train(folder, small_data)
+    texts = [document.text for document in small_data.documents if len(document.text) > 220]
+    questions = [{"context": text[:200], "choices": [text[200:220], "%#" * 10], "answer": 0} for text in texts]
+    (folder / "quiz.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    train(folder, small_data, "evaluate.tasks=[quiz.jsonl]", "evaluate.tasks_interval_steps=4")
     return folder
 
 
@@ -65,6 +70,38 @@ def test_every_checkpoint_is_what_training_said_of_it(folder: Path) -> None:
     recorded = [json.loads(line) for line in (folder / "runs/mine/evaluations.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in recorded] == [row["loss"] for row in (*found, newest)]
     assert (folder / "runs/mine/metrics.jsonl").read_bytes() == before
+
+
+def test_questions_have_the_answers_of_training(folder: Path) -> None:
+    said = [row for row in rows(folder) if row["kind"] == "task"]
+    found = results(folder, "mine", "--choices", "quiz.jsonl", "--every-checkpoint", "--batch-size", 5)
+    assert [row["step"] for row in found] == [row["step"] for row in said] == [4, 8, 12]
+    for row, own in zip(found, said, strict=True):
+        for name in ("task", "questions", "tokens", "accuracy", "byte_accuracy", "chance", "cut_contexts"):
+            assert row[name] == own[name], name
+        assert row["answer_bits_per_byte"] == pytest.approx(own["answer_bits_per_byte"], rel=1e-6)
+    assert found[-1]["cut_contexts"] > 0, "contexts of 200 characters and windows of 64 tokens"
+    assert found[-1]["answer_bits_per_byte"] < found[0]["answer_bits_per_byte"], "it learns"
+
+
+def test_checkpoints_of_a_running_job_are_evaluated_as_they_come(small_data: SmallData, tmp_path: Path) -> None:
+    """Each once, while training deletes all but the newest two; the last one when the job has saved it and left."""
+    own = ("train.steps=100000", "checkpoint.interval_steps=20", "checkpoint.keep_last=2", "run.name=mine")
+    record = tmp_path / "runs/mine/evaluations.jsonl"
+    with job(tmp_path, pretrain(*small_data.changed(*own))) as training:
+        training.wait_for_step(20)
+        watching = megalm("evaluate", "mine", "--watch", "--max-samples", 2, "--json", "--plot", "p.png")
+        with job(tmp_path, watching) as watch:
+            until(lambda: record.is_file() and record.read_text().count("\n") >= 2, 200.0)
+            training.rank(0).send_signal(signal.SIGTERM)
+            assert training.wait().code == EXIT_START_AGAIN
+            finished = watch.wait()
+    assert finished.code == 0, finished.explain()
+    steps = [json.loads(line)["step"] for line in finished.stdout.splitlines()]
+    assert steps == sorted(set(steps)), finished.explain()
+    assert steps[-1] == train_rows(tmp_path)[-1]["step"]
+    assert [json.loads(line)["step"] for line in record.read_text().splitlines()] == steps
+    assert (tmp_path / "p.png").is_file()
 
 
 def test_another_kind_of_model(small_data: SmallData, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from megalm.runs.metrics_log import live_rows
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import finish, job, losses, own_lines, pretrain, rows, run_folder, write_json
 
@@ -34,7 +36,11 @@ def test_two_stages_train(small_data: SmallData, tmp_path: Path) -> None:
 
 def test_one_rank_goes_on_where_a_pipeline_stopped(small_data: SmallData, tmp_path: Path) -> None:
     json_file = write_json(tmp_path / "fp32.json", "pipeline.json", bf16=None, train_micro_batch_size_per_gpu=4)
-    words = small_data.changed("data.document_mask=true", "model.dropout=0.1", "run.name=run", "train.steps=6", SAVES)
+    question = {"context": "def ", "choices": ["read(self)", "%#%#"], "answer": 0}
+    (tmp_path / "quiz.jsonl").write_text("".join(json.dumps({**question, "context": text}) + "\n" for text in "abc"))
+    asks = (f"evaluate.tasks=[{tmp_path}/quiz.jsonl]", "evaluate.tasks_interval_steps=2")
+    own = ("data.document_mask=true", "model.dropout=0.1", "run.name=run", "train.steps=6", SAVES)
+    words = small_data.changed(*own, *asks)
     (alone := tmp_path / "alone").mkdir()
     (moved := tmp_path / "moved").mkdir()
     finished = finish(alone, pretrain(*words, json_file=json_file))
@@ -42,12 +48,23 @@ def test_one_rank_goes_on_where_a_pipeline_stopped(small_data: SmallData, tmp_pa
     finished = finish(moved, pretrain(*words, "parallel.pipeline=2", ranks=2, json_file=json_file))
     assert finished.code == 0, finished.explain()
     assert losses(moved) == pytest.approx(losses(alone), rel=1e-5)
+    assert_same_answers(moved, alone)
     finished = finish(moved, pretrain(*words, "--resume", "3", json_file=json_file))
     assert finished.code == 0, finished.explain()
     assert next(row["step"] for row in rows(moved) if row.get("event") == "resume") == 3
     (note,) = (line for line in finished.stdout.splitlines() if "parallel.pipeline" in line)
     assert ("2" in note, "1" in note) == (True, True), "two stages have no room on one rank"
     assert losses(moved) == pytest.approx(losses(alone), rel=1e-5)
+    assert_same_answers(moved, alone)
+
+
+def assert_same_answers(moved: Path, alone: Path) -> None:
+    """At steps 2, 4 and 6, each once, whatever was withdrawn by a resume."""
+    found, expected = ([row for row in live_rows(rows(folder)) if row["kind"] == "task"] for folder in (moved, alone))
+    assert [row["step"] for row in found] == [row["step"] for row in expected] == [2, 4, 6]
+    assert [row["accuracy"] for row in found] == [row["accuracy"] for row in expected]
+    bits = [[row["answer_bits_per_byte"] for row in each] for each in (found, expected)]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-5)
 
 
 def test_a_killed_stage_ends_the_job(small_data: SmallData, tmp_path: Path) -> None:

@@ -149,6 +149,10 @@ RULES = (
     ),
     Rule("fsspec is imported in utils/remote_files.py only", only_in("fsspec", "megalm.utils.remote_files")),
     Rule("wandb is an extra, imported in its sink only", only_in("wandb", "megalm.tracking.sinks.wandb_sink")),
+    Rule(
+        "lm_eval is an extra, imported in inference/lm_eval_tasks.py only",
+        only_in("lm_eval", "megalm.inference.lm_eval_tasks"),
+    ),
     Rule("utils/file_lock.py owns the locks: filelock there only", only_in("filelock", "megalm.utils.file_lock")),
     Rule("utils/file_lock.py owns the locks: fcntl there only", only_in("fcntl", "megalm.utils.file_lock")),
     Rule(

@@ -38,6 +38,7 @@ _BATCH_METRICS = 1000
 _NO_SERIES = {
     "train": ("kind", "time", "step", "attempt", "samples"),
     "eval": ("kind", "time", "step", "attempt", "tokens", "targets"),
+    "task": ("kind", "time", "step", "attempt", "tokens", "questions", "cut_contexts"),
 }
 # MLflow orders sections by name, and the charts in each: loss, then the optimizer, then speed.
 _SECTIONS = {"loss": "train", "tokens": "train"}
@@ -365,6 +366,8 @@ def metrics_of(row: Row) -> list[MetricValue]:
 
 
 def _section(row: Row, name: str) -> str:
+    if row["kind"] == "task":
+        return f"task/{row['task']}"
     if row["kind"] == "train":
         return "train" if name.startswith(LOSS_OF) else _SECTIONS.get(name, _SECTION_OF_THE_REST)
     return "eval" if row.get("dataset") in (None, "validation") else f"eval/{Path(str(row['dataset'])).name}"

@@ -64,12 +64,14 @@ _OF_TRAINING = {"abandoned": "withdrawn later", "steps": "training, each step", 
 def charts(history: History) -> list[Chart]:
     """Return the charts of all recorded curves, the loss first."""
     steps = history.train["step"]
-    others = [row for row in history.events if row.get("event") in MARKED] + history.evaluations
+    others = [row for row in history.events if row.get("event") in MARKED]
+    others += [*history.evaluations, *history.tasks]
     last = max([float(steps.max(initial=0.0)), *(float(event_step(row)) for row in others)])
     across = Scale(0.0, max(1.0, last))
     found = [
         _loss_chart(history, across),
         _datasets_chart(history, across),
+        _tasks_chart(history, across),
         *(_chart(history, curve, across) for curve in _CURVES),
     ]
     shown = [chart for chart in found if chart is not None]
@@ -118,6 +120,25 @@ def _datasets_chart(history: History, across: Scale) -> Chart | None:
         chart.legend.append((f"line set-{number}", f"training on {name}, running median"))
     if len(curves) > len(shown):
         chart.notes = [f"{len(curves) - len(shown)} more are in metrics.jsonl."]
+    return chart
+
+
+def _tasks_chart(history: History, across: Scale) -> Chart | None:
+    """Return the chart of the accuracy on the files of evaluate.tasks; None without any."""
+    sets = _by_name(history.tasks, "task", "accuracy", "questions")
+    points = {name: [point for stretch in stretches for point in stretch] for name, stretches in sets.items()}
+    values = [value for each in points.values() for _, value in each]
+    if not values:
+        return None
+    chart = Chart("Accuracy", "share of questions answered right", across, Scale.around(min(values), max(values)))
+    shown = list(sets)[:_MOST_SETS]
+    for number, name in enumerate(shown):
+        chart.draw(sets[name], f"set-{number}")
+        chart.dot(points[name], f"set-{number}", name)
+        chance = next(row["chance"] for row in history.tasks if row["task"] == name)
+        chart.legend.append((f"line set-{number}", f"{name}, chance {chance:.1%}"))
+    if len(sets) > len(shown):
+        chart.notes = [f"{len(sets) - len(shown)} more are in metrics.jsonl."]
     return chart
 
 
@@ -196,18 +217,24 @@ def _validation_sets(rows: Sequence[Row]) -> dict[str, list[list[Point]]]:
 
     The points are in stretches over the same number of tokens: a loss over others is not on the same line.
     """
+    sets = _by_name(rows, "dataset", "loss", "targets")
+    names = sorted(sets, key=lambda name: name != TOTAL)
+    return {name: sets[name] for name in names[: _MOST_SETS + 1]}
+
+
+def _by_name(rows: Sequence[Row], named: str, column: str, over: str) -> dict[str, list[list[Point]]]:
+    """Return name -> (step, value) points, in stretches of the same `over`; values that are not finite are left out."""
     sets: dict[str, list[Row]] = {}
     for row in rows:
-        loss = row.get("loss")
-        if isinstance(loss, (int, float)) and math.isfinite(loss):
-            sets.setdefault(str(row.get("dataset") or TOTAL), []).append(row)
-    names = sorted(sets, key=lambda name: name != TOTAL)
+        value = row.get(column)
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            sets.setdefault(str(row.get(named) or TOTAL), []).append(row)
     return {
         name: [
-            [(float(row.get("step", 0)), float(row["loss"])) for row in stretch]
-            for _, stretch in groupby(sets[name], key=lambda row: row.get("targets"))
+            [(float(row.get("step", 0)), float(row[column])) for row in stretch]
+            for _, stretch in groupby(found, key=lambda row: row.get(over))
         ]
-        for name in names[: _MOST_SETS + 1]
+        for name, found in sets.items()
     }
 
 

@@ -107,8 +107,10 @@ class AppendSink(Sink):
 
     @staticmethod
     def numbers_of(row: Row) -> dict[str, float]:
-        """Return a row's numbers as `train/loss`, `eval/loss`, and `eval/NAME/loss` of a named validation set."""
+        """Return a row's numbers: `train/loss`, `eval/loss`, `eval/NAME/loss` of a named set, `task/NAME/accuracy`."""
         prefix = str(row["kind"])
+        if prefix == "task":
+            prefix += f"/{row['task']}"
         if prefix == "eval" and row.get("dataset") not in (None, "validation"):
             prefix += f"/{Path(str(row['dataset'])).name}"
         return {

@@ -152,3 +152,18 @@ def test_a_prefix_is_taken_as_it_stands() -> None:
     config = load_run_config(None, ["data.train=001", "data.input=raw/*.jsonl", "data.tokenizer=bytes"]).config
     assert (config.data.train, config.data.input) == ("001", "raw/*.jsonl")
     assert load_run_config(None, ["data.input=[a, b]"]).config.data.input == ("a", "b")
+
+
+def test_files_of_questions_are_read_before_a_run_starts(start: Start, tmp_path: Path, a: str) -> None:
+    good, empty, bad = (tmp_path / f"{name}.jsonl" for name in ("good", "empty", "bad"))
+    good.write_text('{"context": "a", "choices": ["b", "c"], "answer": 1}\n')
+    empty.touch()
+    bad.write_text(good.read_text() + '{"context": "a", "choices": ["b", "c"], "answer": 2}\n')
+    (tmp_path / "other").mkdir()
+    (namesake := tmp_path / "other" / "good.jsonl.gz").touch()
+    one = [OWN, f"data.train={a}"]
+    assert start(*one, f"evaluate.tasks=[{good}]").config.evaluate.tasks == (str(good),)
+    message = refused(start, *one, f"evaluate.tasks=[{empty}, {good}, {bad}, {tmp_path}/absent]")
+    assert_names(message, "evaluate.tasks", empty, f"{bad}:2", tmp_path / "absent")
+    assert len(message.splitlines()) == 3 + (message.count("\n") == 3), "what is wrong with each, a line"
+    assert_names(refused(start, *one, f"evaluate.tasks=[{good}, {namesake}]"), "evaluate.tasks", "good")

@@ -120,6 +120,7 @@ def test_overrides_are_yaml(override: str, section: str, key: str, value: object
         ("schedule.peak_learning_rate=.inf", ["schedule.peak_learning_rate=Infinity", 0]),
         ("schedule.kind=cosin", ['schedule.kind="cosin"', '"cosine"', '"linear"']),
         ("evaluate.interval_steps=0", ["evaluate.interval_steps=0", "null"]),
+        ("evaluate.tasks_interval_steps=0", ["evaluate.tasks_interval_steps=0", "null"]),
         ("tracking.mlflow=1", ["tracking.mlflow=1", "true", "false"]),
         ("sample.prompts=[a, 1]", ['sample.prompts=["a", 1]']),
         ("steps", ["'steps'", "key=value", "train.steps=1000"]),

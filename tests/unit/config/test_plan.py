@@ -592,24 +592,29 @@ def test_a_plan_for_a_gpu_by_its_name(capsys: pytest.CaptureFixture[str], monkey
 def test_presets_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["presets"])
-    assert "quickstart" in capsys.readouterr().out
+    rows = {line.split()[0]: line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")}
+    assert_names(rows["quickstart"], "5,310,720", "4 x 256")
+    assert_names(rows["gpt2-124m"], "124,439,808", "12 x 768")
+    assert_names(rows["h100-1k"], "12 x 768")
     with pytest.raises(SystemExit):
         main(["presets", "quickstart"])
     assert "recipe: python-stdlib" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("columns", "expected"), [(80, 56), (None, 80), (300, 80)])
+@pytest.mark.parametrize(("columns", "width"), [(80, 80), (None, 120), (300, 120)])
 def test_the_presets_are_wrapped_once(
-    columns: int | None, expected: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    columns: int | None, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("megalm.cli.config.terminal_width", lambda: columns)
     with pytest.raises(SystemExit):
         main(["presets"])
-    descriptions = [line[24:] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert descriptions == [
-        line
+    heading, ruler, *lines = capsys.readouterr().out.splitlines()
+    start = heading.index("description")
+    assert len(ruler) == max(map(len, lines)) == width
+    assert [line[start:] for line in lines] == [
+        line.rstrip()
         for name in preset_paths()
-        for line in textwrap.wrap(describe_preset(name), expected, break_on_hyphens=False)
+        for line in textwrap.wrap(describe_preset(name), width - start, break_on_hyphens=False)
     ]
 
 

@@ -127,22 +127,30 @@ def test_values_of_another_type_are_refused() -> None:
 @pytest.mark.parametrize(
     ("base", "key", "value"),
     [
-        (LLAMA, "rope_scaling", {"type": "linear", "factor": 2.0}),
+        (LLAMA, "rope_scaling", {"rope_type": "dynamic", "factor": 2.0}),
+        (LLAMA, "rope_scaling", {"rope_type": "linear", "type": "yarn", "factor": 2.0}),
+        (LLAMA, "rope_scaling", {"type": "linear", "factor": 0.5}),
         (LLAMA, "rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+        (
+            LLAMA,
+            "rope_scaling",
+            {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "mscale": 1},
+        ),
         (LLAMA, "rope_parameters", {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}),
         (LLAMA, "rope_parameters", {"full_attention": {"rope_type": "default"}}),
         (LLAMA, "partial_rotary_factor", 0.25),
-        (LLAMA, "attention_bias", True),
-        (LLAMA, "mlp_bias", True),
-        (LLAMA, "hidden_act", "gelu"),
+        (LLAMA, "hidden_act", "gelu_fast"),
+        (LLAMA, "layer_types", ["full_attention", "full_attention"]),
         (LLAMA, "pretraining_tp", 2),
         (LLAMA, "sliding_window", 4096),
         (LLAMA, "num_local_experts", 8),
         (LLAMA, "quantization_config", {"bits": 4}),
         (LLAMA, "architectures", ["LlamaForSequenceClassification"]),
-        (QWEN3, "use_sliding_window", True),
+        (QWEN3, "mlp_bias", True),
         (QWEN3, "layer_types", ["full_attention", "sliding_attention"]),
-        (GPT2, "activation_function", "gelu"),
+        (QWEN3, "layer_types", ["full_attention"]),
+        (QWEN3, "layer_types", ["full_attention", "chunked_attention"]),
+        (GPT2, "activation_function", "gelu_fast"),
         (GPT2, "scale_attn_weights", False),
         (GPT2, "scale_attn_by_inverse_layer_idx", True),
         (GPT2, "reorder_and_upcast_attn", True),
@@ -160,8 +168,8 @@ def test_what_cannot_be_done_is_refused_by_name_and_value(base: dict[str, Any], 
 
 def test_everything_wrong_is_told_at_once() -> None:
     with pytest.raises(DataError) as refused:
-        to_shape({**LLAMA, "attention_bias": True, "num_experts": 4, "hidden_size": None})
-    assert_names(refused.value, "attention_bias=True", "num_experts=4", "hidden_size")
+        to_shape({**LLAMA, "hidden_act": "tanh", "num_experts": 4, "hidden_size": None})
+    assert_names(refused.value, "hidden_act='tanh'", "num_experts=4", "hidden_size")
 
 
 @pytest.mark.parametrize(
@@ -220,9 +228,21 @@ def test_a_key_that_changes_numbers_is_never_passed_over(key: str, value: Any) -
         (ModelSection(style="gpt2", qk_norm=True, **SIZES), ["model.qk_norm=true"]),
         (ModelSection(style="gpt2", num_key_value_heads=2, **SIZES), ["model.num_key_value_heads=2"]),
         (ModelSection(style="gpt2", head_dim=16, **SIZES), ["model.head_dim=16"]),
+        (ModelSection(attention_sinks=True, **SIZES), ["model.attention_sinks=true", "LlamaForCausalLM"]),
+        (ModelSection(mup_base_width=16, **SIZES), ["model.mup_base_width=16", "LlamaForCausalLM"]),
+        (ModelSection(normalization="layer_norm", **SIZES), ['model.normalization="layer_norm"']),
         (
-            ModelSection(style="llama", head_dim=8, **{**SIZES, "num_attention_heads": 6}),
-            ["model.num_attention_heads=6", "model.hidden_size=32"],
+            ModelSection(qk_norm=True, parallel_residual=True, embedding_scale=2.0, **SIZES),
+            ["model.parallel_residual=true", "model.embedding_scale=2.0", "Qwen3ForCausalLM"],
+        ),
+        (ModelSection(style="gpt2", position_embedding_type="none", **SIZES), ['model.position_embedding_type="none"']),
+        (
+            ModelSection(sliding_window=8, full_attention_layers=2, rope_local_theta=10.0, **SIZES),
+            ["model.rope_local_theta=10.0", "SmolLM3ForCausalLM"],
+        ),
+        (
+            ModelSection(attention_output_bias=True, head_dim=8, **{**SIZES, "num_attention_heads": 6}),
+            ["model.attention_output_bias=true", "MistralForCausalLM"],
         ),
     ],
 )

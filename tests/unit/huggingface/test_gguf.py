@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.data.tokenizers.tokenizer import load_tokenizer
-from megalm.errors import DataError
+from megalm.errors import CheckpointError, DataError
 from megalm.gguf.export_gguf import GGUF_FILE, check_gguf, export_gguf, gguf_tensors
 from megalm.gguf.gguf_tokenizer import CONTROL, NORMAL, UNUSED, to_gguf
 from megalm.huggingface.config_json import to_config
@@ -22,21 +22,24 @@ from megalm.huggingface.export_model import plan_export
 from megalm.huggingface.export_tokenizer import write_tokenizer
 from megalm.model.model_config import ModelConfig
 from megalm.model.transformer import LanguageModel
-from tests.huggingface_models import SECTIONS, random_model, save_model
+from tests.huggingface_models import FAMILIES, LLAMA_3, SECTIONS, random_model, save_model
 from tests.messages import assert_names
 
-LLAMA_3 = (
+YARN = FAMILIES["olmo3"].rope_scaling
+assert YARN is not None
+KINDS = {**SECTIONS, **FAMILIES, "llama-3": LLAMA_3}
+LLAMA_3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
 
 
 def write(
-    name: str, folder: Path, spec: str = "bytes", dtype: torch.dtype = torch.float32
+    name: str, folder: Path, spec: str = "bytes", dtype: torch.dtype = torch.float32, **changes: Any
 ) -> tuple[ModelConfig, LanguageModel]:
     """A model, and its GGUF file in `folder`/out."""
     rows = load_tokenizer(spec).vocab_size + 3
-    section = SECTIONS[name].model_copy(update={"vocab_size": rows})
+    section = KINDS[name].model_copy(update={"vocab_size": rows, **changes})
     shape, model = random_model(section, vocab_size=rows)
     checkpoint = save_model(folder / "run" / "checkpoints", shape, model, spec)
     plan = plan_export(CheckpointReader(checkpoint), folder / "out", dtype, None)
@@ -47,7 +50,8 @@ def write(
     return shape, model
 
 
-@pytest.mark.parametrize("name", SECTIONS)
+# Of the others transformers reads no GGUF file, or not these choices.
+@pytest.mark.parametrize("name", [*SECTIONS, "qwen2", "gemma2", "gemma3_text"])
 def test_transformers_reads_the_same_model(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     shape, model = write(name, tmp_path)
@@ -55,11 +59,41 @@ def test_transformers_reads_the_same_model(name: str, tmp_path: Path) -> None:
     facts = to_config(shape, 256, {}, "float32")
     config = transformers.AutoConfig.for_model(**facts)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "out", gguf_file=GGUF_FILE, config=config
+        tmp_path / "out", gguf_file=GGUF_FILE, config=config, attn_implementation="eager"
     ).eval()
     tokens = torch.randint(0, 257, (2, 40), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         torch.testing.assert_close(theirs(tokens).logits, model(tokens), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "named"),
+    [
+        ("mistral", {}, ["model.sliding_window=8"]),
+        ("llama", {"hidden_act": "gelu"}, ["model.hidden_act"]),
+        ("qk-norm", {"qkv_bias": True, "attention_output_bias": True}, ["model.qkv_bias=true"]),
+        ("qwen2", {"rope_scaling": LLAMA_3.rope_scaling}, ["model.rope_scaling"]),
+        ("olmo2", {"tie_word_embeddings": True}, ["model.tie_word_embeddings=true"]),
+        ("olmo3", {"full_attention_layers": (2,)}, ["model.sliding_window=8"]),
+        ("olmo3", {"rope_scaling": YARN.model_copy(update={"beta_fast": 16.0})}, ["model.rope_scaling"]),
+        ("smollm3", {"no_rope_layers": 2}, ["model.no_rope_layers=[1, 3, 5]"]),
+        ("gemma3_text", {"rope_local_theta": 100.0}, ["model.rope_local_theta=100.0"]),
+        ("gemma3_text", {"rope_local_theta": None}, ["model.rope_local_theta=null"]),
+        ("olmo3", {"rope_scaling": YARN.model_copy(update={"attention_factor": 1.2})}, ["model.rope_scaling"]),
+        ("gemma2", {"sliding_window": None, "full_attention_layers": None}, ["model.sliding_window=null"]),
+        ("gemma3_text", {"attention_scale": 24**-0.5}, ["model.attention_scale"]),
+        ("gemma3_text", {"num_hidden_layers": 62}, ["model.attention_scale"]),
+        ("gpt_neox", {"qkv_bias": False, "attention_output_bias": False}, ["model.qkv_bias=false"]),
+        ("gpt2", {"hidden_act": "silu"}, ["model.hidden_act"]),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_refused(
+    name: str, changes: dict[str, Any], named: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError) as refused:
+        write(name, tmp_path, **changes)
+    assert_names(refused.value, "llama.cpp", *named)
+    assert not (tmp_path / "out").exists()
 
 
 def test_bf16_rounds_matrices_only(tmp_path: Path) -> None:
@@ -107,7 +141,7 @@ def byte_level(folder: Path, pre: Any, **changes: Any) -> str:
         (
             pre_tokenizers.Sequence(
                 [
-                    pre_tokenizers.Split(tokenizers.Regex(LLAMA_3), "isolated"),
+                    pre_tokenizers.Split(tokenizers.Regex(LLAMA_3_PATTERN), "isolated"),
                     pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
                 ]
             ),
@@ -197,20 +231,40 @@ def test_pieces_of_an_export_are_described_as_their_model(tokenizer_files: dict[
 def test_llama_cpp_has_the_same_ids_and_logits(
     name: str, kind: str, tokenizer_files: dict[str, str], source_texts: list[str], tmp_path: Path
 ) -> None:
-    """Where llama-cpp-python is installed. Its products are of another precision: 1e-2."""
+    """Where llama-cpp-python is installed."""
     llama_cpp = pytest.importorskip("llama_cpp")
     spec = str(converted(tokenizer_files["bpe"], tmp_path / "json")) if kind == "bpe-json" else tokenizer_files[kind]
     ours = load_tokenizer(spec)
     _, model = write(name, tmp_path, spec)
-    theirs = llama_cpp.Llama(str(tmp_path / "out" / GGUF_FILE), n_ctx=40, logits_all=True, verbose=False, n_threads=1)
+    theirs = opened(llama_cpp, tmp_path)
     lines = list(dict.fromkeys(line for text in source_texts for line in text.split("\n") if line))[:3000]
     lines += ["na\u00efve \U0001f600 \u4e2d\u6587", "   indented\twith tab  ", "=" * 50]
     for line, ids in zip(lines, ours.encode_batch(lines), strict=True):
         assert theirs.tokenize(line.encode(), add_bos=False, special=False) == ids.tolist(), line
     assert theirs.token_eos() == ours.eod_id
-    tokens = ours.encode_batch([lines[0] + lines[1]])[0][:30].tolist()
+    assert_same_logits(theirs, model, ours.encode_batch([lines[0] + lines[1]])[0][:30].tolist())
+
+
+def opened(llama_cpp: Any, folder: Path) -> Any:
+    # Its own cache and attention are of half precision otherwise.
+    exact = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32}
+    path = str(folder / "out" / GGUF_FILE)
+    return llama_cpp.Llama(path, n_ctx=48, logits_all=True, verbose=False, n_threads=1, swa_full=True, **exact)
+
+
+def assert_same_logits(theirs: Any, model: LanguageModel, tokens: list[int]) -> None:
+    """To 1e-2: its products are of another precision."""
     theirs.eval(tokens)
     with torch.no_grad():
         expected = model(torch.tensor([tokens]))[0]
     found = torch.from_numpy(np.array(theirs.scores[: len(tokens)]))
     torch.testing.assert_close(found, expected, atol=1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("name", [*(name for name in FAMILIES if name != "mistral"), "llama-3"])
+def test_llama_cpp_computes_each_family(name: str, tmp_path: Path) -> None:
+    """Where llama-cpp-python is installed: texts beyond windows and the positions of the first training."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    _, model = write(name, tmp_path)
+    tokens = torch.randint(0, 257, (40,), generator=torch.Generator().manual_seed(1)).tolist()
+    assert_same_logits(opened(llama_cpp, tmp_path), model, tokens)

@@ -29,7 +29,7 @@ from megalm.huggingface.torch_file import load_torch_file
 from megalm.huggingface.universal_checkpoint import UniversalCheckpoint
 from megalm.huggingface.weight_mapping import HFTensor, hf_tensors
 from megalm.utils.atomic_files import write_json
-from tests.huggingface_models import SECTIONS, random_model
+from tests.huggingface_models import FAMILIES, SECTIONS, random_model
 from tests.messages import assert_names
 
 STEP = 12
@@ -49,7 +49,7 @@ def make(folder: Path, section: str = "llama", flat: bool = False, canonical: bo
         flat: as from ZeRO 3, whose tensors have no shape.
         canonical: with megalm's own names.
     """
-    shape, model = random_model(SECTIONS[section])
+    shape, model = random_model({**SECTIONS, **FAMILIES}[section])
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     (folder / "hf").mkdir(parents=True)
     write_json(folder / "hf/config.json", to_config(shape, 256, {}, "float32"))
@@ -97,6 +97,8 @@ def place(made: tuple[Path, Values], tmp_path: Path) -> Path:
         ("gpt2", False, False),
         ("gpt2-untied", True, False),
         ("gpt2", True, True),
+        ("gpt_neox", False, False),
+        ("gemma3_text", True, False),
     ],
 )
 def test_every_family_and_layout_comes_in_bit_for_bit(

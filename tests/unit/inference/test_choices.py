@@ -16,18 +16,12 @@ import tokenizers
 import torch
 
 from megalm.data.builder.stdlib_corpus import source_files
+from megalm.data.readers.questions import Question, read_questions
+from megalm.data.sampling.scored_sequences import SequenceBatches
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from megalm.errors import CheckpointError, DataError
-from megalm.inference.batching import SequenceBatches
 from megalm.inference.inference_model import InferenceModel, read_facts
-from megalm.inference.multiple_choice import (
-    ChoiceTask,
-    Question,
-    encode_question,
-    log_likelihoods,
-    read_choices,
-    read_questions,
-)
+from megalm.train.multiple_choice import ChoiceTask, encode_question, log_likelihoods, read_choices
 from tests.inference_models import GPT2, LLAMA, write_run
 from tests.messages import assert_names
 
@@ -69,7 +63,7 @@ def plain_score(model: InferenceModel, tokens: Sequence[int], first: int) -> flo
 
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_scores_are_those_of_a_plain_softmax(model: InferenceModel, tmp_path: Path, batch_size: int) -> None:
-    questions = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts)
+    questions = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts.encoding)
     found = log_likelihoods(questions, SequenceBatches(questions.sequences, batch_size), model, lambda: None)
     assert [len(scores) for scores in found] == [3, 2, 2, 4]
 
@@ -123,7 +117,7 @@ def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
             put(f"{there}.ln_1.{kind}", f"{here}.attention_norm.{kind}")
             put(f"{there}.ln_2.{kind}", f"{here}.mlp_norm.{kind}")
 
-    questions = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts)
+    questions = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts.encoding)
     found = log_likelihoods(questions, SequenceBatches(questions.sequences, 3), model, lambda: None)
     for question, scores in zip(QUESTIONS, found, strict=True):
         for choice, score in zip(question["choices"], scores, strict=True):
@@ -138,7 +132,7 @@ def test_scores_are_those_of_transformers(tmp_path: Path) -> None:
 def test_choices_begin_at_the_same_token(model: InferenceModel, tokenizer: Tokenizer) -> None:
     for content in QUESTIONS:
         question = Question(content["context"], tuple(content["choices"]), content["answer"], "here:1")
-        found = encode_question(question, model.facts)
+        found = encode_question(question, model.facts.encoding)
         assert len({sequence.first for sequence in found}) == 1
         assert len({tuple(sequence.tokens[: sequence.first]) for sequence in found}) == 1
         for choice, sequence in zip(question.choices, found, strict=True):
@@ -152,14 +146,14 @@ def test_a_token_across_the_boundary_is_scored_for_all(tokenizer: Tokenizer, mod
     question = Question("x = se", ("lf.width", "t"), 0, "here:1")
     alone, whole = (ids.tolist() for ids in tokenizer.encode_batch([question.context, question.context + "lf.width"]))
     assert whole[: len(alone)] != alone, "a tokenizer for which this tests nothing"
-    found = encode_question(question, model.facts)
+    found = encode_question(question, model.facts.encoding)
     before = tokenizer.decode(found[0].tokens[: found[0].first].tolist())
     assert question.context.startswith(before)
     assert len(before) < len(question.context)
 
 
 def test_documents_kept_apart_follow_no_end(tmp_path: Path) -> None:
-    facts = read_facts(write_run(tmp_path, ByteTokenizer(), GPT2, LENGTH, document_mask=True))
+    facts = read_facts(write_run(tmp_path, ByteTokenizer(), GPT2, LENGTH, document_mask=True)).encoding
     plain, empty = (encode_question(Question(context, ("a", "b"), 0, "x:1"), facts)[0] for context in ("ab", ""))
     assert (plain.tokens.tolist(), plain.first) == ([97, 98, 97], 2)
     assert (empty.tokens.tolist(), empty.first) == ([256, 97], 1), "something has to stand before it"
@@ -167,7 +161,7 @@ def test_documents_kept_apart_follow_no_end(tmp_path: Path) -> None:
 
 def test_accuracies_and_their_errors(model: InferenceModel, tmp_path: Path) -> None:
     """By hand from the scores: the longest text is rarely likeliest, but may be by byte."""
-    questions = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts)
+    questions = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts.encoding)
     batches = SequenceBatches(questions.sequences, 4)
     scores = log_likelihoods(questions, batches, model, lambda: None)
     sizes = [[len(choice.encode()) for choice in question["choices"]] for question in QUESTIONS]
@@ -177,7 +171,7 @@ def test_accuracies_and_their_errors(model: InferenceModel, tmp_path: Path) -> N
     # Three right by the one measure; how many by the other follows.
     answers = [*best[:3], (best[3] + 1) % 4]
     changed = [{**question, "answer": answer} for question, answer in zip(QUESTIONS, answers, strict=True)]
-    again = read_choices(write(tmp_path / "again.jsonl", changed), model.facts)
+    again = read_choices(write(tmp_path / "again.jsonl", changed), model.facts.encoding)
     (row,) = ChoiceTask([again], 4).rows(model, lambda: None)
     by_byte = sum(one == other for one, other in zip(answers, best_by_byte, strict=True)) / 4
     assert (row["questions"], row["accuracy"], row["byte_accuracy"]) == (4, 0.75, by_byte)
@@ -190,7 +184,7 @@ def test_scores_that_are_no_numbers_answer_nothing(tmp_path: Path, tokenizer: To
     model = InferenceModel(
         write_run(tmp_path / "run", tokenizer, spoilt={"final_norm.weight": 3e38, "head.weight": 3e38})
     )
-    asked = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts)
+    asked = read_choices(write(tmp_path / "q.jsonl", QUESTIONS), model.facts.encoding)
     with pytest.raises(CheckpointError, match="step-00000010"):
         ChoiceTask([asked], 4).rows(model, lambda: None)
 
@@ -199,7 +193,7 @@ def test_a_choice_of_which_nothing_is_left(model: InferenceModel, tmp_path: Path
     made = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eod>": 0, "word": 1, "<unk>": 2}, unk_token="<unk>"))
     made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     made.save(str(tmp_path / "tokenizer.json"))
-    facts = replace(model.facts, tokenizer=load_tokenizer(tmp_path / "tokenizer.json"))
+    facts = replace(model.facts.encoding, tokenizer=load_tokenizer(tmp_path / "tokenizer.json"))
     with pytest.raises(DataError, match="here:3"):
         encode_question(Question("", ("word", "  "), 0, "here:3"), facts)
     assert [len(one.tokens) for one in encode_question(Question("", ("word", "other"), 0, "here:4"), facts)] == [2, 2]
@@ -207,16 +201,16 @@ def test_a_choice_of_which_nothing_is_left(model: InferenceModel, tmp_path: Path
 
 def test_long_contexts_lose_their_beginning(model: InferenceModel, tmp_path: Path) -> None:
     long = {"context": "x = 1\n" * 60, "choices": ["y", "z = 2"], "answer": 0}
-    found = read_choices(write(tmp_path / "q.jsonl", [long, QUESTIONS[3]]), model.facts)
+    found = read_choices(write(tmp_path / "q.jsonl", [long, QUESTIONS[3]]), model.facts.encoding)
     assert found.cut == 1
     assert max(len(sequence.tokens) for sequence in found.sequences) == LENGTH + 1
     (uncut,) = model.tokenizer.encode_batch([long["context"] + "z = 2"])
     assert found.sequences[1].tokens.tolist() == uncut[-(LENGTH + 1) :].tolist()
-    whole = encode_question(Question(long["context"], tuple(long["choices"]), 0, "here:1"), model.facts)
+    whole = encode_question(Question(long["context"], tuple(long["choices"]), 0, "here:1"), model.facts.encoding)
     assert [one.targets for one in found.sequences[:2]] == [one.targets for one in whole], "the choice is scored still"
     too_long = {"context": "a", "choices": ["b", "c = 3\n" * 60], "answer": 0}
     with pytest.raises(DataError) as refused:
-        read_choices(write(tmp_path / "q.jsonl", [too_long]), model.facts)
+        read_choices(write(tmp_path / "q.jsonl", [too_long]), model.facts.encoding)
     assert_names(refused.value, f"{tmp_path}/q.jsonl:1", LENGTH)
 
 

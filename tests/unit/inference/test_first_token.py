@@ -9,10 +9,11 @@ import pytest
 
 from megalm.checkpoint.average import WeightAverage
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.data.readers.questions import Question
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from megalm.inference.inference_model import read_facts
-from megalm.inference.multiple_choice import Question, encode_question
 from megalm.inference.text_eval import read_text
+from megalm.train.multiple_choice import encode_question
 from megalm.train.text_samples import prompt_tokens
 from tests.inference_models import write_run
 
@@ -46,7 +47,7 @@ def test_what_is_evaluated_begins_with_it(tmp_path: Path, tokenizer: Tokenizer, 
     assert (window.tokens.tolist(), window.first) == ([tokenizer.bos_id, *ids.tolist()], 1)
     assert found.text_bytes == len("some words")
     for context in ("some ", ""):
-        for sequence in encode_question(Question(context, ("words", "more"), 0, "q:1"), facts):
+        for sequence in encode_question(Question(context, ("words", "more"), 0, "q:1"), facts.encoding):
             assert sequence.tokens[0] == tokenizer.bos_id
             assert tokenizer.bos_id not in sequence.tokens[1:]
 

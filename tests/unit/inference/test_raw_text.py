@@ -13,9 +13,9 @@ import torch
 from torch.nn import functional
 
 from megalm.data.sampling.samples import IGNORE_INDEX
+from megalm.data.sampling.scored_sequences import ScoredSequence, SequenceBatches, evenly
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import ConfigError, DataError
-from megalm.inference.batching import ScoredSequence, SequenceBatches, evenly
 from megalm.inference.inference_model import InferenceModel
 from megalm.inference.text_eval import TextTask, document_windows, read_text
 from tests.inference_models import GPT2, LLAMA, write_run

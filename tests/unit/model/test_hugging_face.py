@@ -1,7 +1,6 @@
-"""The same weights in Hugging Face's GPT-2 and Llama give the same logits and gradients, to 1e-5 in fp32.
+"""A batch of conversations has the loss and the gradients of Hugging Face's labels, to 1e-5 in fp32.
 
-The two add the same products in other orders (fused projections, another attention kernel), which costs a few of
-fp32's last bits: 1e-5 is about a hundred of them on logits of order one.
+`huggingface/test_families.py` compares logits and gradients of all families.
 """
 
 from __future__ import annotations
@@ -81,78 +80,6 @@ def _llama(shape: ModelConfig, model: LanguageModel) -> tuple[nn.Module, Callabl
     return theirs, lambda other: {
         name: other.get_parameter(translate(name)).grad for name, _ in model.named_parameters()
     }
-
-
-def _gpt2(shape: ModelConfig, model: LanguageModel) -> tuple[nn.Module, Callable[[nn.Module], dict[str, Tensor]]]:
-    """GPT-2 keeps its matrices transposed, and query, key and value in one."""
-    config = transformers.GPT2Config(
-        vocab_size=VOCAB,
-        n_embd=shape.hidden_size,
-        n_layer=shape.num_hidden_layers,
-        n_head=shape.num_attention_heads,
-        n_positions=LENGTH,
-        layer_norm_epsilon=shape.norm_epsilon,
-    )
-    theirs = transformers.GPT2LMHeadModel(config).eval()
-
-    def weights(of: Callable[[str], Tensor]) -> dict[str, Tensor]:
-        """Their names, made from ours by `of`."""
-        result = {"wte.weight": of("embedding.tokens.weight"), "wpe.weight": of("embedding.positions.weight")}
-        result |= {f"ln_f.{kind}": of(f"final_norm.{kind}") for kind in ("weight", "bias")}
-        for layer in range(shape.num_hidden_layers):
-            for kind in ("weight", "bias"):
-                ours, here = f"layers.{layer}", f"h.{layer}"
-                fused = [of(f"{ours}.attention.{part}.{kind}") for part in ("query", "key", "value")]
-                result[f"{here}.attn.c_attn.{kind}"] = torch.cat(fused).t()
-                result[f"{here}.attn.c_proj.{kind}"] = of(f"{ours}.attention.output.{kind}").t()
-                result[f"{here}.mlp.c_fc.{kind}"] = of(f"{ours}.mlp.up.{kind}").t()
-                result[f"{here}.mlp.c_proj.{kind}"] = of(f"{ours}.mlp.down.{kind}").t()
-                result[f"{here}.ln_1.{kind}"] = of(f"{ours}.attention_norm.{kind}")
-                result[f"{here}.ln_2.{kind}"] = of(f"{ours}.mlp_norm.{kind}")
-        return result
-
-    with torch.no_grad():
-        for name, value in weights(model.get_parameter).items():
-            theirs.transformer.get_parameter(name).copy_(value)
-
-    def gradients(other: nn.Module) -> dict[str, Tensor]:
-        expected = weights(lambda name: model.get_parameter(name).grad)
-        return {name: other.transformer.get_parameter(name).grad for name in expected}
-
-    model.weights_as_theirs = weights  # type: ignore[assignment]
-    return theirs, gradients
-
-
-@pytest.mark.parametrize(
-    "section",
-    [
-        ModelSection(style="llama", **SIZES),
-        ModelSection(style="llama", num_key_value_heads=2, tie_word_embeddings=True, rope_theta=500.0, **SIZES),
-        ModelSection(style="llama", num_key_value_heads=1, intermediate_size=72, **SIZES),
-        ModelSection(style="gpt2", **SIZES),
-    ],
-    ids=["llama", "llama-gqa-tied", "llama-mqa", "gpt2"],
-)
-def test_same_logits_and_gradients(section: ModelSection) -> None:
-    shape, model = _build(section)
-    theirs, their_gradients = _gpt2(shape, model) if shape.style == "gpt2" else _llama(shape, model)
-    generator = torch.Generator().manual_seed(1)
-    tokens = torch.randint(0, VOCAB, (2, LENGTH), generator=generator)
-    labels = torch.randint(0, VOCAB, (2, LENGTH), generator=generator)
-    labels[0, :5] = -100
-
-    torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-5, atol=1e-5)
-    total, count = model(tokens, labels)
-    (total / count).backward()
-    logits = theirs(tokens).logits
-    nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
-
-    if shape.style == "gpt2":
-        ours = model.weights_as_theirs(lambda name: model.get_parameter(name).grad)  # type: ignore[operator]
-    else:
-        ours = {name: parameter.grad for name, parameter in model.named_parameters()}
-    for name, gradient in their_gradients(theirs).items():
-        torch.testing.assert_close(ours[name], gradient, rtol=1e-5, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}")
 
 
 @pytest.mark.parametrize(("micro", "ranks"), [(4, 1), (1, 1), (2, 2), (1, 4)])

@@ -14,6 +14,7 @@ import pytest
 from megalm.cli.main import main
 from megalm.errors import ConfigError
 from megalm.runs.evaluations import read_evaluations
+from megalm.runs.metrics_log import MetricsWriter
 from megalm.tracking.compare_runs import differing_settings, incomparable, measure_of, plot_losses, read_run, results
 from tests.messages import assert_names
 
@@ -377,3 +378,24 @@ def test_evaluations_over_the_same_questions_are_compared(tmp_path: Path, capsys
     assert [one.value for one in read_evaluations(first)] == [0.2, 1.25, 0.9, 0.3]
     assert read_evaluations(first)[-1].error == 0.01
     assert read_evaluations(tmp_path) == []
+    harness = {
+        "source": "lm_eval",
+        "dataset": "arc",
+        "questions": 40,
+        "metrics": {"acc": 0.5, "f1": 0.25},
+        "errors": {"acc": 0.1},
+    }
+    evaluated(
+        first, {**harness, "step": 2, "fewshot": 5}, {**harness, "step": 2, "fewshot": 0, "metrics": {"acc": 0.75}}
+    )
+    found = {one.name: (one.value, one.error) for one in read_evaluations(first)}
+    assert found == {
+        "arc (5-shot), acc of 40 questions": (0.5, 0.1),
+        "arc (5-shot), f1 of 40 questions": (0.25, None),
+        "arc, acc of 40 questions": (0.75, 0.1),
+    }
+    with MetricsWriter(second / "metrics.jsonl") as writer:  # the run answers other questions itself
+        for step, share in ((1, 0.5), (2, 0.75)):
+            asked = {"task": "own", "dataset": "own.jsonl", "questions": 8, "accuracy": share, "accuracy_error": 0.1}
+            writer.row("task", step=step, tokens=step, attempt=1, **asked)
+    assert compared(capsys, first, second)["own, accuracy of 8 questions"] == ["-", "0.7500", "-"]

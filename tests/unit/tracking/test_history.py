@@ -16,7 +16,7 @@ from megalm.runs.metrics_log import RowBatch, live_rows
 STEPS = st.integers(0, 8)
 ROWS = st.one_of(
     st.builds(lambda step: {"kind": "train", "step": step}, STEPS),
-    st.builds(lambda step: {"kind": "eval", "step": step}, STEPS),
+    st.builds(lambda kind, step: {"kind": kind, "step": step, "task": "a"}, st.sampled_from(["eval", "task"]), STEPS),
     st.builds(
         lambda event, step: {"kind": "event", "event": event, "step": step},
         st.sampled_from(["start", "resume", "rollback", "skip", "end"]),
@@ -32,6 +32,7 @@ def test_the_same_rows_count_as_by_live_rows(found: list[dict[str, Any]]) -> Non
     history, live = history_of(rows), live_rows(rows)
     assert history.column("loss").tolist() == [row["loss"] for row in live if row["kind"] == "train"]
     assert history.evaluations == [row for row in live if row["kind"] == "eval"]
+    assert history.tasks == [row for row in live if row["kind"] == "task"]
     assert history.events == [row for row in rows if row["kind"] == "event"]
 
 

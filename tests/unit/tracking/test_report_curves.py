@@ -135,6 +135,23 @@ def test_losses_by_dataset_are_lines_of_their_own_chart(steps: int) -> None:
     assert "Loss by dataset" not in [chart.name for chart in plain]
 
 
+def test_answers_are_lines_of_their_own_chart() -> None:
+    """A part of the questions and all of them are not on one line."""
+    asked = [
+        {"kind": "task", "step": step, "task": task, "questions": count, "accuracy": share, "chance": 0.25}
+        for step, task, count, share in (
+            (9, "quiz", 5, 0.2),
+            (20, "quiz", 5, 0.4),
+            (30, "quiz", 9, 0.5),
+            (30, "b", 9, 0.3),
+        )
+    ]
+    (chart,) = (one for one in charts(history_of([train_row(30, 2.0), *asked])) if one.name == "Accuracy")
+    assert [name for _, name in chart.legend] == ["quiz, chance 25.0%", "b, chance 25.0%"]
+    assert [line.path.count("L") for line in chart.lines if line.look == "set-0" and "L" in line.path] == [1]
+    assert not any(one.name == "Accuracy" for one in charts(history_of([train_row(30, 2.0)])))
+
+
 def test_a_validation_set_of_another_level_is_in_the_frame() -> None:
     rows = [train_row(step, 3.0 + step % 2 / 10) for step in range(1, 200)]
     (loss, *_) = charts(history_of([*rows, validation(199, 8.0, dataset="hard"), validation(199, 3.1)]))

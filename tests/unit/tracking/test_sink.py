@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from megalm.runs.metrics_log import MetricsWriter, Row, live_rows, read_metrics
+from megalm.tracking.mlflow_mirror.mlflow_sink import metrics_of
 from megalm.tracking.mlflow_mirror.sink import FAILED, FINISHED, KILLED, RUNNING, Feed, FeedState, Sink, TakeBack
+from megalm.tracking.sinks.append_sink import AppendSink
 
 
 class Remembering(Sink):
@@ -116,3 +118,20 @@ def test_the_state_says_how_a_run_ends(tmp_path: Path) -> None:
         feed = Feed(sink, tmp_path)
         feed.deliver()
     assert (sink.state.status, feed.run_has_ended) == (FINISHED, True)
+
+
+def test_the_questions_of_each_file_are_series_of_their_own() -> None:
+    numbers = {"accuracy": 0.5, "byte_accuracy": 0.25, "accuracy_error": None, "chance": 0.5}
+    row = {
+        "kind": "task",
+        "time": 1.0,
+        "step": 4,
+        "tokens": 9,
+        "task": "quiz",
+        "questions": 8,
+        "whole": True,
+        **numbers,
+    }
+    expected = {f"task/quiz/{name}": value for name, value in numbers.items() if value is not None}
+    assert {one.key: one.value for one in metrics_of(row)} == expected
+    assert AppendSink.numbers_of(row).items() >= expected.items()

@@ -85,6 +85,20 @@ class Evaluator:
         )
 
 
+class Questions:
+    """Right in as many of a thousand as the run has trained steps; remembers what was saved before."""
+
+    def __init__(self, checkpoints: Checkpoints, position: TrainingProgress, questions: int) -> None:
+        self.checkpoints, self.position, self.questions = checkpoints, position, questions
+        self.saved_before: list[int] = []
+
+    def rows(self, engine: Engine, heartbeat: Callable[[], None]) -> list[dict[str, Any]]:
+        self.saved_before.append(len(self.checkpoints.saved))
+        share = self.position.step / 1000
+        of_all = {"accuracy": share, "accuracy_error": None, "byte_accuracy": share, "chance": 0.5}
+        return [{"dataset": "sets/quiz.jsonl.gz", "questions": self.questions, **of_all}]
+
+
 class Checkpoints:
     copies = None
 
@@ -175,6 +189,7 @@ class Story:
         self.incidents, self.metrics = Incidents(), folder / "metrics.jsonl"
         position = options.get("position", TrainingProgress(run.stages.at(1)))
         position.schedule = RunSchedule((ScheduleSegment(1, 0, run.schedule),))
+        self.questions = [Questions(self.checkpoints, position, number) for number in (10, 1000)]
         self.loop = Trainer(
             TrainerComponents(
                 run=run,
@@ -194,6 +209,7 @@ class Story:
                 flops_per_token=lambda length: 1.0,
                 peak_flops=options.get("peak_flops", 1e12),
                 datasets=options.get("datasets", ()),
+                choices=tuple(self.questions),  # type: ignore[arg-type]
             ),
             position,
         )
@@ -230,6 +246,30 @@ def test_intervals_and_the_end(tmp_path: Path) -> None:
     assert (rows[-1]["status"], rows[-1]["exit_code"]) == ("finished", 0)
     assert story.engine.rates[2] == pytest.approx(3e-3)
     assert story.engine.rates[10] == pytest.approx(3e-4)
+
+
+def answers(metrics: Path) -> list[tuple[int, str, int, float]]:
+    rows = [row for row in live_rows(read_metrics(metrics)) if row["kind"] == "task"]
+    return [(row["step"], row["task"], row["questions"], row["accuracy"]) for row in rows]
+
+
+def test_questions_are_answered_at_their_own_interval_and_a_resume_leaves_none_out(tmp_path: Path) -> None:
+    """A part of them while training, all at the end; a run that is stopped at such a step has answered them there."""
+    settings = ("evaluate.tasks_interval_steps=4", "evaluate.interval_steps=4", "checkpoint.best=true")
+    story = Story(tmp_path, *settings, validation=[3.0, 2.0], stop_at=8)
+    assert story.loop.fit() == EXIT_START_AGAIN
+    assert story.checkpoints.saved == [4, 8], "the best of a validation, at the same steps"
+    assert story.questions[False].saved_before == [0, 1], "a resume from either does not come back to its step"
+    resumed = Story(tmp_path, *settings, validation=[1.0], position=story.loop.position)
+    resumed.loop.event("resume")
+    assert resumed.loop.fit() == EXIT_DONE
+    assert answers(story.metrics) == [(4, "quiz", 10, 0.004), (8, "quiz", 10, 0.008), (10, "quiz", 1000, 0.01)]
+
+
+def test_without_an_interval_questions_are_answered_at_the_end(tmp_path: Path) -> None:
+    story = Story(tmp_path, steps=5)
+    assert story.loop.fit() == EXIT_DONE
+    assert answers(story.metrics) == [(5, "quiz", 1000, 0.005)]
 
 
 def test_a_peak_that_is_exceeded_is_doubted_once(tmp_path: Path) -> None:

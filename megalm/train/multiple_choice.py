@@ -1,9 +1,11 @@
-"""Multiple-choice questions: the checkpoint's answer is the choice with the largest log-likelihood after the context.
+"""Multiple-choice questions: the model's answer is the choice with the largest log-likelihood after the context.
 
 Context and choice are encoded as one text. Scoring starts after the tokens that the context alone and the context with
 each choice have in common, so it starts at the same token for all choices, even if a token spans the boundary. The
 context begins as a document in training: with its bos_id, or after an end-of-document token, unless data.document_mask
 separated documents there.
+
+The same in training, by its engine, and in `megalm evaluate`, by a model alone. Shapes: B rows of a batch.
 """
 
 from __future__ import annotations
@@ -12,28 +14,38 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
-from megalm.data.readers.input_files import BROKEN, packing_of, unpacked
-from megalm.errors import CheckpointError, DataError
-from megalm.inference.batching import ScoredSequence, SequenceBatches, common_prefix, evenly
-from megalm.inference.dataset_eval import Row
-from megalm.inference.inference_model import COMPUTES_NAN, CheckpointFacts, InferenceModel
+from megalm.data.readers.questions import Question, read_questions
+from megalm.data.sampling.batch_loader import MicroBatch
+from megalm.data.sampling.scored_sequences import ScoredSequence, SequenceBatches, common_prefix, evenly
+from megalm.data.tokenizers.tokenizer import Tokenizer
+from megalm.errors import DataError
 
 Floats = npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True)
-class Question:
-    """`answer` is the index of the right choice."""
+class RowScorer(Protocol):
+    """A model, or the part of `Engine` that questions need."""
 
-    context: str
-    choices: tuple[str, ...]
-    answer: int
-    source: str  # "file:line"
+    def row_losses(self, batch: MicroBatch) -> Floats: ...
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How a model reads a question.
+
+    Attributes:
+        sequence_length: of its window, in tokens.
+        document_mask: attention was confined to one document in training.
+    """
+
+    tokenizer: Tokenizer
+    sequence_length: int
+    document_mask: bool
 
 
 @dataclass(frozen=True)
@@ -55,17 +67,29 @@ class ChoiceTask:
     """Accuracy on the questions of several files; see `DatasetTask`."""
 
     def __init__(self, sets: Sequence[ChoiceSet], batch_size: int) -> None:
-        self._sets = [(one, SequenceBatches(one.sequences, batch_size)) for one in sets]
+        self.sets = sets
+        self._batches = [SequenceBatches(one.sequences, batch_size) for one in sets]
 
     @property
     def batches(self) -> int:
-        return sum(len(batches) for _, batches in self._sets)
+        return sum(map(len, self._batches))
 
-    def rows(self, model: InferenceModel, heartbeat: Callable[[], None]) -> list[Row]:
-        return [_row(one, log_likelihoods(one, batches, model, heartbeat)) for one, batches in self._sets]
+    def rows(self, model: RowScorer, heartbeat: Callable[[], None]) -> list[dict[str, Any]]:
+        pairs = zip(self.sets, self._batches, strict=True)
+        return [_row(one, log_likelihoods(one, batches, model, heartbeat)) for one, batches in pairs]
+
+    def preflight(self, model: RowScorer) -> None:
+        """Score the longest batch of each file, to find out whether memory suffices."""
+        for batches in self._batches:
+            model.row_losses(batches.batch(0).micro_batches[0])
 
 
-def read_choices(path: Path, facts: CheckpointFacts, max_samples: int | None = None) -> ChoiceSet:
+# What a run evaluates on while it trains, and at its end.
+Choices = tuple[ChoiceTask, ChoiceTask]
+NO_CHOICES: Choices = (ChoiceTask((), 1), ChoiceTask((), 1))
+
+
+def read_choices(path: Path, encoding: Encoding, max_samples: int | None = None) -> ChoiceSet:
     """Read and encode a file of questions, compressed or not.
 
     Args:
@@ -79,39 +103,19 @@ def read_choices(path: Path, facts: CheckpointFacts, max_samples: int | None = N
     sequences: list[ScoredSequence] = []
     cut = 0
     for question in questions:
-        found = encode_question(question, facts)
-        sequences += [_within(sequence, facts.sequence_length, question) for sequence in found]
-        cut += any(len(sequence.tokens) > facts.sequence_length + 1 for sequence in found)
+        found = encode_question(question, encoding)
+        sequences += [_within(sequence, encoding.sequence_length, question) for sequence in found]
+        cut += any(len(sequence.tokens) > encoding.sequence_length + 1 for sequence in found)
     return ChoiceSet(str(path), tuple(questions), tuple(sequences), cut)
 
 
-def read_questions(path: Path) -> list[Question]:
-    """Read JSON lines {"context": ..., "choices": [...], "answer": index}; other fields are ignored.
-
-    Raises:
-        DataError: the file cannot be read, or a line is not a question.
-    """
-    found = []
-    try:
-        with unpacked(path.open("rb"), packing_of(path)) as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    found.append(_question(line, f"{path}:{number}"))
-    except BROKEN as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(f"{path}: cannot be read ({reason}); give a file of JSON lines") from None
-    if not found:
-        raise DataError(f"{path} has no question; give JSON lines of context, choices and answer")
-    return found
-
-
-def encode_question(question: Question, facts: CheckpointFacts) -> list[ScoredSequence]:
+def encode_question(question: Question, encoding: Encoding) -> list[ScoredSequence]:
     """Encode each choice; all sequences have the same tokens before the first scored one.
 
     Raises:
         DataError: the tokenizer encodes a choice to no token.
     """
-    tokenizer = facts.tokenizer
+    tokenizer = encoding.tokenizer
     texts = [question.context, *(question.context + choice for choice in question.choices)]
     try:
         before, *together = (tokens.tolist() for tokens in tokenizer.encode_batch(texts))
@@ -121,36 +125,30 @@ def encode_question(question: Question, facts: CheckpointFacts) -> list[ScoredSe
         raise DataError(f"{question.source}: the tokenizer encodes a choice to no token; change or remove the choice")
     common = min(min(common_prefix(before, tokens), len(tokens) - 1) for tokens in together)
     # The first scored token needs a token before it.
-    start = tokenizer.text_start(facts.document_mask) or ([] if common else [tokenizer.eod_id])
+    start = tokenizer.text_start(encoding.document_mask) or ([] if common else [tokenizer.eod_id])
     return [ScoredSequence(np.array([*start, *tokens]), len(start) + common) for tokens in together]
 
 
 def log_likelihoods(
-    questions: ChoiceSet, batches: SequenceBatches, model: InferenceModel, heartbeat: Callable[[], None]
+    questions: ChoiceSet, batches: SequenceBatches, model: RowScorer, heartbeat: Callable[[], None]
 ) -> list[Floats]:
-    """The log-likelihoods in nats of each question's choices.
-
-    Raises:
-        CheckpointError: one is NaN.
-    """
+    """The log-likelihoods in nats of each question's choices."""
     scores = np.zeros(len(questions.sequences))
     for index, batch in enumerate(batches):
         for micro_batch in batch.micro_batches:
-            losses = model.row_losses(micro_batch)
-            if np.isnan(losses).any():  # argmax would choose a NaN
-                raise CheckpointError(f"{model.path}: {COMPUTES_NAN}")
-            scores[batches.indices(index)] = -losses
+            scores[batches.indices(index)] = -model.row_losses(micro_batch)
         heartbeat()
     ends = np.cumsum([len(question.choices) for question in questions.questions])
     return np.split(scores, ends[:-1])
 
 
-def _row(questions: ChoiceSet, scores: Sequence[Floats]) -> Row:
-    right, right_by_byte = [], []
+def _row(questions: ChoiceSet, scores: Sequence[Floats]) -> dict[str, Any]:
+    right, right_by_byte, bits = [], [], []
     for question, score in zip(questions.questions, scores, strict=True):
         sizes = np.array([len(choice.encode()) for choice in question.choices])
-        right.append(int(score.argmax()) == question.answer)
-        right_by_byte.append(int((score / sizes).argmax()) == question.answer)
+        right.append(_is_right(score, question))
+        right_by_byte.append(_is_right(score / sizes, question))
+        bits.append(-score[question.answer] / math.log(2) / sizes[question.answer])
     chance = float(np.mean([1 / len(question.choices) for question in questions.questions]))
     return {
         "source": "choices",
@@ -160,12 +158,18 @@ def _row(questions: ChoiceSet, scores: Sequence[Floats]) -> Row:
         "accuracy_error": _standard_error(right),
         "byte_accuracy": float(np.mean(right_by_byte)),
         "byte_accuracy_error": _standard_error(right_by_byte),
+        "answer_bits_per_byte": float(np.mean(bits)),
         "chance": chance,
         "cut_contexts": questions.cut,
     }
 
 
-def _standard_error(right: Sequence[bool]) -> float | None:
+def _is_right(scores: Floats, question: Question) -> float:
+    """1 if the answer has the largest score, the first of equal ones, else 0; NaN if a score is, which argmax takes."""
+    return math.nan if np.isnan(scores).any() else float(scores.argmax() == question.answer)
+
+
+def _standard_error(right: Sequence[float]) -> float | None:
     """The standard error of the accuracy; None for one answer."""
     if len(right) < 2:
         return None
@@ -182,20 +186,3 @@ def _within(sequence: ScoredSequence, length: int, question: Question) -> Scored
             "or remove it"
         )
     return ScoredSequence(sequence.tokens[lost:], sequence.first - lost)
-
-
-def _question(line: bytes, source: str) -> Question:
-    try:
-        content = orjson.loads(line)
-    except ValueError as error:
-        raise DataError(f"{source} is not JSON ({error}); correct or remove the line") from None
-    if not isinstance(content, dict) or not {"context", "choices", "answer"} <= content.keys():
-        raise DataError(f'{source}: give {{"context": TEXT, "choices": [TEXT, ...], "answer": INDEX}}')
-    context, choices, answer = (content[name] for name in ("context", "choices", "answer"))
-    if not isinstance(context, str):
-        raise DataError(f"{source}: context must be a string")
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(one, str) and one for one in choices):
-        raise DataError(f"{source}: choices must be two or more strings, none of them empty")
-    if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
-        raise DataError(f"{source}: answer must be the index of the right choice, 0 to {len(choices) - 1}")
-    return Question(context, tuple(choices), answer, source)
