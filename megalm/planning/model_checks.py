@@ -11,7 +11,7 @@ from megalm.model.model_config import ModelConfig
 from megalm.planning.engine_checks import CheckContext, Rule
 
 # The keys of `model.rope_scaling` that each rope_type reads.
-SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
+_SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
     "linear": ("rope_type", "factor"),
     "llama3": ("rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": (
@@ -105,7 +105,7 @@ def _idle_layer_choices(model: ModelSection, shape: ModelConfig) -> Iterator[str
 def _scaling_problems(scaling: RopeScaling, theta: float) -> Iterator[str]:
     kind = scaling.rope_type
     for name, field in RopeScaling.model_fields.items():
-        if name not in SCALING_KEYS[kind] and getattr(scaling, name) != field.default:
+        if name not in _SCALING_KEYS[kind] and getattr(scaling, name) != field.default:
             yield f"model.rope_scaling: {kind} does not read {name}; remove it"
     if kind != "linear" and scaling.original_max_position_embeddings is None:
         yield f"model.rope_scaling: {kind} needs original_max_position_embeddings"
