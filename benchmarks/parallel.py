@@ -74,6 +74,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "tp2": (2, ("parallel.tensor=2",)),
     "sp2": (2, ("parallel.tensor=2", "parallel.sequence=true")),
     "pp2": (2, ("parallel.pipeline=2",)),
+    "cp2": (2, ("parallel.context=2",)),
+    "ring2": (2, ("parallel.context=2", "parallel.context_method=ring")),
     "tp2xdp2": (4, ("parallel.tensor=2",)),
     "tp2xpp2": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
     "pp2xdp2": (4, ("parallel.pipeline=2",)),
@@ -185,7 +187,7 @@ def _fullest(
     plan = estimate_memory(case)
     held = plan.weights + plan.gradients + plan.master + plan.moments
     # What divides the sixteen bytes: tensor and pipeline ranks all of them, ZeRO 1 those of the optimizer only.
-    model_ranks, data = run.topology.tensor * run.topology.pipeline, run.topology.data
+    model_ranks, data = run.topology.tensor * run.topology.pipeline, run.topology.data_context
     whole = {0: 16, 1: 4, 2: 2, 3: 0}[run.zero_stage]
     rule = shape.parameter_count() / model_ranks * (whole + (16 - whole) / data)
     measured = comm.max([communicating, activations, states])

@@ -1,18 +1,19 @@
 """Which rank does what, and which part of a dimension it holds, as pure integers: no torch, no process group.
 
-Axes from the outermost to the innermost: pipeline, data, tensor. Tensor-parallel neighbours are consecutive ranks, so
-they share a node when the degree divides the ranks of a node. Pipeline stages are farthest apart, because they
-communicate least. Context parallelism and expert parallelism are not available; each would lie between data and tensor.
+Axes from the outermost to the innermost, by what they send: pipeline, data, context, tensor. Tensor-parallel neighbours
+are consecutive ranks, so they share a node when the degree divides the ranks of a node; those of a context group lie
+next to them. Pipeline stages are farthest apart, because they communicate least.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from megalm.errors import ConfigError
 
-Axis = Literal["pipeline", "data", "tensor"]
+Axis = Literal["pipeline", "data", "context", "tensor"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 
 
@@ -22,53 +23,76 @@ class Coordinate:
 
     pipeline: int
     data: int
+    context: int
     tensor: int
 
 
 @dataclass(frozen=True)
 class Topology:
-    """`world_size` ranks as a grid of pipeline x data x tensor.
+    """`world_size` ranks as a grid of pipeline x data x context x tensor.
 
     Raises:
-        ConfigError: a degree below 1, or tensor x pipeline does not divide the world size.
+        ConfigError: a degree below 1, or tensor x context x pipeline does not divide the world size.
     """
 
     world_size: int
     tensor: int = 1
     pipeline: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.world_size, self.tensor, self.pipeline) < 1:
+        if min(self.world_size, self.tensor, self.pipeline, self.context) < 1:
             raise ConfigError("topology: the world size and every parallel degree must be at least 1")
-        if self.world_size % (self.tensor * self.pipeline):
+        if self.world_size % self.copy_ranks:
+            context = f" x parallel.context={self.context}" if self.context > 1 else ""
+            below = self.world_size // self.copy_ranks * self.copy_ranks
+            near = f"{below} or {below + self.copy_ranks}" if below else str(self.copy_ranks)
             raise ConfigError(
-                f"parallel.tensor={self.tensor} x parallel.pipeline={self.pipeline} does not divide "
-                f"{self.world_size} ranks; start a multiple of {self.tensor * self.pipeline} ranks"
+                f"parallel.tensor={self.tensor}{context} x parallel.pipeline={self.pipeline} does not divide "
+                f"{self.world_size} ranks; start a multiple of {self.copy_ranks} ranks, {near}"
             )
+
+    @property
+    def copy_ranks(self) -> int:
+        """Number of ranks that train one copy of the model on the same samples: tensor x context x pipeline."""
+        return self.tensor * self.context * self.pipeline
 
     @property
     def data(self) -> int:
         """Data-parallel degree: the number of model copies, which train on different samples."""
-        return self.world_size // (self.tensor * self.pipeline)
+        return self.world_size // self.copy_ranks
+
+    @property
+    def data_context(self) -> int:
+        """Number of ranks that hold the same weights, over which gradients are summed and ZeRO divides its states."""
+        return self.data * self.context
+
+    def __str__(self) -> str:
+        return " x ".join(f"{axis} {self.size(axis)}" for axis in AXES if axis != "context" or self.context > 1)
 
     def size(self, axis: Axis) -> int:
         """The parallel degree of an axis."""
-        return {"pipeline": self.pipeline, "data": self.data, "tensor": self.tensor}[axis]
+        degree: int = getattr(self, axis)
+        return degree
 
     def coordinate(self, rank: int) -> Coordinate:
         """The place of a rank."""
         assert 0 <= rank < self.world_size, (rank, self.world_size)
         rest, tensor = divmod(rank, self.tensor)
+        rest, context = divmod(rest, self.context)
         pipeline, data = divmod(rest, self.data)
-        return Coordinate(pipeline=pipeline, data=data, tensor=tensor)
+        return Coordinate(pipeline=pipeline, data=data, context=context, tensor=tensor)
 
     def rank(self, coordinate: Coordinate) -> int:
         """The inverse of `coordinate`."""
-        return (coordinate.pipeline * self.data + coordinate.data) * self.tensor + coordinate.tensor
+        rank = 0
+        for axis in AXES:
+            rank = rank * self.size(axis) + int(getattr(coordinate, axis))
+        return rank
 
     def stride(self, axis: Axis) -> int:
         """Distance in ranks between neighbours along an axis."""
-        return {"pipeline": self.data * self.tensor, "data": self.tensor, "tensor": 1}[axis]
+        return math.prod(self.size(inner) for inner in AXES[AXES.index(axis) + 1 :])
 
     def groups(self, axis: Axis) -> list[tuple[int, ...]]:
         """The groups along an axis, by first rank: ranks that differ only in this coordinate, in its order."""
@@ -112,7 +136,7 @@ def whole_parts(features: int, parts: int, ranks: int, index: int) -> DimRange:
     With fewer parts than ranks (key/value heads) neighbours hold the same part, the one that their query heads need.
     """
     assert features % parts == 0, (features, parts)
-    assert parts % ranks == 0 or ranks % parts == 0, (parts, ranks)  # planning/checks/parallel.py refuses the others
+    assert parts % ranks == 0 or ranks % parts == 0, (parts, ranks)  # planning/parallel_checks.py refuses the others
     sharers = max(1, ranks // parts)
     part, sharer = divmod(index, sharers)
     size = features // min(parts, ranks)

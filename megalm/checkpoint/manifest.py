@@ -199,6 +199,7 @@ class StoredSchedule(_Part):
 class StoredTopology(_Part):
     world_size: Positive
     data: Positive
+    context: Positive = 1
     tensor: Positive
     pipeline: Positive
     zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)]

@@ -24,6 +24,7 @@ _STAGES_SHOWN = 8  # of a longer pipeline, the first and last stages
 _LONGEST_HOURS = 24 * 365 * 20  # a date beyond says nothing
 _TRAFFIC: dict[Axis, str] = {
     "pipeline": "hidden states, each micro-batch",
+    "context": "queries, keys and values, in every layer",
     "tensor": "hidden states, several times a layer",
 }
 _DATA_TRAFFIC = (  # by ZeRO stage
@@ -39,11 +40,11 @@ def grid_text(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> str:
     topology = run.topology
     nodes = -(-topology.world_size // ranks_per_node)
     lines = [
-        f"{topology.world_size} = pipeline {topology.pipeline} x data {topology.data} x tensor {topology.tensor}",
+        f"{topology.world_size} = {topology}",
         f"{nodes:,} node(s) of {ranks_per_node} ranks",
     ]
     if topology.world_size > 1:
-        lines += ["", _axes(topology, ranks_per_node, run.zero_stage)]
+        lines += ["", _axes(run, ranks_per_node)]
     if run.tensor_chunks > 1:
         lines.append(f"(tensor groups communicate while they multiply, in {run.tensor_chunks} chunks of a micro-batch)")
     if topology.pipeline > 1:
@@ -63,22 +64,33 @@ def ranks_text(ranks: Sequence[int]) -> str:
     return f"{ranks[0]}, {ranks[1]} .. {ranks[-1]}"
 
 
-def _axes(topology: Topology, ranks_per_node: int, zero_stage: int) -> str:
+def _axes(run: ResolvedRun, ranks_per_node: int) -> str:
+    topology, together = run.topology, run.deepspeed_source.settings.zero_optimization.secondary_ranks
     rows: list[list[object]] = []
+    if together:
+        ends = ranks_text(range(together)), ranks_text(range(topology.world_size - together, topology.world_size))
+        place = "between nodes" if ranks_per_node % together else "within a node"
+        count = topology.world_size // together
+        name, traffic = "zero_hpz_partition_size", "weights, each micro-batch"
+        rows.append([name, together, count, *ends, place, traffic])
     for axis in reversed(AXES):  # the innermost axis has the most traffic
+        if axis == "context" and topology.context == 1:
+            continue
         groups = topology.groups(axis)
         place = "alone" if topology.size(axis) == 1 else "within a node"
         if not topology.stays_in_a_node(axis, ranks_per_node):
             place = "between nodes"
         last = ranks_text(groups[-1]) if len(groups) > 1 else None
-        traffic = _TRAFFIC[axis] if axis != "data" else _DATA_TRAFFIC[zero_stage]
+        traffic = _TRAFFIC[axis] if axis != "data" else _DATA_TRAFFIC[run.zero_stage]
+        if axis == "data" and together:
+            traffic = "gradients, each micro-batch, and weights, each step"
         rows.append([axis, topology.size(axis), len(groups), ranks_text(groups[0]), last, place, traffic])
     return table(["axis", "degree", "groups", "first group", "last group", "where", "traffic"], rows)
 
 
 def _stages(topology: Topology, shape: ModelConfig, ranks_per_node: int) -> list[str]:
     """Ranks, nodes and blocks of each stage, without the middle of a long pipeline."""
-    size = topology.data * topology.tensor
+    size = topology.world_size // topology.pipeline
     blocks = balanced_blocks(shape.num_hidden_layers, topology.pipeline, parameter_costs(shape))
     lines = []
     for stage, count in enumerate(blocks):
@@ -176,7 +188,7 @@ def _verdict(plan: Plan) -> str:
             f"to fit into {USABLE_MEMORY:.0%} of the memory: {'; or '.join(changes)}"
             if changes
             else "no micro-batch, recomputation, ZeRO stage or offload is enough: use more ranks (parallel.tensor, "
-            "parallel.pipeline) or a smaller model"
+            "parallel.context, parallel.pipeline) or a smaller model"
         )
     return "\n".join(lines)
 
@@ -360,6 +372,7 @@ _PARTS = {
     "runtime": "allowance for CUDA's context, cuBLAS and NCCL",
     "swap buffers": "the optimizer states in work",
     "ema": "the moving average of the weights (train.ema_decay)",
+    "secondary": "the second copy of the weights, divided within a node (zero_hpz_partition_size)",
     "block inputs": "what train.offload_activations keeps there, in page-locked buffers of powers of two",
     "checkpoint copy": "what checkpoint.async writes from",
 }

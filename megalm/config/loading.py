@@ -112,6 +112,7 @@ _OTHER_NAMES = {
     "n_embd": "model.hidden_size",
     "tp": "parallel.tensor",
     "pp": "parallel.pipeline",
+    "cp": "parallel.context",
     "gc_freq": "train.gc_interval_steps",
     "profile_step": "profile.steps",
     "profile_step_start": "profile.steps",

@@ -89,6 +89,7 @@ NormPlacement = Literal["pre", "post", "both"]
 PositionKind = Literal["learned_absolute", "rope", "none"]
 Activation = Literal["gelu", "gelu_pytorch_tanh", "silu", "relu2"]
 Recompute = Literal["none", "norms", "attention", "mlp", "full"]
+ContextMethod = Literal["all_to_all", "ring"]
 ScheduleKind = Literal["cosine", "linear", "constant", "wsd", "inverse_sqrt"]
 WarmupKind = Literal["linear", "log"]
 StepConvention = Literal["standard", "deepspeed"]
@@ -478,6 +479,12 @@ class ProfileSection(Section):
 class ParallelSection(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
+    context: PositiveInt = Field(default=1, description="ranks that divide each sequence, also between the layers")
+    context_method: ContextMethod = Field(
+        default="all_to_all",
+        description="how attention reads whole sequences: all_to_all gives each rank some heads of them; in a ring "
+        "keys and values go around",
+    )
     sequence: bool = False
     balance: Literal["parameters", "time"] = Field(
         default="parameters",

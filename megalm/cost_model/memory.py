@@ -18,7 +18,7 @@ from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
 from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, kept_probabilities, lowest_block
 from megalm.model.parameter_groups import MOMENTS, NO_GROUP, GroupKey, frozen_parameters, group_keys, optimizer_groups
-from megalm.topology import AXES, Topology
+from megalm.topology import AXES, Axis, Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -147,6 +147,7 @@ class MemoryCase:
             probabilities of short sequences.
         checkpoint_copy: checkpoints are written behind training, from copies in the CPU's memory.
         whole_gradients: ZeRO 2 adds up each rank's gradients of a step, and reduces them once.
+        ring: of the two methods of a context group, keys and values go around.
         float8: linear layers multiply rounded copies of their factors.
         repeats_keys: attention keeps a copy of each key/value head for every query head that shares it.
         device_bytes: memory of the device; None: not known.
@@ -173,6 +174,7 @@ class MemoryCase:
     document_mask: bool = False
     on_cpu: bool = False
     sequence_parallel: bool = False
+    ring: bool = False
     checkpoint_copy: bool = False
     whole_gradients: bool = False
     float8: bool = False
@@ -189,8 +191,8 @@ class MemoryCase:
 
     @property
     def tokens(self) -> int:
-        """Of a micro-batch."""
-        return self.micro_batch * self.sequence_length
+        """Of a micro-batch, those that a rank of a context group holds."""
+        return self.micro_batch * self.sequence_length // self.topology.context
 
     @property
     def element_bytes(self) -> int:
@@ -230,13 +232,13 @@ class MemoryCase:
 
     @property
     def reduces_nothing(self) -> bool:
-        """ZeRO 1 and 2 on a data group of one rank: gradients go where the optimizer reads them, without a bucket."""
-        is_alone = self.topology.data == self.topology.pipeline == 1 and self.zero.stage in (1, 2)
+        """ZeRO 1 and 2 on weights of one rank: gradients go where the optimizer reads them, without a bucket."""
+        is_alone = self.topology.data_context == self.topology.pipeline == 1 and self.zero.stage in (1, 2)
         return is_alone and not self.offloads_optimizer and not self.uses_bf16_optimizer
 
     def padded(self, group: list[int]) -> int:
         """Elements of a parameter group with its padding."""
-        alignment = _ALIGNMENT * self.topology.data
+        alignment = _ALIGNMENT * self.topology.data_context
         return math.ceil(sum(group) / alignment) * alignment
 
 
@@ -261,6 +263,7 @@ class MemoryPlan:
         disk: the optimizer's states on NVMe.
         stage: of the pipeline; 0 without one.
         ema: the moving average of the masters.
+        secondary: the second copy of the weights, which the ranks of zero_hpz_partition_size share.
     """
 
     weights: int
@@ -278,11 +281,13 @@ class MemoryPlan:
     on_cpu: bool = False
     stage: int = 0
     ema: int = 0
+    secondary: int = 0
 
     def parts(self) -> dict[str, int]:
         """Part -> bytes on the device."""
         names = ("weights", "gradients", "master", "moments", "buckets", "activations", "loss", "runtime")
-        return {name: getattr(self, name) for name in names} | ({"ema": self.ema} if self.ema else {})
+        some = {name: getattr(self, name) for name in ("ema", "secondary")}
+        return {name: getattr(self, name) for name in names} | {name: size for name, size in some.items() if size}
 
     @property
     def total(self) -> int:
@@ -318,7 +323,8 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
         groups, frozen = list(by_key.values()), frozen_counts(case, share)
         device, host = _states(case, by_key, frozen)
         host |= _offloaded_inputs(case, share)
-        moments = list(start_moments(case, share, groups, sum(frozen)))
+        secondary = secondary_bytes(case, share)
+        moments = list(start_moments(case, share, groups, sum(frozen), secondary))
         runtime = _runtime_bytes(case)
         activations = activation_bytes(case, share)
         loss = loss_bytes(case, share.tensor) if share.is_last else 0
@@ -336,6 +342,7 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
             disk=16 * _own_elements(case, groups) if case.swaps else 0,  # master, two moments and the gradient
             on_cpu=case.on_cpu,
             stage=share.stage,
+            secondary=secondary,
         )
 
 
@@ -348,10 +355,13 @@ def _runtime_bytes(case: MemoryCase) -> int:
     """Memory of a GPU that no tensor holds."""
     if case.on_cpu:
         return 0
-    groups = sum(case.topology.size(axis) > 1 for axis in AXES)
-    stage = case.muon and groups == 3  # data and tensor together; with fewer axes there is such a group
-    # Of several axes, the group of all ranks too.
-    return _CUDA_CONTEXT + _NCCL_GROUP * (groups + (groups > 1) + stage)
+    wide = {axis for axis in AXES if case.topology.size(axis) > 1}
+    together: list[set[Axis]] = [{"tensor"}, {"context"}, {"data", "context"}, {"pipeline"}, {*AXES}]
+    if case.muon:
+        together.append({"data", "context", "tensor"})
+    groups = {frozenset(wide & axes) for axes in together} - {frozenset()}
+    node = case.zero.secondary_ranks > 0
+    return _CUDA_CONTEXT + _NCCL_GROUP * (len(groups) + node)
 
 
 def checkpoint_bytes(
@@ -388,9 +398,10 @@ def activation_bytes(case: MemoryCase, share: Share) -> int:
     kept = sum(kept for kept, _ in blocks)
     # The last stage keeps its final norm and the head's input; another stage keeps the output that it sends on.
     end = hidden + (stream * _norm_bytes(case, case.shape.normalization == "rms_norm") if share.is_last else 0)
-    mask = tokens * 4 if case.document_mask else 0  # document numbers; attention builds its masks block by block
+    # Document numbers; attention builds its masks block by block.
+    mask = case.micro_batch * case.sequence_length * 4 if case.document_mask else 0
     working = 2 * hidden + max((again for _, again in blocks), default=0)  # gradients, and what one block recomputes
-    working += _float8_bytes(case, share)
+    working += _float8_bytes(case, share) + _context_bytes(case, share)
     if case.offload_activations:
         # One of them on its way; DeepSpeed holds what a stage receives.
         kept += (0 if share.is_first else hidden) - len(whole) * hidden
@@ -431,15 +442,21 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute, layer: int
     shape, size, tokens = case.shape, case.element_bytes, case.tokens
     stream, inner = tokens * shape.hidden_size // share.slices, tokens * shape.intermediate_size // share.tensor
     queries, keys = tokens * share.heads * shape.head_dim, tokens * share.key_value_heads * shape.head_dim
+    context = case.topology.context
+    # Attention of a context group reads whole sequences of fewer heads, of which each rank needs a key/value head.
+    read = keys if case.ring else max(keys, tokens * context * shape.head_dim)
     # Before attention and MLP or after them, the input of one norm is kept; that of the layer's projections is too.
     norm = (2 if shape.norm_placement == "both" else 1) * stream * _norm_bytes(case, shape.normalization == "rms_norm")
     dropout_mask = stream if shape.dropout > 0 else 0  # one byte each
     # The norm and its output, the projections' input; queries, keys, values and attention's output.
-    attention = norm + dropout_mask + (stream + 2 * queries + 2 * (queries if case.repeats_keys else keys)) * size
+    attention = norm + dropout_mask + (stream + 2 * queries + 2 * (queries if case.repeats_keys else read)) * size
+    if context > 1:  # and gives back its output
+        attention += queries * size
     if shape.qk_norm:
         attention += (queries + keys) * _norm_bytes(case, True)
-    if case.on_cpu:
-        attention += case.micro_batch * share.heads * kept_probabilities(shape, layer, case.sequence_length) * size
+    if case.on_cpu and not case.ring:
+        heads = case.micro_batch * share.heads // context
+        attention += heads * kept_probabilities(shape, layer, case.sequence_length) * size
     # The same of the MLP, and up, gelu | gate, silu, up, product.
     mlp = norm + dropout_mask + (stream + (4 if shape.gated_mlp else 2) * inner) * size
     hidden, tile = stream * size, 0
@@ -460,6 +477,30 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute, layer: int
             return attention + hidden, mlp
         case "full":
             return hidden, attention + mlp + tile
+
+
+_RING_TILE = 1024  # queries, and keys, of ring_attention.py
+
+
+def _context_bytes(case: MemoryCase, share: Share) -> int:
+    """What attention of a context group holds for a time, beyond what the MLP behind it has freed in a backward pass.
+
+    Messages; in a ring also sums in fp32, and a tile's scores.
+    """
+    if case.topology.context == 1:
+        return 0
+    inner = case.tokens * case.shape.intermediate_size // share.tensor
+    freed = 0 if case.mlp_chunk_tokens else (4 if case.shape.gated_mlp else 2) * inner * case.element_bytes
+    tokens, width = case.tokens, case.shape.head_dim
+    queries = tokens * share.heads * width
+    keys = (
+        2 * tokens * (share.key_value_heads if case.ring else max(share.key_value_heads, case.topology.context)) * width
+    )
+    if not case.ring:
+        return max(0, 2 * (queries + keys) * case.element_bytes - freed)
+    tile = min(_RING_TILE, case.sequence_length // case.topology.context // 2)
+    scores = case.micro_batch * share.heads * tile**2 * (8 + 2 * case.element_bytes)
+    return max(0, scores + 4 * (queries + 3 * keys) + 2 * keys * case.element_bytes - freed)
 
 
 def _tile_bytes(case: MemoryCase, share: Share, mlp: int) -> int:
@@ -524,8 +565,17 @@ def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]
 
 def frozen_counts(case: MemoryCase, share: Share) -> list[int]:
     """Elements of the frozen parameters, or parts of them, that a rank computes with; under ZeRO 3 that it holds."""
-    frozen, ranks = case.frozen, case.topology.data if case.zero.stage == 3 else 1
+    frozen, ranks = case.frozen, case.topology.data_context if case.zero.stage == 3 else 1
     return [math.ceil(math.prod(size) / ranks) for name, size in share.parameters().items() if name in frozen]
+
+
+def secondary_bytes(case: MemoryCase, share: Share) -> int:
+    """The second copy of all weights under ZeRO 3: parts of the size of the first copy's, more of them on each rank."""
+    ranks, together = case.topology.data, case.zero.secondary_ranks
+    if not together:
+        return 0
+    counts = (math.prod(size) for size in share.parameters().values())
+    return case.element_bytes * sum(math.ceil(count / ranks) for count in counts) * ranks // together
 
 
 def _states(
@@ -566,14 +616,14 @@ def _swap_buffers(case: MemoryCase, groups: Groups) -> dict[str, int]:
     offload = case.zero.offload_optimizer
     assert offload is not None
     own = _own_elements(case, groups)
-    largest_part = max(math.ceil(count / case.topology.data) for group in groups for count in group)
+    largest_part = max(math.ceil(count / case.topology.data_context) for group in groups for count in group)
     sub_group = min(own, case.zero.sub_group_size + largest_part)
     return {"gradients": case.gradient_bytes * own, "swap buffers": 4 * offload.buffer_count * sub_group}
 
 
 def _checkpoint_copy(case: MemoryCase, elements: int, frozen: list[int]) -> dict[str, int]:
     """With checkpoint.async, a copy of the master and the moments that this rank owns, and of its frozen weights."""
-    ranks = 1 if case.zero.stage == 3 else case.topology.data
+    ranks = 1 if case.zero.stage == 3 else case.topology.data_context
     own = elements + sum(math.ceil(count / ranks) for count in frozen)
     return {"checkpoint copy": 4 * own} if case.checkpoint_copy else {}
 
@@ -616,7 +666,7 @@ def _moment_bytes(case: MemoryCase, groups: Groups, elements: int) -> int:
 
 def _own_blocks(case: MemoryCase, groups: Groups) -> int:
     """Blocks that the fullest rank holds wholly or in part; they begin at multiples of their size in a parameter."""
-    ranks = case.topology.data
+    ranks = case.topology.data_context
     if case.zero.stage == 0:
         return sum(_blocks(0, count) for group in groups for count in group)
     if case.zero.stage == 3:
@@ -652,7 +702,7 @@ def _cut(group: list[int], size: int) -> Iterator[tuple[int, int, int, int]]:
 
 def _own_elements(case: MemoryCase, groups: Groups) -> int:
     """Elements of one rank's partition: each parameter divided (stage 3), or each group (stages 1 and 2), or whole."""
-    ranks = case.topology.data
+    ranks = case.topology.data_context
     if case.zero.stage == 0:
         return sum(map(sum, groups))
     if case.zero.stage == 3:
@@ -662,7 +712,7 @@ def _own_elements(case: MemoryCase, groups: Groups) -> int:
 
 def _touched_elements(groups: Groups, case: MemoryCase) -> int:
     """Elements of all parameters that lie wholly or partly in a partition; of the fullest partition."""
-    ranks = case.topology.data
+    ranks = case.topology.data_context
     totals = [0] * ranks
     for group in groups:
         for count, rank, _, _ in _cut(group, case.padded(group) // ranks):
@@ -677,7 +727,7 @@ def _update_bytes(case: MemoryCase, share: Share) -> int:
     shapes = case.shape.parameters()
     names = [name for name in share.parameters() if name.startswith("layers.") and len(shapes[name]) == 2]
     matrices = [math.prod(shapes[name]) for name in names]
-    ranks = case.topology.data * case.topology.tensor
+    ranks = case.topology.data_context * case.topology.tensor
     largest = max(matrices)
     own = max(largest, min(MUON_ROUND, math.ceil(sum(matrices) / ranks)))
     # A message, the whole matrices, orthogonal ones and their pieces; three factors of the one in work.
@@ -699,7 +749,7 @@ def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) ->
     if case.reduces_nothing:
         return 0
     if stage == 0:
-        return 0 if case.topology.data == 1 else max(0, 4 * min(sum(counts), _FLAT_BUCKET) - freed)
+        return 0 if case.topology.data_context == 1 else max(0, 4 * min(sum(counts), _FLAT_BUCKET) - freed)
     if stage == 3:
         # DeepSpeed keeps what it needs again within the reuse distance, prefetches, and adds the module in work.
         kept = min(zero.max_live_parameters, zero.max_reuse_distance + zero.prefetch_bucket_size)

@@ -20,12 +20,13 @@ class Moment(NamedTuple):
     host: int
 
 
-def start_moments(case: MemoryCase, share: Share, groups: Groups, frozen: int) -> Iterator[Moment]:
+def start_moments(case: MemoryCase, share: Share, groups: Groups, frozen: int, secondary: int = 0) -> Iterator[Moment]:
     """The fullest moments of the start: one of them is the peak of the device, one of the CPU's memory.
 
     Args:
         groups: elements of the parameters in the optimizer's groups.
         frozen: elements of frozen parameters that a rank holds.
+        secondary: bytes of the second copy of ZeRO 3's weights.
     """
     sizes, frozen_bytes = share.shape.parameters(), case.element_bytes * frozen
     # The one initial weight that a rank draws, in fp32, before it is cut, and what is on its way to the device.
@@ -33,7 +34,8 @@ def start_moments(case: MemoryCase, share: Share, groups: Groups, frozen: int) -
     if case.element_bytes < 4:
         drawn += case.element_bytes * max(math.prod(size) for size in share.parameters().values())
     if case.zero.stage == 3:
-        yield from _stage_3(case, groups, _partitioning(case, share), drawn, frozen_bytes)
+        states = _stage_3(case, groups, _partitioning(case, share), drawn, frozen_bytes)
+        yield from (Moment(it.device + secondary, it.host) for it in states)
         return
     yield Moment(case.element_bytes * sum(map(sum, groups)) + frozen_bytes, drawn)
     if case.zero.stage:
@@ -42,7 +44,7 @@ def start_moments(case: MemoryCase, share: Share, groups: Groups, frozen: int) -
 
 def _partitioning(case: MemoryCase, share: Share) -> int:
     """Bytes of parameters at most while ZeRO 3 divides one module after another: earlier parts and this module."""
-    ranks = case.topology.data
+    ranks = case.topology.data_context
     peak = live = 0
     for counts in share.modules():
         live += sum(counts)
@@ -54,7 +56,7 @@ def _partitioning(case: MemoryCase, share: Share) -> int:
 
 
 def _stage_3(case: MemoryCase, groups: Groups, partitioning: int, drawn: int, frozen: int) -> Iterator[Moment]:
-    parts = [[math.ceil(count / case.topology.data) for count in group] for group in groups]
+    parts = [[math.ceil(count / case.topology.data_context) for count in group] for group in groups]
     own = sum(map(sum, parts))
     weights = case.element_bytes * own
     bucket = case.communication_bytes * case.zero.reduce_bucket_size if case.zero.contiguous_gradients else 0
@@ -95,7 +97,7 @@ def _sub_groups(parts: Sequence[int], limit: int) -> Iterator[int]:
 
 def _flat_groups(case: MemoryCase, groups: Groups) -> Iterator[Moment]:
     """ZeRO 1 and 2: each group becomes one flat buffer beside its parameters, of which a rank copies its part."""
-    low, ranks, offload = case.element_bytes, case.topology.data, case.offloads_optimizer
+    low, ranks, offload = case.element_bytes, case.topology.data_context, case.offloads_optimizer
     flat = low * sum(map(sum, groups))
     device = host = 0
     for group in groups:

@@ -39,7 +39,7 @@ from megalm.engine.optimizer.frozen_weights import FrozenWeights
 from megalm.engine.optimizer.muon import Muon
 from megalm.engine.optimizer.optimizer_state import OptimizerState, ReadFragment
 from megalm.engine.phase_clock import PhaseClock
-from megalm.model.layer_factory import VocabularyOutput, shard_of
+from megalm.model.layer_factory import WHOLE_SEQUENCE, VocabularyOutput, WholeSequence, shard_of
 from megalm.model.model_config import ModelConfig
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import ResolvedRun
@@ -207,11 +207,12 @@ def _norm_on_host(norm_of: Callable[..., Tensor | list[Tensor]]) -> Callable[...
 class ModelParallelUnit:
     """DeepSpeed's `mpu`: this rank's process groups under the names that ZeRO expects.
 
-    ZeRO partitions over this rank's data group and sums gradient norms over its tensor group.
+    ZeRO partitions over data x context, whose gradients it averages, and sums gradient norms over the tensor group.
+    DeepSpeed's own names for sequence parallelism stay undefined: its ZeRO 3 would train something else.
     """
 
     def __init__(self, groups: ParallelGroups) -> None:
-        self._data, self._tensor = groups.data, groups.tensor
+        self._data, self._tensor = groups.data_context, groups.tensor
 
     def get_data_parallel_rank(self) -> int:
         return self._data.index
@@ -241,6 +242,7 @@ class EngineContext:
 
     Attributes:
         judge: called before each update; None refuses only numbers that are not finite.
+        sequence: how this rank holds a sample's sequence.
     """
 
     run: ResolvedRun
@@ -249,6 +251,14 @@ class EngineContext:
     comm: Communicator
     groups: ParallelGroups
     judge: JudgeUpdate | None
+    sequence: WholeSequence = WHOLE_SEQUENCE
+
+    def settings(self) -> dict[str, Any]:
+        """Return a copy of the run's settings for DeepSpeed, which modifies them."""
+        settings = copy.deepcopy(self.run.deepspeed)
+        # DeepSpeed takes the ranks of a context group, which share gradients, for ranks with samples of their own.
+        settings["train_batch_size"] *= self.groups.context.size
+        return settings
 
 
 class EngineBase(ABC):
@@ -271,13 +281,15 @@ class EngineBase(ABC):
         extra_settings: dict[str, Any] | None = None,
     ) -> None:
         run, groups = context.run, context.groups
-        settings = copy.deepcopy(run.deepspeed | (extra_settings or {}))  # DeepSpeed modifies its argument
+        settings = context.settings() | (extra_settings or {})
         self._comm = context.comm
         self._device = context.device
-        self._data = groups.data
+        self._groups, self._copies = groups, groups.data_context
+        self._sequence = context.sequence
         # Every rank of the last stage's tensor group has the same loss: only the first reports it.
         self._reports_loss = groups.tensor.index == 0 and groups.pipeline.index == groups.pipeline.size - 1
-        self._slices: int = model.slices  # type: ignore[assignment]  # of a sequence: its length is a multiple of them
+        # Of the length of a sequence, of which ranks hold parts, and slices of them.
+        self._multiple: int = model.slices * context.sequence.multiple  # type: ignore[assignment, operator]
         self._output = output if self._reports_loss else None
         self._by_dataset = DatasetLosses(self._output, context.device)
         self._stage = int(settings["zero_optimization"]["stage"])
@@ -298,10 +310,10 @@ class EngineBase(ABC):
         if offload["device"] == "nvme":
             load_async_io()
             elements = sum(math.prod(shards[name].sizes) for name in trained)
-            needed = _SWAPPED_BYTES * elements // self._data.size * rank_facts().local_world_size
+            needed = _SWAPPED_BYTES * elements // self._copies.size * rank_facts().local_world_size
             self._swap_folder = SwapFolder(offload["nvme_path"], needed)
             offload["nvme_path"] = str(self._swap_folder.path)
-        self._frozen = FrozenWeights(frozen, shards, groups.data)
+        self._frozen = FrozenWeights(frozen, shards, groups.data_context)
         inner = build_optimizer(weight_groups, run, offload["device"] != "none")
         self._last_norm = 0.0
         self._step_sums, self._divisor = HostCopy(context.device), 1
@@ -318,9 +330,10 @@ class EngineBase(ABC):
                 dist_init_required=False,
             )
         self._phase_seconds: dict[str, float] = {}
-        self._state = OptimizerState(self._engine, trained, shards, groups.data.index == 0, run.config.train.ema_decay)
+        is_first_copy = self._copies.index == 0
+        self._state = OptimizerState(self._engine, trained, shards, is_first_copy, run.config.train.ema_decay)
         if isinstance(inner, Muon):
-            units = self._state.units_of("momentum_buffer", groups.data.size)
+            units = self._state.units_of("momentum_buffer", self._copies.size)
             inner.lay_out(units, groups, is_copied=self._stage == 0)
         self._check.measure = self._state.gradient_squares
         self._first_counters = self._counters(self._state.optimizer_step())
@@ -344,6 +357,7 @@ class EngineBase(ABC):
     def restore(self, read: ReadFragment, counters: dict[str, Any], step: int) -> None:
         self._frozen.load(read)
         self._state.load(read, counters["optimizer_step"])
+        self._frozen.forget_second_copies()
         self._count_from(counters, step)
 
     def reset(self) -> None:
@@ -381,24 +395,37 @@ class EngineBase(ABC):
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate * group["learning_rate_scale"]
 
+    def _micro_batch(self, index: int) -> int:
+        """Return the number, among those of all data-parallel ranks in a step, of this rank's micro-batch `index`."""
+        return index * self._groups.topology.data + self._groups.coordinate.data
+
     def _accumulate(self, micro_batches: int) -> None:
         """Prepare a step of so many micro-batches, each of the size that the engine was built for."""
         engine = self._engine
         if micro_batches == engine.gradient_accumulation_steps():
             return
-        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self._data.size)
+        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self._copies.size)
         engine.micro_steps = engine.global_steps * micro_batches  # a boundary is where they divide
         if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO's copy
             engine.optimizer.gradient_accumulation_steps = micro_batches
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return tokens, labels and documents on the device."""
+        """Return this rank's positions of tokens and labels, and whole documents, on the device."""
 
         def to_device(array: npt.NDArray[Any]) -> Tensor:
             return torch.from_numpy(array).to(self._device, non_blocking=True)
 
         documents = None if batch.documents is None else to_device(batch.documents)
-        return to_device(batch.tokens), to_device(batch.labels), documents
+        cut = self._sequence.cut
+        return cut(to_device(batch.tokens)), cut(to_device(batch.labels)), documents
+
+    def _padded(self, tokens: npt.NDArray[np.int64]) -> Tensor:
+        """[B, T] -> this rank's positions of sequences that divide, on the device.
+
+        No token attends to the padding on the right.
+        """
+        missing = -tokens.shape[1] % self._multiple
+        return self._sequence.cut(torch.from_numpy(np.pad(tokens, ((0, 0), (0, missing)))).to(self._device))
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
@@ -407,9 +434,9 @@ class EngineBase(ABC):
     @torch.no_grad()
     def row_losses(self, batch: MicroBatch) -> npt.NDArray[np.float64]:
         """Return the sum of losses in nats of each row, fp64 [B]; the data-parallel ranks share the rows."""
-        rows, ranks = len(batch.tokens), self._data.size
-        extra = ((0, -rows % ranks), (0, -batch.tokens.shape[1] % self._slices))  # all ranks have as many rows
-        own = slice(self._data.index, None, ranks)
+        rows, ranks = len(batch.tokens), self._groups.topology.data
+        extra = ((0, -rows % ranks), (0, -batch.tokens.shape[1] % self._multiple))  # all ranks have as many rows
+        own = slice(self._groups.coordinate.data, None, ranks)
         tokens = np.pad(batch.tokens, extra)[own]
         labels = np.pad(batch.labels, extra, constant_values=IGNORE_INDEX)[own]
         found: list[Tensor] = []
@@ -433,7 +460,7 @@ class EngineBase(ABC):
         """Return this rank's sum of losses in nats, of forward passes alone."""
 
     def _sum_over_ranks(self, loss: Tensor | float, *others: Tensor) -> Tensor:
-        """Return the sums of `loss` over all copies of the model, and of `others` over all ranks, on the device.
+        """Return the sums of `loss` over all samples and parts of them, and of `others` over all ranks, on the device.
 
         In fp64, so that the values do not depend on the number of ranks.
         """
@@ -463,8 +490,8 @@ class EngineBase(ABC):
     def _loss_and_norm(self) -> tuple[float, float]:
         """Return loss and gradient norm before clipping; known once DeepSpeed is about to update."""
         loss_sum, *others = self._step_sums.read()
-        # Each data-parallel replica added its own squares.
-        norm = self._state.gradient_norm() if self._stage else math.sqrt(others[0] / self._data.size)
+        # Each copy of the weights added its own squares.
+        norm = self._state.gradient_norm() if self._stage else math.sqrt(others[0] / self._copies.size)
         return loss_sum / self._divisor, norm
 
     def _end_of_step(self) -> StepResult:
@@ -488,8 +515,3 @@ class EngineBase(ABC):
         engine.global_steps = step
         engine.global_samples = step * engine.train_batch_size()
         engine.micro_steps = step * engine.gradient_accumulation_steps()
-
-
-def padded(tokens: npt.NDArray[np.int64], multiple: int) -> npt.NDArray[np.int64]:
-    """[B, T] -> [B, T'] with T' the next multiple; no token attends to the padding on the right."""
-    return np.pad(tokens, ((0, 0), (0, -tokens.shape[1] % multiple)))

@@ -6,7 +6,6 @@ it happens inside these functions.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from megalm.communicator import Communicator
 from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, parameter_costs
-from megalm.engine.deepspeed_patches import prints_to_log
+from megalm.engine.deepspeed_patches import prints_to_log, use_secondary_group
 from megalm.engine.device import fastest_seconds
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
@@ -28,6 +27,7 @@ from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, ParameterInit, StageBuilder, initial_weight
+from megalm.parallel.context_parallel import divided_sequence
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
@@ -70,18 +70,24 @@ def build_engine(
 
     train = run.config.train
     clock = DropoutClock(train.seed)
-    groups = make_groups(run.topology, comm.rank, comm.timeout, with_stages=run.optimizer.muon is not None)
-    context = EngineContext(run, shape, device, comm, groups, judge)
+    groups = make_groups(
+        run.topology,
+        comm.rank,
+        comm.timeout,
+        with_stages=run.optimizer.muon is not None,
+        node_ranks=run.deepspeed_source.settings.zero_optimization.secondary_ranks,
+    )
+    sequence = divided_sequence(groups.context, run.config.parallel.context_method == "ring")
+    context = EngineContext(run, shape, device, comm, groups, judge, sequence)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
     float8 = run.config.precision.float8
-    layers = LayerFactory(clock, run.compiled, float8, train.z_loss)
+    layers = LayerFactory(clock, run.compiled, float8, train.z_loss, sequence)
     if run.topology.tensor > 1:
-        group, sequence = context.groups.tensor, run.config.parallel.sequence
-        layers = TensorLayers(clock, group, sequence, run.compiled, float8, run.tensor_chunks, train.z_loss)
-    if (
-        run.compiled
-    ):  # a graph for each length and kind of layer, in training and in validation, and the loss's last chunk
+        how = run.config.parallel.sequence, run.compiled, float8, run.tensor_chunks
+        layers = TensorLayers(clock, groups.tensor, *how, train.z_loss, sequence)
+    if run.compiled:
+        # A graph for each length and kind of layer, in training and in validation, and the loss's last chunk.
         graphs = 4 * len(set(run.config.data.sequence_lengths)) * shape.kinds_of_layers
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
     sizes = shape.parameters()
@@ -108,7 +114,8 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClo
 
     run, shape = context.run, context.shape
     chunk = loss_chunk_tokens(run.config, shape, run.device)
-    with _InitialWeights(list(shape.parameters()), draw, context.groups.data) as weights:
+    use_secondary_group(context.groups.node)
+    with _InitialWeights(list(shape.parameters()), draw, context.groups.data_context) as weights:
 
         def fill(path: str, stage: nn.Module) -> None:
             weights.fill(stage, path)
@@ -129,9 +136,9 @@ def _pipeline_engine(
     from megalm.engine.pipeline_stage import MicroBatchContext, PipelineStage
 
     run = context.run
-    stage = PipelineStage(build, MicroBatchContext(clock, context.shape), run.topology, blocks)
+    stage = PipelineStage(build, MicroBatchContext(clock, context.shape, build.sequence.parts), run.topology, blocks)
     part = stage.part_of_model()
-    with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups.data) as weights:
+    with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups.data_context) as weights:
         weights.fill(part)
     if run.compiled:
         stage.compile_blocks()
@@ -139,7 +146,7 @@ def _pipeline_engine(
 
 
 class _InitialWeights:
-    """Gives parameters their initial weights, which the ranks of a data group draw by turns: they all hold the same.
+    """Gives parameters their initial weights, which the ranks that hold the same draw by turns.
 
     A rank draws its next parameter in a thread while those of the others arrive. Of whole fp32 weights, it holds this
     one alone.
@@ -149,10 +156,10 @@ class _InitialWeights:
         draw: None fills parameters with a number, for a checkpoint to replace.
     """
 
-    def __init__(self, names: Sequence[str], draw: DrawWeight | None, data: AxisGroup) -> None:
-        self._draw, self._data = draw, data
-        self._turns = {name: place % data.size for place, name in enumerate(names)}
-        self._own = iter(names[data.index :: data.size])
+    def __init__(self, names: Sequence[str], draw: DrawWeight | None, copies: AxisGroup) -> None:
+        self._draw, self._copies = draw, copies
+        self._turns = {name: place % copies.size for place, name in enumerate(names)}
+        self._own = iter(names[copies.index :: copies.size])
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._drawn = self._begin_next()
 
@@ -164,18 +171,18 @@ class _InitialWeights:
 
     @torch.no_grad()
     def fill(self, module: nn.Module, path: str = "") -> None:
-        """Collective in the data group: fill a module, which is at `path` in the model."""
+        """Collective: fill a module, which is at `path` in the model."""
         for name, parameter in module.named_parameters(path):
             if self._draw is None:
                 parameter.fill_(_PLACEHOLDER)
                 continue
             turn = self._turns[name]
-            if turn == self._data.index:
+            if turn == self._copies.index:
                 parameter.copy_(shard_of(parameter).cut(self._drawn[name].result()).to(parameter.dtype))
                 self._drawn.clear()
                 self._drawn = self._begin_next()
-            if self._data.size > 1:
-                source, group = self._data.ranks[turn], self._data.process_group
+            if self._copies.size > 1:
+                source, group = self._copies.ranks[turn], self._copies.process_group
                 dist.broadcast(parameter.data.view(torch.uint8), source, group)
 
     def _begin_next(self) -> dict[str, Future[Tensor]]:
@@ -193,9 +200,16 @@ def _partition(stage: nn.Module, context: EngineContext) -> None:
 
     for parameter in stage.parameters():
         annotate_shard(parameter, shard_of(parameter))  # from here on a parameter does not know its shape
-    group, mpu = context.groups.data.process_group, ModelParallelUnit(context.groups)
+    group, mpu = context.groups.data_context.process_group, ModelParallelUnit(context.groups)
+    node = context.groups.node
     with prints_to_log():
-        zero.Init(stage, group, config_dict_or_path=copy.deepcopy(context.run.deepspeed), mpu=mpu)
+        zero.Init(
+            stage,
+            group,
+            config_dict_or_path=context.settings(),
+            mpu=mpu,
+            zero_param_parallel_group=None if node is None else node.process_group,
+        )
 
 
 def _balance(
@@ -221,8 +235,9 @@ def measured_costs(
         tokens: B, T of a micro-batch, of whose sequences this rank may hold a slice.
         dtype: the model's compute type.
     """
-    ids = torch.zeros(tokens, dtype=torch.int64, device=device)
-    size = (tokens[0], tokens[1] // build.slices, build.shape.hidden_size)
+    held = tokens[1] // build.sequence.parts
+    ids = torch.zeros(tokens[0], held, dtype=torch.int64, device=device)
+    size = (tokens[0], held // build.slices, build.shape.hidden_size)
     hidden = torch.randn(size, dtype=dtype, device=device, requires_grad=True)
 
     def seconds(make: Callable[[], nn.Module], forward: Callable[[nn.Module], Tensor]) -> float:

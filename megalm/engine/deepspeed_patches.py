@@ -9,8 +9,12 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from megalm.planning.engine_checks import ALLOW_CPU_FP16
+
+if TYPE_CHECKING:  # it imports torch
+    from megalm.parallel.process_groups import AxisGroup
 
 # Environment variables by which a user configures OpenMP's spinning.
 _OPENMP_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
@@ -108,6 +112,16 @@ def import_muon_uncompiled() -> None:
             del os.environ[_NO_COMPILER]
         else:
             os.environ[_NO_COMPILER] = before
+
+
+def use_secondary_group(node: AxisGroup | None) -> None:
+    """Set the ranks that share a second copy of the weights, before the engine is built.
+
+    DeepSpeed makes groups of its own at the first block, refuses the second one for it, and never forgets them.
+    """
+    from deepspeed.utils import groups
+
+    groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None if node is None else node.process_group
 
 
 def allow_cpu_fp16_for_tests() -> None:

@@ -29,7 +29,7 @@ from deepspeed.runtime.pipe.schedule import (
 from torch import Tensor
 
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
-from megalm.engine.base_engine import EngineBase, EngineContext, padded
+from megalm.engine.base_engine import EngineBase, EngineContext
 from megalm.engine.interface import StepResult
 from megalm.engine.phase_clock import PhaseClock
 from megalm.engine.pipeline_stage import PipelineStage
@@ -63,7 +63,7 @@ class PipelineEngine(EngineBase):
         self._left_out = self._without_gradients(lowest_block(context.shape, frozen))
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
-        model, engine, data = self._model, self._engine, self._data
+        model, engine = self._model, self._engine
         self._set_learning_rate(learning_rate)
         self._accumulate(len(batch.micro_batches))
         micro_batches = [self._tensors(micro_batch) for micro_batch in batch.micro_batches]
@@ -72,14 +72,14 @@ class PipelineEngine(EngineBase):
             engine.reset_activation_shape()
             self._shape = shape
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over the targets of the *global* batch.
-        model.loss_factor = len(micro_batches) * data.size / batch.divisor
+        model.loss_factor = len(micro_batches) * self._copies.size / batch.divisor
         model.loss_sum = 0.0
         self._by_dataset.begin(batch)
 
         def before_forward(index: int) -> None:
             self._by_dataset.of(batch.micro_batches[index].datasets)
             tokens, labels, documents = micro_batches[index]
-            self._clock.step, self._clock.micro_batch = step, index * data.size + data.index
+            self._clock.step, self._clock.micro_batch = step, self._micro_batch(index)
             model.context.set(tokens, documents, labels)
 
         def before_update() -> None:
@@ -104,7 +104,7 @@ class PipelineEngine(EngineBase):
         self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
         self._model.eval()
-        inputs = torch.from_numpy(padded(tokens, self._model.slices)).to(self._device)
+        inputs = self._padded(tokens)
         self._model.context.set(inputs, None, positions=torch.from_numpy(positions).to(self._device))
         with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
             last = self._forward(inputs)
@@ -134,7 +134,7 @@ class PipelineEngine(EngineBase):
         return (SendGrad,)
 
     def _forward(self, tokens: Tensor) -> Tensor | None:
-        """Run one forward pass of tokens [B, T] through all stages; return the output on the last stage, else None."""
+        """Run a forward pass of this rank's tokens through all stages; return the output on the last one, else None."""
         output = self._model(tokens if self._model.is_first else self._receive(*tokens.shape))
         if self._model.is_last:
             return output

@@ -35,6 +35,7 @@ class MicroBatchContext:
     Args:
         clock: of the dropout layers.
         shape: of the whole model.
+        parts: number of ranks that divide each sequence.
 
     Attributes:
         documents: [B, T] document numbers; None: a sample is one document.
@@ -45,6 +46,7 @@ class MicroBatchContext:
 
     clock: DropoutClock
     shape: ModelConfig
+    parts: int = 1
     documents: Tensor | None = field(default=None, init=False)
     mask: AttentionMask | None = field(default=None, init=False)
     labels: Tensor | None = field(default=None, init=False)
@@ -57,9 +59,9 @@ class MicroBatchContext:
         labels: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> None:
-        """Set the data of the next forward pass."""
+        """Set the data of the next forward pass; `tokens` are this rank's."""
         self.documents, self.labels, self.positions = documents, labels, positions
-        self.mask = attention_mask(self.shape, tokens, documents)
+        self.mask = attention_mask(self.shape, tokens.shape[1] * self.parts, tokens.device, documents)
 
 
 class EmbeddingLayer(nn.Module):
@@ -128,7 +130,7 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
     Args:
         build: the model's stages, in the order of `LanguageModel`.
         context: shared with the engine.
-        topology: pipeline outermost, then data, then tensor, as in DeepSpeed.
+        topology: pipeline outermost, then data x context, which DeepSpeed calls data, then tensor, as in DeepSpeed.
         blocks: number of blocks of each stage.
 
     Attributes:
@@ -158,14 +160,17 @@ class PipelineStage(PipelineModule):  # type: ignore[misc]  # DeepSpeed has no t
         # Read by _partition_layers, which the base class calls in its constructor.
         self._blocks = tuple(blocks)
         self._bounds = [0, *(first + sum(blocks[: stage + 1]) for stage in range(len(blocks) - 1)), len(layers)]
-        grid = PipeModelDataParallelTopology(num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data)
+        grid = PipeModelDataParallelTopology(
+            num_pp=topology.pipeline, num_mp=topology.tensor, num_dp=topology.data_context
+        )
         with prints_to_log(), torch.no_grad():  # it broadcasts the tied weight, which autograd would record
             super().__init__(layers=layers, topology=grid)
         self._tied = tied
         self.context = context
         self.loss_factor = 1.0
         self.loss_sum: Tensor | float = 0.0
-        self.vocab_size, self.hidden_size, self.slices = build.shape.vocab_size, build.shape.hidden_size, build.slices
+        self.vocab_size, self.hidden_size = build.shape.vocab_size, build.shape.hidden_size
+        self.slices, self.sequence = build.slices, build.sequence
         self.is_first, self.is_last = self.stage_id == 0, self.stage_id == self.num_stages - 1
         if tied and not self.is_first:
             for table in self.tied_modules.parameters():  # the first stage owns the shared weight

@@ -75,10 +75,20 @@ class TrafficCounter:
         dist.Work.wait = self._marked(dist.Work.wait)  # type: ignore[method-assign]
 
     def name_groups(self, groups: ParallelGroups, control: dist.ProcessGroup) -> None:
-        """Tell axes from each other: by their ranks, since DeepSpeed makes groups of its own."""
-        axes = {"model": groups.model, "pipeline": groups.pipeline, "data": groups.data, "tensor": groups.tensor}
-        stage = {} if groups.stage is None else {"stage": groups.stage}
-        self._axes = {group.ranks: axis for axis, group in {**stage, **axes}.items()}
+        """Tell axes from each other: by their ranks, since DeepSpeed makes groups of its own.
+
+        "data" is data x context, over which gradients are summed; without data parallelism that is "context" too.
+        """
+        axes = {
+            **({} if groups.node is None else {"node": groups.node}),
+            **({} if groups.stage is None else {"stage": groups.stage}),
+            "model": groups.model,
+            "pipeline": groups.pipeline,
+            "data": groups.data_context,
+            "context": groups.context,
+            "tensor": groups.tensor,
+        }
+        self._axes = {group.ranks: axis for axis, group in axes.items()}
         self._pipeline, self._control = frozenset(groups.pipeline.ranks), control
 
     def start(self) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
-from megalm.engine.base_engine import EngineBase, EngineContext, padded
+from megalm.engine.base_engine import EngineBase, EngineContext
 from megalm.engine.interface import StepResult
 from megalm.model.model_config import lowest_block
 from megalm.model.modules import DropoutClock
@@ -51,7 +51,7 @@ class ZeroEngine(EngineBase):
                 parameter.all_gather_coalesced = _copying_ahead(gather)  # type: ignore[attr-defined]
         self._clock = clock
         optimizer = self._engine.optimizer
-        is_alone = context.groups.data.size == 1 and isinstance(optimizer, DeepSpeedZeroOptimizer)
+        is_alone = context.groups.data_context.size == 1 and isinstance(optimizer, DeepSpeedZeroOptimizer)
         if is_alone and not optimizer.cpu_offload:
             FlatGradients(optimizer)
             self._whole_gradients = False
@@ -73,11 +73,11 @@ class ZeroEngine(EngineBase):
         self._by_dataset.begin(batch)
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
-        scale = self._data.size / batch.divisor
+        scale = self._copies.size / batch.divisor
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             self._by_dataset.of(micro_batch.datasets)
-            self._clock.step, self._clock.micro_batch = step, index * self._data.size + self._data.index
+            self._clock.step, self._clock.micro_batch = step, self._micro_batch(index)
             with self._unreduced() if self._whole_gradients and index < last else contextlib.nullcontext():
                 with self._phase("forward"):
                     loss_sum, _ = engine(*self._tensors(micro_batch))
@@ -118,10 +118,9 @@ class ZeroEngine(EngineBase):
         self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
     ) -> npt.NDArray[np.float32]:
         self._engine.eval()
-        tokens = padded(tokens, self._slices)
-        places = torch.from_numpy(tokens).to(self._device), torch.from_numpy(positions).to(self._device)
+        own, places = self._padded(tokens), torch.from_numpy(positions).to(self._device)
         with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
-            logits = self._engine(places[0], positions=places[1])
+            logits = self._engine(own, positions=places)
         return logits.float().cpu().numpy()
 
 
@@ -149,7 +148,7 @@ def _copying_ahead(gather: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class FlatGradients:
-    """Adds up the gradients of ZeRO 1 and 2 on a data group of one rank where the optimizer reads them.
+    """Adds up the gradients of ZeRO 1 and 2 on a rank whose weights no other holds where the optimizer reads them.
 
     DeepSpeed copies each gradient to a bucket, divides and reduces the bucket, and adds its parts to the flat gradient
     of a parameter group. One rank has nothing to reduce: here a gradient goes to its place in the flat one at once,

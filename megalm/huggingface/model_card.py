@@ -215,7 +215,8 @@ class Card:
             yield "optimizer", optimizer
         if topology := manifest.topology:
             yield "precision", f"{topology.precision}, fp32 masters; ZeRO stage {topology.zero_stage}"
-            grid = f"{topology.data} data x {topology.tensor} tensor x {topology.pipeline} pipeline"
+            context = f" x {topology.context} context" if topology.context > 1 else ""
+            grid = f"{topology.data} data{context} x {topology.tensor} tensor x {topology.pipeline} pipeline"
             yield "ranks", f"{topology.world_size} ({grid})"
         if manifest.data.get("data.document_mask"):
             yield "documents", "attention does not cross document boundaries"

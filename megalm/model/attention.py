@@ -65,6 +65,7 @@ class Attention(nn.Module):
         self.dropout_rate = shape.attention_dropout
         self.clock = clock
         self.place = layers.place(layer, "attention", sharded=True)
+        self.sequence = layers.sequence
         self.project = layers.projection()
         self.sinks = layers.of_heads(heads) if shape.attention_sinks else None
         self.query = layers.column(shape.hidden_size, queries, shape.qkv_bias, parts=heads)
@@ -85,41 +86,49 @@ class Attention(nn.Module):
         if not self.normalizes_heads_together:
             query, key = self.query_norm(query), self.key_norm(key)
         if self.rope is not None:
-            start = 0 if cache is None else len(cache)
-            query, key = self.rope(query, start), self.rope(key, start)
+            new = query.shape[1]
+            places = self.sequence.positions(new, query.device)
+            if cache is not None:
+                places = slice(len(cache), len(cache) + new)
+            query, key = self.rope(query, places), self.rope(key, places)
         if cache is not None:
             key, value = cache.extend(key, value)
-        mixed = self._attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), mask)
+        by_head = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+        mixed = self.sequence.attend(self._attend, *by_head, mask, self.rule, self.sinks)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.view(*projected.shape[:2], -1, self.head_dim)
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None) -> Tensor:
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None, sinks: Tensor | None
+    ) -> Tensor:
         if self.training and self.dropout_rate:
-            return self._attend_with_dropout(query, key, value, mask)
+            return self._attend_with_dropout(query, key, value, mask, sinks)
         new, known = query.shape[2], key.shape[2]
         if new < known:  # the keys of a cache come first
             seen = self.rule.seen(new, known, query.device)
-            return dense_attention(query, key, value, self.rule, seen, self.sinks)
+            return dense_attention(query, key, value, self.rule, seen, sinks)
         if mask is not None and mask.blocks:
-            return flex(query, key, value, self.rule, mask.blocks[self.rule.window], self.sinks)
+            return flex(query, key, value, self.rule, mask.blocks[self.rule.window], sinks)
         if query.device.type == "cpu":
-            return blockwise_attention(query, key, value, mask.documents if mask else None, self.rule, self.sinks)
+            return blockwise_attention(query, key, value, mask.documents if mask else None, self.rule, sinks)
         return fused_attention(query, key, value, is_causal=True, scale=self.rule.scale)
 
     @uncompiled  # as in Dropout: a compiled seed would be a constant
-    def _attend_with_dropout(self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None) -> Tensor:
+    def _attend_with_dropout(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None, sinks: Tensor | None
+    ) -> Tensor:
         # The kernel draws from the device's generator: seed it for this place, and restore it afterwards.
         devices = [query.device] if query.device.type == "cuda" else []
         rate, length = self.dropout_rate, query.shape[2]
         dense = mask.dense(self.rule) if mask else None
         with torch.random.fork_rng(devices=devices):
             torch.manual_seed(self.clock.seed_at(self.place))
-            if dense is None and self.rule == ScoreRule(self.rule.scale) and self.sinks is None:
+            if dense is None and self.rule == ScoreRule(self.rule.scale) and sinks is None:
                 return fused_attention(query, key, value, is_causal=True, dropout_p=rate, scale=self.rule.scale)
             allowed = self.rule.seen(length, length, query.device) if dense is None else dense
-            return dense_attention(query, key, value, self.rule, allowed, self.sinks, rate)
+            return dense_attention(query, key, value, self.rule, allowed, sinks, rate)
 
 
 def _query_or_key_norm(shape: ModelConfig, layers: LayerFactory, heads: int) -> nn.Module:

@@ -67,14 +67,16 @@ class AttentionMask:
         return (rule.seen(length, length, self.documents.device) & same).unsqueeze(1)
 
 
-def attention_mask(shape: ModelConfig, tokens: Tensor, documents: Tensor | None) -> AttentionMask | None:
+def attention_mask(
+    shape: ModelConfig, length: int, device: torch.device, documents: Tensor | None
+) -> AttentionMask | None:
     """Return what attention needs beside its inputs; None: no more than the order of tokens.
 
     Args:
-        tokens: [B, T]
+        length: T, of whole sequences.
         documents: [B, T] document numbers, or None.
     """
-    if tokens.device.type == "cpu":
+    if device.type == "cpu":
         return None if documents is None else AttentionMask(documents, {})
     # torch's fused attention is causal, and knows nothing else.
     flex_only = documents is not None or shape.attn_logit_softcapping is not None or shape.attention_sinks
@@ -82,7 +84,8 @@ def attention_mask(shape: ModelConfig, tokens: Tensor, documents: Tensor | None)
     for_flex = [window for window in windows if window is not None or flex_only]
     if not for_flex:
         return None
-    return AttentionMask(documents, {window: flex_blocks(tokens, documents, window) for window in for_flex})
+    sequence = torch.empty(1, device=device).expand(1, length)
+    return AttentionMask(documents, {window: flex_blocks(sequence, documents, window) for window in for_flex})
 
 
 def flex_blocks(tokens: Tensor, documents: Tensor | None, window: int | None = None) -> BlockMask:

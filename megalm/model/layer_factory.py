@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +19,66 @@ from megalm.model.float8 import Float8Linear
 from megalm.model.loss import LogitRule, chunk_loss, linear_cross_entropy
 from megalm.model.modules import Dropout, DropoutClock, PositionEmbedding, RMSNorm
 
+if TYPE_CHECKING:
+    from megalm.model.attention_kernels import AttentionMask, ScoreRule
+
 AnyModule = TypeVar("AnyModule", bound=nn.Module)
 Rectangle = tuple[tuple[int, int], ...]
 # The residual stream [B, T, H] and column layers that all read it -> [B, T, out features held here] of each layer. One
 # call, so that the communication that they need happens once.
 Projection = Callable[..., tuple[Tensor, ...]]
+# Queries [B, N, T, D], keys and values [B, K, T, D], the mask of whole sequences, sinks [N] or None -> [B, N, T, D].
+Attend = Callable[[Tensor, Tensor, Tensor, "AttentionMask | None", Tensor | None], Tensor]
+
+
+class WholeSequence:
+    """How a rank holds a sample's sequence outside attention: all of it; `megalm.parallel.context_parallel` divides it.
+
+    Shapes: T whole sequence, C = T / parts positions held here, N heads, K key/value heads, D head dimension.
+
+    Attributes:
+        parts: ranks that divide a sequence.
+        multiple: divides the length of a sequence.
+        suffix: of the names that dropout's seeds are derived from: each part has masks of its own.
+    """
+
+    parts = 1
+    multiple = 1
+    suffix = ""
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """[..., T] -> [..., C], the positions held here."""
+        return whole
+
+    def positions(self, length: int, device: torch.device) -> slice | Tensor:
+        """Which positions of the whole sequence are the `length` held here, C."""
+        return slice(0, length)
+
+    def attend(
+        self,
+        attention: Attend,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: AttentionMask | None,
+        rule: ScoreRule,
+        sinks: Tensor | None,
+    ) -> Tensor:
+        """Queries [B, N, C, D] and keys and values [B, K, C, D] of positions held here -> [B, N, C, D].
+
+        Args:
+            attention: of some heads over whole sequences, by `rule`.
+            mask: of whole sequences.
+            sinks: [N] scores of no token, or None.
+        """
+        return attention(query, key, value, mask, sinks)
+
+    def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """[B, C, H] -> [B, H], each sample's row of one of the T `positions` [B], on every rank; without a gradient."""
+        return hidden[torch.arange(len(positions), device=hidden.device), positions]
+
+
+WHOLE_SEQUENCE = WholeSequence()
 
 
 class VocabularyOutput:
@@ -32,15 +87,17 @@ class VocabularyOutput:
     Args:
         rule: what becomes of the products with the weight.
         compiled: the loss of a chunk runs compiled; its matrix products do not need it.
+        sequence: how ranks hold a sample's sequence.
 
     Attributes:
         observe: takes the losses [N] of each token, 0 where there is no target.
     """
 
-    def __init__(self, rule: LogitRule, compiled: bool = False) -> None:
+    def __init__(self, rule: LogitRule, compiled: bool = False, sequence: WholeSequence = WHOLE_SEQUENCE) -> None:
         chunk = partial(chunk_loss, rule=rule)
         self.rule = rule
         self.chunk = torch.compile(chunk, dynamic=False) if compiled else chunk
+        self.sequence = sequence
         self.observe: Callable[[Tensor], None] | None = None
 
     def whole(self, hidden: Tensor) -> Tensor:
@@ -63,13 +120,22 @@ class LayerFactory:
         compiled: the loss of a chunk runs compiled.
         float8: column and row layers multiply in float8; embedding and head do not.
         z_loss: coefficient of the loss's penalty.
+        sequence: how ranks hold a sample's sequence outside attention.
 
     Attributes:
         slices: number of slices of the residual stream's sequence, which must divide its length.
     """
 
-    def __init__(self, clock: DropoutClock, compiled: bool = False, float8: bool = False, z_loss: float = 0.0) -> None:
+    def __init__(
+        self,
+        clock: DropoutClock,
+        compiled: bool = False,
+        float8: bool = False,
+        z_loss: float = 0.0,
+        sequence: WholeSequence = WHOLE_SEQUENCE,
+    ) -> None:
         self.slices = 1
+        self.sequence = sequence
         self.clock = clock
         self.compiled = compiled
         self.z_loss = z_loss
@@ -93,7 +159,7 @@ class LayerFactory:
 
     def positions(self, rows: int, width: int) -> PositionEmbedding:
         """A table of position embeddings, whole on every rank."""
-        return PositionEmbedding(rows, width)
+        return PositionEmbedding(rows, width, self.sequence.parts, self.sequence.cut)
 
     def replicated(self, module: AnyModule, sharded: bool) -> AnyModule:
         """`module`, whose parameters are whole on every rank; `sharded`: it sees only this rank's heads."""
@@ -113,11 +179,14 @@ class LayerFactory:
 
     def output(self, vocab_size: int, softcap: float | None) -> VocabularyOutput:
         """From hidden states to logits, capped or not, and loss."""
-        return VocabularyOutput(LogitRule(softcap, self.z_loss), self.compiled)
+        return VocabularyOutput(LogitRule(softcap, self.z_loss), self.compiled, self.sequence)
 
     def place(self, layer: int, site: str, sharded: bool) -> str:
-        """The name that a dropout's seed is derived from; `sharded`: different on each tensor-parallel rank."""
-        return f"{layer}/{site}"
+        """The name that a dropout's seed is derived from; `sharded`: different on each tensor-parallel rank.
+
+        Each part of a sequence has its own.
+        """
+        return f"{layer}/{site}{self.sequence.suffix}"
 
     def dropout(self, rate: float, layer: int, site: str, sharded: bool) -> nn.Module:
         """Dropout with a seed of its `place`."""

@@ -20,11 +20,26 @@ from megalm.model.model_config import ModelConfig
 
 
 class PositionEmbedding(nn.Embedding):
-    """Learned embeddings [P, H] of positions; under a document mask each document starts at position 0."""
+    """Learned embeddings [P, H] of positions; under a document mask each document starts at position 0.
+
+    Args:
+        parts: number of ranks that divide a sequence between them.
+        cut: from numbers of all positions [..., T] to those of the T / parts that this rank holds.
+    """
+
+    def __init__(
+        self, rows: int, width: int, parts: int = 1, cut: Callable[[Tensor], Tensor] = lambda ids: ids
+    ) -> None:
+        super().__init__(rows, width)
+        self._parts = parts
+        self._cut = cut
 
     def forward(self, length: int, documents: Tensor | None) -> Tensor:  # type: ignore[override]
-        """Embeddings [T, H] of positions 0..T-1, or [B, T, H] counted in each of `documents` [B, T]."""
-        return super().forward(position_ids(length, documents, self.weight.device))
+        """Embeddings [length, H] of positions held here, or [B, length, H] with `documents` [B, T], which are whole.
+
+        Positions count from 0, or from the start of each document.
+        """
+        return super().forward(self._cut(position_ids(length * self._parts, documents, self.weight.device)))
 
 
 def position_ids(length: int, documents: Tensor | None, device: torch.device) -> Tensor:
@@ -59,11 +74,10 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("cosine", (angles.cos() * factor).float(), persistent=False)
         self.register_buffer("sine", (angles.sin() * factor).float(), persistent=False)
 
-    def forward(self, x: Tensor, start: int = 0) -> Tensor:
-        """[B, T, N, D] -> the same, rotated by the position in T, which counts from `start`."""
-        end = start + x.shape[1]
-        cosine = self.cosine[start:end].to(x.dtype).unsqueeze(1)  # [T, 1, R/2]
-        sine = self.sine[start:end].to(x.dtype).unsqueeze(1)
+    def forward(self, x: Tensor, positions: slice | Tensor) -> Tensor:
+        """[B, T, N, D] -> the same, rotated by the T `positions`."""
+        cosine = self.cosine[positions].to(x.dtype).unsqueeze(1)  # [T, 1, R/2]
+        sine = self.sine[positions].to(x.dtype).unsqueeze(1)
         first, second, rest = x.split((sine.shape[-1], sine.shape[-1], x.shape[-1] - self.rotary_dim), dim=-1)
         rotated = (first * cosine - second * sine, second * cosine + first * sine)
         return torch.cat((*rotated, rest) if rest.shape[-1] else rotated, dim=-1)

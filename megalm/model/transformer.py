@@ -206,7 +206,7 @@ class LanguageModelHead(nn.Module):
             loss = self.output.loss(hidden.flatten(0, 1), self.weight, labels.flatten(), self.chunk_tokens)
             return loss, (labels != IGNORE).sum()
         if positions is not None:
-            hidden = hidden[torch.arange(len(positions), device=hidden.device), positions]
+            hidden = self.output.sequence.rows(hidden, positions)
         return self.output.logits(hidden, self.weight)
 
 
@@ -270,6 +270,7 @@ class StageBuilder:
     ) -> None:
         self.shape = shape
         self.slices = layers.slices
+        self.sequence = layers.sequence
         self._layers = layers
         self._clock = clock
         self._chunk_tokens = chunk_tokens
@@ -351,7 +352,7 @@ class LanguageModel(nn.Module):
         clock = clock or DropoutClock(seed=0)
         layers = layers or LayerFactory(clock)
         build = StageBuilder(shape, layers, clock, chunk_tokens, init, recomputation)
-        self.slices = build.slices
+        self.slices, self.sequence = build.slices, build.sequence
         self._shape = shape
         self.gradient_down_to: int | None = None
         self.embedding = build.embedding()
@@ -399,7 +400,7 @@ class LanguageModel(nn.Module):
         Args:
             caches: keys and values of the tokens before these, one for each block; they take those of `tokens` too.
         """
-        mask = attention_mask(self._shape, tokens, documents)
+        mask = attention_mask(self._shape, tokens.shape[1] * self.sequence.parts, tokens.device, documents)
         hidden = self.embedding(tokens, documents, len(caches[0]) if caches else 0)
         for index, block in enumerate(self.layers):
             assert isinstance(block, Block)

@@ -13,11 +13,11 @@ from megalm.topology import Coordinate, Topology
 
 @dataclass(frozen=True)
 class AxisGroup:
-    """The ranks that differ from this one along one axis only.
+    """The ranks that differ from this one along some axes only.
 
     Args:
-        ranks: global ranks in the order of their coordinate.
-        index: this rank's place in `ranks`, which is its coordinate.
+        ranks: global ranks in their order; of one axis, that of their coordinate.
+        index: this rank's place in `ranks`; of one axis, its coordinate.
         process_group: for torch.distributed; exists even for a single rank.
     """
 
@@ -32,33 +32,41 @@ class AxisGroup:
 
 @dataclass(frozen=True)
 class ParallelGroups:
-    """This rank's place in the grid and its group along each axis.
+    """This rank's place in the grid, and its groups of ranks that communicate.
 
     Args:
         tensor: ranks that hold shards of the same layers.
-        data: ranks that hold the same shard and train on different samples.
+        context: ranks that hold the same shard and divide the sequences of the same samples.
+        data_context: data x context, all ranks that hold the same shard: they sum its gradients, and ZeRO divides its
+            states over them.
         pipeline: ranks that hold the successive stages of one copy of the model.
         model: tensor x pipeline, all ranks that together hold one copy of the model.
-        stage: data x tensor, all ranks that hold the same layers; None where nothing asks for it.
+        stage: data x context x tensor, all ranks that hold the same layers; None where nothing asks for it.
+        node: neighbours of the data group that share a second copy of the weights; None where there is none.
     """
 
     topology: Topology
     coordinate: Coordinate
     tensor: AxisGroup
-    data: AxisGroup
+    context: AxisGroup
+    data_context: AxisGroup
     pipeline: AxisGroup
     model: AxisGroup
     stage: AxisGroup | None = None
+    node: AxisGroup | None = None
 
 
 def make_groups(
-    topology: Topology, rank: int, timeout: datetime.timedelta, with_stages: bool = False
+    topology: Topology, rank: int, timeout: datetime.timedelta, with_stages: bool = False, node_ranks: int = 0
 ) -> ParallelGroups:
     """Create the groups of all ranks, in the same order on every rank; collective, after the default group exists.
 
     Every rank makes equally many, and all ranks make the same one or each its own of one rank: with NCCL on a bound
     device a new group is split from the communicator of the world, for which all ranks meet. Axes that share a group
     (pipeline=1: tensor and model) share its process group too.
+
+    Args:
+        node_ranks: size of the `node` groups; 0: there are none.
     """
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
@@ -73,19 +81,30 @@ def make_groups(
         topology=topology,
         coordinate=topology.coordinate(rank),
         tensor=own(topology.groups("tensor")),
-        data=own(topology.groups("data")),
+        context=own(topology.groups("context")),
+        data_context=own(_groups_of(topology, lambda at: (at.pipeline, at.tensor))),
         pipeline=own(topology.groups("pipeline")),
-        model=own(_groups_of(topology, lambda at: at.data)),
-        stage=own(_groups_of(topology, lambda at: at.pipeline)) if with_stages else None,
+        model=own(_groups_of(topology, lambda at: (at.data, at.context))),
+        stage=own(_groups_of(topology, lambda at: (at.pipeline,))) if with_stages else None,
+        node=_node_group(topology, node_ranks, rank, timeout) if node_ranks else None,
     )
 
 
-def _groups_of(topology: Topology, index: Callable[[Coordinate], int]) -> list[tuple[int, ...]]:
+def _groups_of(topology: Topology, index: Callable[[Coordinate], tuple[int, ...]]) -> list[tuple[int, ...]]:
     """The ranks of each value of `index`, in its order."""
-    found: dict[int, list[int]] = {}
+    found: dict[tuple[int, ...], list[int]] = {}
     for rank in range(topology.world_size):
         found.setdefault(index(topology.coordinate(rank)), []).append(rank)
     return [tuple(found[value]) for value in sorted(found)]
+
+
+def _node_group(topology: Topology, size: int, rank: int, timeout: datetime.timedelta) -> AxisGroup:
+    """A group of its own also where it has all ranks: DeepSpeed counts the group's ranks, and of WORLD finds no end."""
+    data = topology.groups("data")
+    parts = [ranks[first : first + size] for ranks in data for first in range(0, len(ranks), size)]
+    made = {ranks: dist.new_group(list(ranks), timeout=timeout) for ranks in parts}
+    (mine,) = (ranks for ranks in parts if rank in ranks)
+    return AxisGroup(mine, mine.index(rank), made[mine])
 
 
 def _new_group(ranks: tuple[int, ...], world_size: int, timeout: datetime.timedelta) -> dist.ProcessGroup:

@@ -14,11 +14,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from megalm.model.layer_factory import AnyModule, LayerFactory, Rectangle, ShardedAxis, annotate_shard
+from megalm.model.layer_factory import (
+    WHOLE_SEQUENCE,
+    AnyModule,
+    LayerFactory,
+    Rectangle,
+    ShardedAxis,
+    WholeSequence,
+    annotate_shard,
+)
 from megalm.model.loss import LogitRule
-from megalm.model.modules import DropoutClock, PositionEmbedding, RMSNorm, position_ids
+from megalm.model.modules import DropoutClock, PositionEmbedding, RMSNorm
 from megalm.parallel import collectives
 from megalm.parallel.process_groups import AxisGroup
 from megalm.parallel.sharded_linear import TensorProducts
@@ -83,6 +90,7 @@ class TensorLayers(LayerFactory):
         float8: column and row layers multiply in float8.
         chunks: of a micro-batch, whose communication runs while others are multiplied; 1: they take turns.
         z_loss: coefficient of the loss's penalty.
+        context: how a context group holds a sample's sequence.
     """
 
     def __init__(
@@ -94,8 +102,9 @@ class TensorLayers(LayerFactory):
         float8: bool = False,
         chunks: int = 1,
         z_loss: float = 0.0,
+        context: WholeSequence = WHOLE_SEQUENCE,
     ) -> None:
-        super().__init__(clock, compiled, float8, z_loss)
+        super().__init__(clock, compiled, float8, z_loss, context)
         self._group = group
         self._products = TensorProducts(group, sequence, float8, chunks)
         self._stream = self._products.stream
@@ -128,9 +137,8 @@ class TensorLayers(LayerFactory):
         return layer
 
     def positions(self, rows: int, width: int) -> PositionEmbedding:
-        sharded = self._stream.is_sequence_sharded
-        table = SlicedPositions(rows, width, self._group) if sharded else PositionEmbedding(rows, width)
-        return self.replicated(table, sharded=False)
+        held = PositionEmbedding(rows, width, self.sequence.parts * self.slices, self._cut)
+        return self.replicated(held, sharded=False)
 
     def replicated(self, module: AnyModule, sharded: bool) -> AnyModule:
         for parameter in module.parameters():
@@ -154,11 +162,18 @@ class TensorLayers(LayerFactory):
         return self.replicated(ShardedRMSNorm(width, part, epsilon, zero_centered, self._group), sharded=True)
 
     def output(self, vocab_size: int, softcap: float | None) -> VocabParallelOutput:
-        return VocabParallelOutput(vocab_size, LogitRule(softcap, self.z_loss), self._stream, self.compiled)
+        return VocabParallelOutput(
+            vocab_size, LogitRule(softcap, self.z_loss), self._stream, self.compiled, self.sequence
+        )
 
     def place(self, layer: int, site: str, sharded: bool) -> str:
         place = super().place(layer, site, sharded)
         return f"{place}/tensor {self._group.index}" if sharded or self._stream.is_sequence_sharded else place
+
+    def _cut(self, whole: Tensor) -> Tensor:
+        """[..., T] -> the positions of the stream's slice."""
+        held = self.sequence.cut(whole)
+        return held.chunk(self.slices, dim=-1)[self._group.index] if self.slices > 1 else held
 
     def _replicate(self, parameter: nn.Parameter, sharded: bool) -> None:
         """Annotate a parameter as whole on every rank; where each does a part of the work, sum their gradients."""
@@ -235,20 +250,6 @@ class _Row(torch.autograd.Function):
         needed = list(ctx.needs_input_grad[:2])
         found = products.row_backward(features, weight, gradients[0], needed)
         return *(each if it else None for each, it in zip(found, needed, strict=True)), None
-
-
-class SlicedPositions(PositionEmbedding):
-    """Position embeddings of this rank's slice of the sequence."""
-
-    def __init__(self, rows: int, width: int, group: AxisGroup) -> None:
-        super().__init__(rows, width)
-        self._group = group
-
-    def forward(self, length: int, documents: Tensor | None) -> Tensor:  # type: ignore[override]
-        """Embeddings of the slice's `length` positions, S; `documents` is whole, [B, T]."""
-        ids = position_ids(length * self._group.size, documents, self.weight.device)
-        first = self._group.index * length
-        return functional.embedding(ids[..., first : first + length], self.weight)
 
 
 def _annotate(parameter: Tensor, shape: tuple[int, ...], dimension: int, part: DimRange) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megalm.model.layer_factory import VocabularyOutput
+from megalm.model.layer_factory import WHOLE_SEQUENCE, VocabularyOutput, WholeSequence
 from megalm.model.loss import IGNORE, LogitRule
 from megalm.model.modules import uncompiled
 from megalm.parallel import collectives
@@ -44,11 +44,20 @@ class VocabParallelOutput(VocabularyOutput):
         vocab_size: V.
         rule: what becomes of the products with the weight.
         compiled: the element-wise work of a chunk runs compiled.
+        sequence: how ranks hold a sample's sequence.
     """
 
-    def __init__(self, vocab_size: int, rule: LogitRule, stream: ReplicatedResidual, compiled: bool) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        rule: LogitRule,
+        stream: ReplicatedResidual,
+        compiled: bool,
+        sequence: WholeSequence = WHOLE_SEQUENCE,
+    ) -> None:
         self.rule = rule
         self.chunk = self._chunk
+        self.sequence = sequence
         self.observe = None
         self._vocab_size = vocab_size
         self._stream = stream

@@ -21,6 +21,7 @@ from megalm.config.schema import (
     DataStage,
     LayerChoice,
     ModelSection,
+    ParallelSection,
     RunConfig,
     ScheduleSection,
 )
@@ -44,6 +45,8 @@ _SCALE_POWER = 10  # of fp16: from 16 the first updates would be skipped, until 
 
 # Sections that change no number of a step.
 _NOT_TRAINED = ("run", "profile", "evaluate", "sample", "checkpoint", "guard", "resume", "tracking", "slurm")
+# Keys of `parallel` that the run on one rank has at their defaults.
+_DIVIDES = ("tensor", "pipeline", "context", "context_method", "sequence", "overlap_tensor_communication")
 _NOT_PASSED_ON = (
     "aio",
     "flops_profiler",
@@ -98,9 +101,10 @@ def make_case(files: ConfigFiles, ranks: int, device: DeviceFacts, fp32: bool = 
         own = replace(own, precision="fp32")
     config = _small_config(own)
     settings = _small_json(own, config)
-    mini_ranks = 2 * config.parallel.tensor * config.parallel.pipeline
+    degrees = config.parallel
+    mini_ranks = 2 * degrees.tensor * degrees.context * degrees.pipeline
     run = _resolved(own, config, settings, mini_ranks)
-    undivided = {"tensor": 1, "pipeline": 1, "sequence": False, "overlap_tensor_communication": "auto"}
+    undivided = {name: ParallelSection.model_fields[name].default for name in _DIVIDES}
     alone = config.model_copy(
         update={
             "parallel": config.parallel.model_copy(update=undivided),
@@ -154,7 +158,7 @@ def _fp16_on_a_cpu() -> Iterator[None]:
 def _small_config(own: ResolvedRun) -> RunConfig:
     config = own.config
     model, train, parallel = config.model, config.train, config.parallel
-    tensor, pipeline = min(2, parallel.tensor), min(2, parallel.pipeline)
+    tensor, pipeline, context = (min(2, it) for it in (parallel.tensor, parallel.pipeline, parallel.context))
     layers = max(pipeline, min(4, model.num_hidden_layers))
     accumulation = _small_accumulation(own)
     heads = model.num_key_value_heads or model.num_attention_heads
@@ -199,6 +203,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
             update={
                 "tensor": tensor,
                 "pipeline": pipeline,
+                "context": context,
                 "balance": "parameters",
                 "overlap_tensor_communication": own.tensor_chunks > 1,
             }
@@ -288,6 +293,8 @@ def _small_zero(own: ResolvedRun, given: dict[str, Any]) -> dict[str, Any]:
     offload = zero.get("offload_optimizer")
     if offload is not None and offload.get("device") == "nvme":
         zero["offload_optimizer"] = {"device": "cpu"}
+    if own.deepspeed_source.settings.zero_optimization.secondary_ranks:
+        zero["zero_hpz_partition_size"] = 2
     if own.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = 0  # else every parameter of the miniature stays whole
     return zero
@@ -299,6 +306,7 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
         ("data ranks", before.data, after.data),
         ("parallel.tensor", before.tensor, after.tensor),
         ("parallel.pipeline", before.pipeline, after.pipeline),
+        ("parallel.context", before.context, after.context),
         ("micro-batch", own.batch.micro_batch, run.batch.micro_batch),
         ("micro-batches in a step", own.batch.accumulation, run.batch.accumulation),
         *([("schedule.batch", _in_short(own), _in_short(run))] if own.stages.grow else []),
@@ -314,6 +322,11 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
             "train.checkpoint_activations_every",
             own.config.train.checkpoint_activations_every,
             run.config.train.checkpoint_activations_every,
+        ),
+        (
+            "zero_optimization.zero_hpz_partition_size",
+            own.deepspeed_source.settings.zero_optimization.zero_hpz_partition_size,
+            run.deepspeed_source.settings.zero_optimization.zero_hpz_partition_size,
         ),
         ("gradient_clipping", own.deepspeed["gradient_clipping"], run.deepspeed["gradient_clipping"]),
         ("optimizer.params.eps", own.optimizer.epsilon, run.optimizer.epsilon),

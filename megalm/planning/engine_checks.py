@@ -1,13 +1,12 @@
-"""Rules of the DeepSpeed JSON and of the parallel degrees; see run_checks.py.
+"""Rules of the DeepSpeed JSON; see run_checks.py.
 
-DeepSpeed 0.19.8 runs several of the refused combinations without a message and trains something else. A refused grid of
-ranks names the nearest legal degree. Slow but legal grids get a notice.
+DeepSpeed 0.19.8 runs several of the refused combinations without a message and trains something else.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, choose_precision
@@ -63,7 +62,8 @@ class CheckContext:
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.world_size, self.config.parallel.tensor, self.config.parallel.pipeline)
+        parallel = self.config.parallel
+        return Topology(self.world_size, parallel.tensor, parallel.pipeline, parallel.context)
 
     @property
     def shape(self) -> ModelConfig:
@@ -143,14 +143,14 @@ def float8_has_its_kernel(case: CheckContext) -> None:
 def float8_divides_the_model(case: CheckContext) -> None:
     if not case.config.precision.float8:
         return
-    shape, degree = case.shape, case.config.parallel.tensor
+    shape, degree, context = case.shape, case.config.parallel.tensor, case.config.parallel.context
     heads, key_heads = shape.num_attention_heads // degree, max(1, shape.num_key_value_heads // degree)
     for name, size in (
         ("model.hidden_size", shape.hidden_size),
         ("the width of a rank's heads (model.num_attention_heads)", heads * shape.head_dim),
         ("the width of a rank's key/value heads (model.num_key_value_heads)", key_heads * shape.head_dim),
         ("a rank's part of model.intermediate_size", shape.intermediate_size // degree),
-        *(("data.sequence_length", length) for length in case.config.data.sequence_lengths),
+        *((f"a rank's part of data.sequence_length={it}", it // context) for it in case.config.data.sequence_lengths),
     ):
         if size % _FLOAT8_MULTIPLE:
             raise ConfigError(
@@ -267,11 +267,12 @@ def no_recomputation(kind: Recompute, config: RunConfig, device: DeviceFacts, ze
     return ""
 
 
-_HALVES = "each half of a block is a graph of its own, not proven with ZeRO 3, tensor groups and pipelines"
+_HALVES = "each half of a block is a graph of its own, not proven with ZeRO 3, tensor or context groups and pipelines"
 
 
 def _is_divided(config: RunConfig, zero: ZeroSection) -> bool:
-    return zero.stage == 3 or config.parallel.tensor > 1 or config.parallel.pipeline > 1
+    parallel = config.parallel
+    return zero.stage == 3 or max(parallel.tensor, parallel.context, parallel.pipeline) > 1
 
 
 def recomputation_is_one(case: CheckContext) -> None:
@@ -357,155 +358,3 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     muon_keeps_its_states,
     ema_is_in_memory,
 )
-
-
-# --- the parallel degrees ---------------------------------------------------------------------------------------------
-
-
-def degrees_divide_the_ranks(case: CheckContext) -> None:
-    Topology(case.world_size, case.config.parallel.tensor, case.config.parallel.pipeline)  # raises
-
-
-def tensor_divides_the_model(case: CheckContext) -> None:
-    """Each rank of a tensor group holds whole heads and an equal part of the MLP; vocabularies are padded instead."""
-    shape, degree = case.shape, case.config.parallel.tensor
-    for name, size in (
-        ("model.num_attention_heads", shape.num_attention_heads),
-        ("the MLP's inner size (model.intermediate_size)", shape.intermediate_size),
-    ):
-        if size % degree:
-            raise ConfigError(f"parallel.tensor={degree} does not divide {name}={size}; {_legal_tensor_degrees(case)}")
-    if not _shares_key_value_heads(shape.num_key_value_heads, degree):
-        raise ConfigError(
-            f"parallel.tensor={degree} and model.num_key_value_heads={shape.num_key_value_heads}: one must divide the "
-            f"other; {_legal_tensor_degrees(case)}"
-        )
-
-
-def sequence_has_a_tensor_group(case: CheckContext) -> None:
-    parallel, lengths = case.config.parallel, case.config.data.sequence_lengths
-    if not parallel.sequence:
-        return
-    if parallel.tensor == 1:
-        raise ConfigError(
-            "parallel.sequence=true divides the sequence over a tensor group, but parallel.tensor=1; "
-            "use parallel.tensor=2 or more, or remove parallel.sequence"
-        )
-    for length in lengths:
-        if length % parallel.tensor:
-            below = length // parallel.tensor * parallel.tensor
-            use = f"{below} or {below + parallel.tensor}" if below else f"{parallel.tensor}"
-            raise ConfigError(
-                f"parallel.sequence=true: data.sequence_length={length} does not divide into parallel.tensor="
-                f"{parallel.tensor} slices; use {use}"
-            )
-
-
-def overlap_has_a_tensor_group(case: CheckContext) -> None:
-    parallel = case.config.parallel
-    if parallel.overlap_tensor_communication is True and parallel.tensor == 1:
-        raise ConfigError(
-            "parallel.overlap_tensor_communication=true overlaps what a tensor group sends, but parallel.tensor=1; "
-            "use parallel.tensor=2 or more, or remove parallel.overlap_tensor_communication"
-        )
-
-
-def pipeline_has_enough_layers(case: CheckContext) -> None:
-    degree, layers = case.config.parallel.pipeline, case.config.model.num_hidden_layers
-    if degree > layers:
-        legal = (n for n in range(1, layers + 1) if case.world_size % (n * case.config.parallel.tensor) == 0)
-        raise ConfigError(
-            f"parallel.pipeline={degree} is more than model.num_hidden_layers={layers}, but each stage needs a block; "
-            f"on {case.world_size} ranks use {_nearest(degree, legal)}"
-        )
-
-
-def pipeline_needs_low_zero(case: CheckContext) -> None:
-    if case.config.parallel.pipeline > 1 and case.zero.stage >= 2:
-        raise ConfigError(
-            f"parallel.pipeline={case.config.parallel.pipeline} with zero_optimization.stage={case.zero.stage} "
-            f"({case.ds.path}): a pipeline keeps whole gradients over its micro-batches; use stage 1"
-        )
-
-
-def pipeline_clips_with_zero_1(case: CheckContext) -> None:
-    # The engine leaves the later stages out of the gradient norm.
-    if case.config.parallel.pipeline > 1 and case.zero.stage == 0 and case.settings.gradient_clipping != 0:
-        raise ConfigError(
-            f"parallel.pipeline={case.config.parallel.pipeline} with zero_optimization.stage=0 ({case.ds.path}) clips "
-            "by a wrong gradient norm in DeepSpeed 0.19.8; use stage 1"
-        )
-
-
-def pipeline_sums_tied_gradients(case: CheckContext) -> None:
-    # DeepSpeed sums the gradients of the first and the last stage for their common weight in `grad`, but accumulates
-    # fp16 gradients in fp32 elsewhere: each stage would train its own copy.
-    apart = case.precision == "fp16" and case.settings.data_types.grad_accum_dtype == "fp32"
-    if case.config.parallel.pipeline > 1 and apart and case.shape.tie_word_embeddings:
-        raise ConfigError(
-            f"parallel.pipeline={case.config.parallel.pipeline} with fp16 and data_types.grad_accum_dtype=fp32 "
-            f"({case.ds.path}) trains tied embeddings wrongly in DeepSpeed 0.19.8; remove grad_accum_dtype, use bf16, "
-            "or set model.tie_word_embeddings=false"
-        )
-
-
-def pipeline_keeps_its_states(case: CheckContext) -> None:
-    for name, _ in case.offloads:
-        if case.config.parallel.pipeline > 1:
-            raise ConfigError(
-                f"parallel.pipeline={case.config.parallel.pipeline} cannot offload ({name} in {case.ds.path}); "
-                f"remove {name}, or the pipeline"
-            )
-
-
-PARALLEL_RULES: tuple[Rule, ...] = (
-    degrees_divide_the_ranks,
-    tensor_divides_the_model,
-    float8_divides_the_model,
-    sequence_has_a_tensor_group,
-    overlap_has_a_tensor_group,
-    pipeline_has_enough_layers,
-    pipeline_needs_low_zero,
-    pipeline_clips_with_zero_1,
-    pipeline_sums_tied_gradients,
-    pipeline_keeps_its_states,
-)
-
-
-def parallel_notices(config: RunConfig, ranks_per_node: int) -> list[str]:
-    """Return a notice if tensor groups, which communicate several times a layer, leave their node."""
-    degree = config.parallel.tensor
-    if ranks_per_node % degree == 0:
-        return []
-    relation = "is more than" if degree > ranks_per_node else "does not divide"
-    fitting = max(n for n in range(1, ranks_per_node + 1) if ranks_per_node % n == 0 and degree % n == 0)
-    return [
-        f"parallel.tensor={degree} {relation} the {ranks_per_node} ranks of a node: tensor groups communicate over the "
-        f"network in every layer, which is slow; parallel.tensor={fitting} with parallel.pipeline={degree // fitting} "
-        "uses the same number of ranks"
-    ]
-
-
-def _legal_tensor_degrees(case: CheckContext) -> str:
-    shape = case.shape
-    legal = (
-        n
-        for n in range(1, shape.num_attention_heads + 1)
-        if shape.num_attention_heads % n == 0
-        and shape.intermediate_size % n == 0
-        and _shares_key_value_heads(shape.num_key_value_heads, n)
-        and case.world_size % (n * case.config.parallel.pipeline) == 0
-    )
-    return f"on {case.world_size} ranks use {_nearest(case.config.parallel.tensor, legal)}"
-
-
-def _nearest(degree: int, legal: Iterable[int]) -> str:
-    """Return the nearest legal degrees below and above."""
-    degrees = sorted(legal)
-    near = [n for n in degrees if n < degree][-1:] + [n for n in degrees if n > degree][:1]
-    return " or ".join(map(str, near))
-
-
-def _shares_key_value_heads(heads: int, degree: int) -> bool:
-    """Return whether ranks hold whole key/value heads; if there are fewer heads than ranks, several hold the same."""
-    return heads % degree == 0 or degree % heads == 0

@@ -110,7 +110,7 @@ def remedies(case: MemoryCase, device: DeviceFacts) -> list[str]:
 
 def _is_one_card(case: MemoryCase) -> bool:
     """Whether tiles run compiled too."""
-    return case.topology.tensor == case.topology.pipeline == 1 and case.zero.stage < 3
+    return case.topology.copy_ranks == 1 and case.zero.stage < 3
 
 
 def _fits(case: MemoryCase, device: DeviceFacts) -> bool:
@@ -127,7 +127,7 @@ def _changes(case: MemoryCase, device: DeviceFacts) -> Iterator[tuple[str, Memor
         yield f"train_micro_batch_size_per_gpu={chosen.micro_batch}", chosen
     if case.whole_gradients:
         yield "train.reduce_gradients=micro_batch", replace(case, whole_gradients=False)
-    if case.topology.pipeline == 1 and case.topology.data > 1:
+    if case.topology.pipeline == 1 and case.topology.data_context > 1:
         for stage in range(max(2, case.zero.stage + 1), 4):
             yield f"ZeRO stage {stage}", replace(case, zero=case.zero.model_copy(update={"stage": stage}))
     if case.recompute not in ("none", "full"):

@@ -25,12 +25,12 @@ from megalm.planning.engine_checks import (
     float8_notices,
     frozen_notices,
     no_recomputation,
-    parallel_notices,
     runs_compiled,
 )
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
 from megalm.planning.memory_fit import MemoryFit, memory_notices
 from megalm.planning.optimizer_facts import OptimizerFacts, optimizer_facts
+from megalm.planning.parallel_checks import parallel_notices, second_copy_notices
 from megalm.planning.run_checks import check_run, with_steps
 from megalm.planning.training_stages import TrainingStages
 from megalm.topology import Topology, bubble_share
@@ -96,7 +96,7 @@ class ResolvedRun:
         wanted = self.config.parallel.overlap_tensor_communication
         if self.topology.tensor == 1 or not (self.device.kind == "cuda" if wanted == "auto" else wanted):
             return 1
-        tokens = self.batch.micro_batch * self.config.data.sample_length
+        tokens = self.batch.micro_batch * self.config.data.sample_length // self.topology.context
         return max(1 if wanted == "auto" else 2, min(tokens // _CHUNK_TOKENS, _MOST_CHUNKS))
 
     @property
@@ -128,7 +128,7 @@ def resolve(
     check_run(loaded, ds, world_size, device, data_needed)
     loaded = loaded.with_implied(ds.run_settings, ds.path)
     config, settings = loaded.config, ds.settings
-    topology = Topology(world_size, config.parallel.tensor, config.parallel.pipeline)
+    topology = CheckContext(loaded, ds, world_size, device).topology
     precision, precision_notices = choose_precision(settings, device)
     shape, vocab_notices = _shape(config, vocab_size)
 
@@ -201,6 +201,7 @@ def resolve(
             *_compile_notices(config, device),
             *_interval_notices(config),
             *_stage_notices(config),
+            *second_copy_notices(ds.settings.zero_optimization, ranks_per_node or world_size),
             *parallel_notices(config, ranks_per_node or world_size),
         ),
         documented_by_preset=loaded.documented_by_preset,
@@ -363,6 +364,7 @@ def memory_case(
         on_cpu=device.kind == "cpu",
         checkpoint_copy=config.checkpoint.asynchronous,
         sequence_parallel=config.parallel.sequence,
+        ring=config.parallel.context_method == "ring",
         whole_gradients=whole_gradients,
         repeats_keys=repeats_keys,
         device_bytes=device.memory_bytes,

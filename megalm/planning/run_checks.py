@@ -1,7 +1,8 @@
 """Rules across the run configuration and the DeepSpeed JSON: one function and one message each.
 
 They run before any process group exists, so that a run that cannot be right never takes a GPU. Rules about one value
-are in the schemas; rules of the JSON and of the parallel degrees are in engine_checks.py.
+are in the schemas; rules of the JSON are in engine_checks.py, those of
+the parallel degrees in parallel_checks.py.
 """
 
 from __future__ import annotations
@@ -25,9 +26,10 @@ from megalm.data.readers.questions import read_questions, task_name
 from megalm.errors import ConfigError, DataError, MegalmError
 from megalm.planning.batch_size import BatchPlan, RunBatch, plan_batch
 from megalm.planning.diagnostics import profiled_steps
-from megalm.planning.engine_checks import DEEPSPEED_RULES, PARALLEL_RULES, CheckContext, Rule
+from megalm.planning.engine_checks import DEEPSPEED_RULES, CheckContext, Rule
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.planning.model_checks import MODEL_RULES
+from megalm.planning.parallel_checks import PARALLEL_RULES
 from megalm.planning.training_stages import TrainingStages
 from megalm.rank_environment import JOB_FIELDS
 from megalm.utils.addresses import public_address

@@ -125,7 +125,8 @@ def _of_deepspeed(sequence_length: int) -> Iterator[Replacement]:
     # The stage before has not sent the size of its hidden states.
     def received(engine: Any, _: int) -> Any:
         stage = engine.module
-        size = [engine.train_micro_batch_size_per_gpu(), sequence_length // stage.slices, stage.hidden_size]
+        held = sequence_length // stage.sequence.parts // stage.slices
+        size = [engine.train_micro_batch_size_per_gpu(), held, stage.hidden_size]
         return engine._allocate_or_extend_buffers(0, size, next(stage.parameters()).dtype)
 
     yield PipelineEngine, "_recv_tensor_meta", received

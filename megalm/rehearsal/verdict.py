@@ -78,7 +78,9 @@ def _failures(rehearsal: Rehearsal) -> Iterator[str]:
 def _remedies(rehearsal: Rehearsal, plan: Plan) -> list[str]:
     start, step = rehearsal.phase("start"), rehearsal.phase("step")
     if start is not None and step is not None and start.peak_bytes > step.peak_bytes:
-        return ["the start needs more than a step: use more ranks (parallel.tensor, parallel.pipeline)"]
+        return [
+            "the start needs more than a step: use more ranks (parallel.tensor, parallel.context, parallel.pipeline)"
+        ]
     changes = remedies(plan.case, plan.resolved.device)
     return [f"to fit: {'; or '.join(changes)}"] if changes else []
 
@@ -91,7 +93,9 @@ def _advice(rehearsal: Rehearsal, case: RehearsalCase, plan: Plan) -> Iterator[s
     if waits := step.count("synchronize"):
         places = sorted({event.place for event in step.events if event.kind == "synchronize"})
         yield f"the host waits for all of the device's work in each step ({waits} x): {', '.join(places)}"
-    gradients = rehearsal.bytes_per_parameter(step, "data", "all_reduce", "reduce_scatter", "reduce")
+    gradients = rehearsal.bytes_per_parameter(
+        step, "data" if run.topology.data > 1 else "context", "all_reduce", "reduce_scatter", "reduce"
+    )
     if zero.stage == 2 and run.batch.accumulation > 1 and gradients > 4.5:
         yield (
             f"gradients are sent with each micro-batch, {gradients:.1f} bytes a parameter a step; ZeRO stage 1 sends "

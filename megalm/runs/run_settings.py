@@ -181,7 +181,7 @@ def read_settings(
         # By its name: another job may begin a newer unnamed run at any moment.
         loaded, saved = given.resumed_run(own.config_yaml, own.name), given.saved_config(own.config_yaml)
         degrees = loaded.config.parallel
-        if ranks % (degrees.tensor * degrees.pipeline) and not any(
+        if ranks % (degrees.tensor * degrees.context * degrees.pipeline) and not any(
             key.startswith("parallel.") for key in loaded.explicit_keys
         ):
             loaded = given.resumed_run(own.config_yaml, own.name, dropped=("parallel",))

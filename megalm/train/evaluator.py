@@ -85,7 +85,7 @@ class Evaluator:
     Args:
         sets: by name, loaders of the part and of the complete set. Several sets have a total, weighted by tokens.
         token_bytes: [V] UTF-8 bytes that each token decodes to.
-        replicas: number of ranks that read the same samples (tensor and pipeline neighbors).
+        replicas: number of ranks that read the same samples (tensor, context and pipeline neighbors).
         heartbeat: called after every batch.
     """
 

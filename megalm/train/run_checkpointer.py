@@ -215,6 +215,7 @@ class RunCheckpointer:
             "topology": {
                 "world_size": topology.world_size,
                 "data": topology.data,
+                "context": topology.context,
                 "tensor": topology.tensor,
                 "pipeline": topology.pipeline,
                 "zero_stage": run.zero_stage,

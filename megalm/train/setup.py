@@ -435,7 +435,7 @@ def _components(
             validation_loaders(run, data, data_rank),
             data.tokenizer.token_bytes(),
             comm,
-            replicas=run.topology.tensor * run.topology.pipeline,
+            replicas=run.topology.copy_ranks,
             heartbeat=limits.heartbeat,
         ),
         checkpoints=checkpoints,

@@ -90,6 +90,7 @@ MODELS: dict[str, tuple[str, ...]] = {
 class Layout:
     ranks: int
     overrides: tuple[str, ...] = ()
+    few: tuple[int, ...] = ()  # the ZeRO stages of its only rows: each axis has rows of all models by itself
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -98,6 +99,7 @@ class Layout:
 
 
 _TP, _PP = "parallel.tensor=2", "parallel.pipeline=2"
+_CP, _RING = "parallel.context=2", "parallel.context_method=ring"
 _SP = (_TP, "parallel.sequence=true")
 # In two chunks of one sample each, in the layouts that test_collective_faults.py breaks; in the others in one message.
 _OVERLAP = "parallel.overlap_tensor_communication=true"
@@ -106,11 +108,21 @@ LAYOUTS = {
     "tp2": Layout(2, (_TP, _OVERLAP)),
     "sp2": Layout(2, (*_SP, _OVERLAP)),
     "pp2": Layout(2, (_PP,)),
+    "cp2": Layout(2, (_CP,)),
+    "ring2": Layout(2, (_CP, _RING)),
     "tp2 x dp2": Layout(4, (_TP,)),
     "sp2 x dp2": Layout(4, _SP),
     "pp2 x dp2": Layout(4, (_PP,)),
     "tp2 x pp2": Layout(4, (_TP, _PP, _OVERLAP)),
     "sp2 x pp2": Layout(4, (*_SP, _PP)),
+    "cp4": Layout(4, ("parallel.context=4",), few=(0, 2)),
+    "cp2 x dp2": Layout(4, (_CP,), few=(3, 1)),
+    "sp2 x cp2": Layout(4, (*_SP, _CP), few=(2, 3)),
+    "cp2 x pp2": Layout(4, (_CP, _PP), few=(0, 1)),
+    "ring4": Layout(4, ("parallel.context=4", _RING), few=(3, 0)),
+    "ring2 x dp2": Layout(4, (_CP, _RING), few=(2, 3)),
+    "tp2 x ring2": Layout(4, (_TP, _CP, _RING), few=(1, 2)),
+    "ring2 x pp2": Layout(4, (_CP, _RING, _PP), few=(1, 0)),
     "tp2 x pp2 x dp2": Layout(8, (_TP, _PP)),
 }
 
@@ -126,6 +138,7 @@ class Row:
     offloaded: bool = False
     muon: bool = False
     states: str = "fp32"
+    hpz: bool = False
 
     @property
     def clipping(self) -> float:
@@ -143,6 +156,8 @@ class Row:
     def numbers(self) -> str:
         if self.states != "fp32":
             return f"{self.precision}, {self.states} states"
+        if self.hpz:
+            return f"{self.precision}, hpZ"
         return self.precision + (", offloaded" if self.offloaded else "") + (", Muon" if self.muon else "")
 
     @property
@@ -151,7 +166,9 @@ class Row:
 
     def case(self) -> Case:
         states = () if self.states == "fp32" else (f"train.optimizer_state={self.states}",)
-        return self._case((*LAYOUTS[self.layout].overrides, *states), {"stage": self.zero, **self._offload()})
+        return self._case(
+            (*LAYOUTS[self.layout].overrides, *states), {"stage": self.zero, **self._offload(), **self._second_copy()}
+        )
 
     @property
     def reference(self) -> str:
@@ -164,6 +181,9 @@ class Row:
     def _offload(self) -> dict[str, Any]:
         names = ("offload_optimizer", "offload_param") if self.zero == 3 else ("offload_optimizer",)
         return {name: {"device": "cpu"} for name in names} if self.offloaded else {}
+
+    def _second_copy(self) -> dict[str, Any]:
+        return {"zero_hpz_partition_size": 2} if self.hpz else {}
 
     def _case(self, overrides: tuple[str, ...], zero: dict[str, Any]) -> Case:
         optimizer = {"params": {"betas": [0.9, 0.95], "eps": EPSILON, "weight_decay": 0.1}}
@@ -183,8 +203,9 @@ class Row:
 
 # Low precision rounds each product and the layouts round different ones: a part of the matrix shows that it trains.
 _FEW_MODELS = ("gpt2 tied", "llama GQA untied")
-_MORE = ("tp2", "sp2", "pp2")  # fp16, and offload, which by data alone has its own test
-_MUON = ("sp2 x dp2",)  # and the largest; test_muon.py compares further layouts with torch's Muon
+_HPZ = ("dp2",)  # ZeRO 3 alone has it; test_zero_parity.py has two groups of two ranks
+_MORE = ("tp2", "sp2", "pp2", "cp2")  # fp16, and offload, which by data alone has its own test
+_MUON = ("sp2 x dp2", "sp2 x cp2")  # and the largest; test_muon.py compares further layouts with torch's Muon
 # Optimizer states in fewer bytes, where two axes meet; test_optimizer_state_kinds.py has each axis alone.
 _STATES = {"tp2 x dp2": "8bit", "sp2 x dp2": "bf16", "pp2 x dp2": "8bit", "tp2 x pp2": "bf16", "sp2 x pp2": "8bit"}
 
@@ -193,6 +214,9 @@ def rows(layout: str) -> list[Row]:
     stages = LAYOUTS[layout].stages
     if LAYOUTS[layout].ranks > 4:  # shows that three axes meet; each two of them have their own layouts
         return [*(Row(layout, model, 1) for model in _FEW_MODELS), Row(layout, "llama GQA untied", 1, muon=True)]
+    if LAYOUTS[layout].few:
+        found = [Row(layout, *row) for row in zip(_FEW_MODELS, LAYOUTS[layout].few, strict=True)]
+        return [*found, Row(layout, "llama GQA untied", 1, muon=True)] if layout in _MUON else found
     found = [Row(layout, model, zero) for model in MODELS for zero in stages]
     low = [zero for zero in stages if zero > 0]
     found += [Row(layout, model, zero, "bf16") for model in _FEW_MODELS for zero in low]
@@ -202,6 +226,8 @@ def rows(layout: str) -> list[Row]:
         found += [Row(layout, "llama GQA untied", zero, "fp16") for zero in low]
         if len(low) > 1:  # a pipeline keeps its states on the device
             found += [Row(layout, "llama GQA untied", zero, offloaded=True) for zero in low]
+    if layout in _HPZ:
+        found += [Row(layout, "llama GQA untied", 3, hpz=True)]
     if layout in _STATES:
         found += [Row(layout, "llama GQA untied", zero, states=_STATES[layout]) for zero in stages]
     return found

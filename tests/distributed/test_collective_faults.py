@@ -34,6 +34,8 @@ ROWS = (
     Row("pp2", "llama GQA untied", 1),
     Row("pp2", "gpt2 tied", 0),
     Row("tp2", "llama GQA untied", 1, muon=True),
+    Row("cp2", "llama GQA untied", 1),
+    Row("ring2", "llama GQA untied", 1),
 )
 # What is no part of training's arithmetic: (file, function) -> why no number of the matrix can depend on it.
 CONTROL = {

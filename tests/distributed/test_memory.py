@@ -22,13 +22,16 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
+STATES = ("weights", "master", "moments", "ema", "secondary")
 SMALL = 1024  # bytes: counters, norms, learning rates
 # Wide enough that every part is far larger than a batch of tokens.
 WIDE = ("model.hidden_size=128", "model.num_hidden_layers=3")
 GPT2 = ("model.style=gpt2", "model.qk_norm=false", "model.tie_word_embeddings=true")
+CONTEXT = "parallel.context=2"
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 MUON = {"type": "Muon", "params": {"weight_decay": 0.1}}
 GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
+HPZ = {**GATHERED["zero_optimization"], "zero_hpz_partition_size": 2}
 FROZEN = "train.parameter_groups=[{match: embedding.*, frozen: true}, {match: 'layers.[01].*', frozen: true}]"
 CASES = {
     # Accumulating: a single backward pass frees gradients as it reduces them.
@@ -37,12 +40,15 @@ CASES = {
     "zero2 fp32 once a step": Case("zero2.json", overrides=WIDE, settings={"train_micro_batch_size_per_gpu": 2}),
     "zero2 bf16 once a step": Case("zero2.json", "bf16", WIDE, {"train_micro_batch_size_per_gpu": 2}),
     "zero3 fp32": Case("zero3.json", overrides=WIDE, settings=GATHERED),
+    "zero3 bf16 hpz": Case("zero3.json", "bf16", WIDE, {"zero_optimization": HPZ}),
     "zero1 bf16": Case("zero1.json", "bf16", WIDE),
     "zero2 bf16": Case("zero2.json", "bf16", WIDE),
     "zero3 bf16": Case("zero3.json", "bf16", WIDE, GATHERED),
     "tp2 zero1 fp32": Case("zero1.json", overrides=(*WIDE, TENSOR), settings={"train_micro_batch_size_per_gpu": 2}),
     "tp2 zero2 bf16": Case("zero2.json", "bf16", (*WIDE, TENSOR, "model.num_key_value_heads=1")),
     "sp2 zero3 bf16": Case("zero3.json", "bf16", (*WIDE, TENSOR, "parallel.sequence=true", *GPT2), GATHERED),
+    "cp2 zero2 fp32": Case("zero2.json", overrides=(*WIDE, CONTEXT)),
+    "cp2 zero3 bf16": Case("zero3.json", "bf16", (*WIDE, CONTEXT), GATHERED),
     "pp2 zero1 fp32": Case("zero1.json", overrides=(*WIDE, PIPELINE), settings={"train_micro_batch_size_per_gpu": 2}),
     "pp2 zero1 bf16": Case("zero1.json", "bf16", (*WIDE, PIPELINE, *GPT2), {"train_micro_batch_size_per_gpu": 2}),
     "zero1 muon": Case("zero1.json", "bf16", WIDE, {"optimizer": MUON}),
@@ -105,6 +111,7 @@ def _parts(engine: Any, before: dict[int, int]) -> dict[str, int]:
         "master": _storages(masters),
         "moments": _storages(value for state in inner.state.values() for value in state.values()),
         "ema": _storages(engine._state.ema._averages.values()),
+        "secondary": _storages(getattr(it, "ds_secondary_tensor", None) for it in engine._engine.module.parameters()),
     }
     known = before | _storages(buckets) | _storages(engine._engine.module.buffers())
     for part in parts.values():
@@ -144,7 +151,7 @@ def test_plan_tells_what_is_held(measured: Any, name: str) -> None:
     for plan in _plans(run):
         here = [ranks[rank][name] for rank in range(2) if run.topology.coordinate(rank).pipeline == plan.stage]
         # Norms, each smaller than the smallest storage that is counted, are kept one by one under ZeRO 3.
-        most = {part: 1.01 * getattr(plan, part) for part in ("weights", "master", "moments", "ema")}
+        most = {part: 1.01 * getattr(plan, part) for part in STATES}
         most["gradients"] = _most_gradients(plan, run)
         for part, limit in most.items():
             fullest = max(found[part] for found in here)

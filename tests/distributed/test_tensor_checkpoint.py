@@ -1,4 +1,4 @@
-"""A checkpoint of any layout gives the very same state to every other, tensor groups included, and to the weights.
+"""A checkpoint of any layout gives the very same state to every other, and to the weights: of all axes but pipelines.
 
 Bit for bit: masters, moments and the low-precision weights made of them. Going on from it gives the next loss of the
 run that wrote it, in fp32 to 1e-5; on the same layout bit for bit, dropout included. On every change each layout reads
@@ -27,20 +27,23 @@ NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}
 NO_ZERO = {"zero_optimization": {"stage": 0}}
 GROUPED = "model.num_key_value_heads=2"
 TENSOR, SEQUENCE = (GROUPED, "parallel.tensor=2"), (GROUPED, "parallel.tensor=2", "parallel.sequence=true")
+CONTEXT = (GROUPED, "parallel.context=2")
 LAYOUTS: dict[int, dict[str, Case]] = {
     1: {"zero1": Case("zero1.json", overrides=(GROUPED,)), "zero3 bf16": Case("zero3.json", "bf16", (GROUPED,))},
     2: {
         "data zero2": Case("zero2.json", overrides=(GROUPED,)),
         "tensor zero0": Case("zero1.json", overrides=TENSOR, settings=NO_ZERO),
         "tensor zero1 bf16": Case("zero1.json", "bf16", TENSOR),
-        "sequence zero2": Case("zero2.json", overrides=SEQUENCE),
+        "context zero2": Case("zero2.json", overrides=CONTEXT),
         "tensor zero3": Case("zero3.json", overrides=TENSOR, settings=NO_PERSISTENCE),
         "sequence zero1 dropout": Case("zero1.json", overrides=(*SEQUENCE, "model.dropout=0.1")),
     },
     4: {
         "data zero3": Case("zero3.json", overrides=(GROUPED,), settings=NO_PERSISTENCE),
         "tensor 2 zero0": Case("zero1.json", overrides=TENSOR, settings=NO_ZERO),
-        "sequence 2 zero3": Case("zero3.json", overrides=SEQUENCE, settings=NO_PERSISTENCE),
+        "sequence context zero3": Case(
+            "zero3.json", overrides=(*SEQUENCE, *CONTEXT, "parallel.context_method=ring"), settings=NO_PERSISTENCE
+        ),
         "tensor 2 zero2 bf16": Case("zero2.json", "bf16", TENSOR),
         "tensor 4 zero1": Case("zero1.json", overrides=(GROUPED, "parallel.tensor=4")),  # two ranks share a kv head
     },

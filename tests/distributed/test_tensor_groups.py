@@ -9,45 +9,50 @@ import torch
 import torch.distributed as dist
 
 from megalm.parallel.process_groups import make_groups
-from megalm.topology import Topology
+from megalm.topology import AXES, Topology
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-GRIDS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4))  # tensor, pipeline
-AXES = ("tensor", "data", "pipeline", "model")
+# tensor, pipeline, context
+GRIDS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (4, 1, 1), (1, 4, 1), (1, 1, 2), (2, 1, 2), (1, 2, 2), (1, 1, 4))
+# A group -> the axes along which its ranks differ.
+GROUPS = {
+    "tensor": {"tensor"},
+    "context": {"context"},
+    "pipeline": {"pipeline"},
+    "data_context": {"data", "context"},
+    "model": {"tensor", "pipeline"},
+    "stage": {"data", "context", "tensor"},
+}
 
 
 def _sums(comm: Any, device: torch.device) -> dict[Any, Any]:
-    """Per grid and axis: the group's ranks, this rank's place, and a sum in which each rank has a digit."""
+    """Per grid and group: its ranks, this rank's place, and a sum in which each rank has a digit."""
     found = {}
-    for tensor, pipeline in GRIDS:
-        groups = make_groups(Topology(comm.size, tensor, pipeline), comm.rank, comm.timeout)
-        for axis in AXES:
-            group = getattr(groups, axis)
+    for grid in GRIDS:
+        groups = make_groups(Topology(comm.size, *grid), comm.rank, comm.timeout, with_stages=True)
+        for name in GROUPS:
+            group = getattr(groups, name)
             digits = torch.tensor([10.0**comm.rank])
             dist.all_reduce(digits, group=group.process_group)
             assert dist.get_rank(group.process_group) == group.index
-            found[tensor, pipeline, axis] = group.ranks, group.index, int(digits)
+            found[grid, name] = group.ranks, group.index, int(digits)
     return found
 
 
 def test_groups_reach_their_ranks() -> None:
     ranks = run_ranks(4, _sums)
     for rank, found in enumerate(ranks):
-        for tensor, pipeline, axis in found:
-            topology = Topology(4, tensor, pipeline)
+        for (grid, name), (members, index, digits) in found.items():
+            topology = Topology(4, *grid)
             here = topology.coordinate(rank)
-            same = {"tensor": ("data", "pipeline"), "data": ("tensor", "pipeline"), "pipeline": ("tensor", "data")}
+            same = set(AXES) - GROUPS[name]
             expected = tuple(
                 other
                 for other in range(4)
-                if all(
-                    getattr(topology.coordinate(other), name) == getattr(here, name)
-                    for name in same.get(axis, ("data",))
-                )
+                if all(getattr(topology.coordinate(other), axis) == getattr(here, axis) for axis in same)
             )
-            members, index, digits = found[tensor, pipeline, axis]
             assert members == expected
             assert index == expected.index(rank)
             assert digits == sum(10**other for other in expected)

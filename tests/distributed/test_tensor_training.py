@@ -1,4 +1,4 @@
-"""Training over a tensor group equals training on one rank: losses, gradient norms, final masters and moments.
+"""Training over a tensor or context group equals training on one rank: losses, norms, final masters and moments.
 
 Tolerances, fp32, five steps: 1e-5 relative for losses and norms, since the layouts add the same numbers in another
 order, which fp32 rounds at 6e-8. Weights: 2e-4 absolute at a peak rate of 3e-3, because Adam moves a weight by about
@@ -50,8 +50,10 @@ def _with(case: Case, *overrides: str) -> Case:
 
 
 TENSOR, SEQUENCE = ("parallel.tensor=2",), ("parallel.tensor=2", "parallel.sequence=true")
+CONTEXT, RING = ("parallel.context=2",), ("parallel.context=2", "parallel.context_method=ring")
+NAMES = {TENSOR: "", SEQUENCE: ", sequence", CONTEXT: ", context", RING: ", ring"}
 CASES = {
-    f"{model}, ZeRO {stage}{', sequence' if layout == SEQUENCE else ''}": (
+    f"{model}, ZeRO {stage}{NAMES[layout]}": (
         model,
         _with(_zero(stage), *MODELS[model], *layout),
     )
@@ -70,6 +72,11 @@ CASES = {
         ("llama one kv head", 0, TENSOR),
         ("llama one kv head", 1, SEQUENCE),
         ("llama one kv head", 3, TENSOR),
+        ("gpt2", 1, CONTEXT),
+        ("gpt2", 2, RING),
+        ("llama gqa", 3, CONTEXT),
+        ("llama gqa", 1, RING),
+        ("llama frozen", 2, CONTEXT),
     )
 }
 

@@ -1,4 +1,4 @@
-"""The command over a tensor group is the run of one process, which goes on where the group stopped."""
+"""The command over tensor and context groups is the run of one process, which goes on where they stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ pytestmark = pytest.mark.e2e
 
 HALF, STEPS = 4, 8
 WORDS = ("schedule.kind=constant", "run.name=mine", "model.style=gpt2")
-GROUP = ("parallel.tensor=2", "parallel.sequence=true", "parallel.overlap_tensor_communication=true")
+GROUP = (
+    "parallel.tensor=2",
+    "parallel.sequence=true",
+    "parallel.overlap_tensor_communication=true",
+    "parallel.context=2",
+)
 
 
 def _train(folder: Path, data: SmallData, steps: int, *words: str, ranks: int) -> Path:
@@ -27,7 +32,7 @@ def _train(folder: Path, data: SmallData, steps: int, *words: str, ranks: int) -
 
 def test_one_process_goes_on_where_a_group_stopped(small_data: SmallData, tmp_path: Path) -> None:
     alone = _train(tmp_path / "alone", small_data, STEPS, ranks=1)
-    group = _train(tmp_path / "group", small_data, HALF, *GROUP, ranks=2)
+    group = _train(tmp_path / "group", small_data, HALF, *GROUP, ranks=4)
     assert list((run_folder(group) / "samples").iterdir())
     assert len(_validations(group)) == 1
     _train(group, small_data, STEPS, "--resume", "auto", ranks=1)

@@ -8,6 +8,7 @@ step of one rank with `ACCUMULATION` micro-batches.
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -62,6 +63,7 @@ class Layout:
 _TENSOR = {"parallel.tensor": 2}
 _SEQUENCE = {**_TENSOR, "parallel.sequence": True}
 _OVERLAP = {"parallel.overlap_tensor_communication": True}  # with so few tokens not by itself
+_CONTEXT, _RING = {"parallel.context": 2}, {"parallel.context_method": "ring"}
 _STAGES = {"parallel.pipeline": 2}
 _MIDDLE = {"parallel.pipeline": 4, "model.num_hidden_layers": 4}
 _LONG = {
@@ -109,6 +111,9 @@ LAYOUTS: dict[str, Layout] = {
     "sequence, composed": Layout("zero2.json", 8, 2, rank=2, keys={**_SEQUENCE, **_COMPOSED}),
     "sequence, overlapped": Layout("zero2.json", 8, 2, rank=2, keys={**_SEQUENCE, **_OVERLAP}),
     "sequence, dropout, zero 3": Layout("zero3.json", 8, 3, rank=5, keys={**_SEQUENCE, **_GPT2, **_OVERLAP}),
+    "context": Layout("zero2.json", 8, 2, rank=3, keys={**_CONTEXT, "data.document_mask": True}),
+    "ring, sequence, zero 3": Layout("zero3.json", 8, 4, rank=5, keys={**_CONTEXT, **_RING, **_SEQUENCE}),
+    "stage of a context group": Layout("pipeline.json", 8, 1, rank=6, keys={**_STAGES, **_CONTEXT}),
     "8-bit states, zero 3": Layout("zero3.json", 8, 3, rank=7, keys={"train.optimizer_state": "8bit"}),
     "bf16 states, tensor": Layout("zero1.json", 8, 1, rank=3, keys={**_TENSOR, "train.optimizer_state": "bf16"}),
     "first stage": Layout("pipeline.json", 8, 1, rank=1, keys=_STAGES),
@@ -141,7 +146,7 @@ REASONS: dict[tuple[EventKind, str], str] = {
 def case_of(layout: Layout, folder: Path) -> tuple[RehearsalCase, Plan]:
     """Resolve a layout as `megalm rehearse` does."""
     content = json.loads(Path("ds_configs", layout.json).read_text())
-    degree = int(layout.keys.get("parallel.tensor", 1)) * int(layout.keys.get("parallel.pipeline", 1))
+    degree = math.prod(int(layout.keys.get(f"parallel.{axis}", 1)) for axis in ("tensor", "context", "pipeline"))
     content["train_micro_batch_size_per_gpu"] = layout.micro_batch
     content["train_batch_size"] = layout.ranks // degree * layout.micro_batch * ACCUMULATION
     for key, value in layout.settings.items():

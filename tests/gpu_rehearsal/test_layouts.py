@@ -74,7 +74,7 @@ def test_data_parallelism_sends_the_bytes_that_the_documentation_says(name: str,
 def test_a_stage_sends_and_receives_hidden_states(name: str, found: dict[str, Rehearsed]) -> None:
     case, _, rehearsal = found[name]
     run, step = case.run, step_of(rehearsal)
-    slices = run.topology.tensor if run.config.parallel.sequence else 1
+    slices = run.topology.context * (run.topology.tensor if run.config.parallel.sequence else 1)
     states = run.batch.micro_batch * run.config.data.sequence_length // slices * case.shape.hidden_size
     neighbors = (case.stage > 0) + (case.stage < run.topology.pipeline - 1)
     for direction in ("send", "recv"):
@@ -86,7 +86,7 @@ def test_a_tensor_group_sends_as_much_as_its_layers_say(name: str, found: dict[s
     """Hidden states four times a block and micro-batch; with sequence parallelism inputs are gathered once more."""
     case, _, rehearsal = found[name]
     run, step = case.run, step_of(rehearsal)
-    tokens = run.batch.micro_batch * run.config.data.sequence_length * ACCUMULATION
+    tokens = run.batch.micro_batch * run.config.data.sequence_length * ACCUMULATION // run.topology.context
     states = tokens * case.shape.hidden_size * _BYTES[run.precision]
     blocks = case.share(case.stage).blocks
     if run.config.parallel.sequence:
@@ -94,6 +94,16 @@ def test_a_tensor_group_sends_as_much_as_its_layers_say(name: str, found: dict[s
         assert step.sent_bytes("tensor", "reduce_scatter") >= 4 * blocks * states
     else:
         assert step.sent_bytes("tensor", "all_reduce") >= 4 * blocks * states
+
+
+def test_a_context_group_exchanges_what_attention_reads_and_gives(found: dict[str, Rehearsed]) -> None:
+    """Queries, keys and values, and the output, in a forward pass; their gradients in a backward pass."""
+    case, _, rehearsal = found["context"]
+    shape, run = case.shape, case.run
+    tokens = run.batch.micro_batch * run.config.data.sequence_length * ACCUMULATION // run.topology.context
+    heads = 2 * shape.num_attention_heads + 2 * shape.num_key_value_heads
+    expected = 2 * tokens * heads * shape.head_dim * shape.num_hidden_layers * _BYTES[run.precision]
+    assert step_of(rehearsal).sent_bytes("context", "all_to_all") == expected
 
 
 def test_muon_sends_each_matrix_there_and_back(found: dict[str, Rehearsed]) -> None:

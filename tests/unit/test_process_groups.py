@@ -17,7 +17,7 @@ from megalm.topology import Topology
 Made = list[tuple[tuple[int, ...], bool]]  # ranks of each new group, and whether only they make it
 
 
-def _made_by(topology: Topology, rank: int, patch: pytest.MonkeyPatch) -> Made:
+def _made_by(topology: Topology, rank: int, node_ranks: int, patch: pytest.MonkeyPatch) -> Made:
     made: Made = []
 
     def new_group(ranks: list[int], timeout: Any, use_local_synchronization: bool = False) -> str:
@@ -26,21 +26,23 @@ def _made_by(topology: Topology, rank: int, patch: pytest.MonkeyPatch) -> Made:
         return f"group {len(made)}"
 
     patch.setattr(process_groups, "dist", SimpleNamespace(new_group=new_group, group=SimpleNamespace(WORLD="world")))
-    make_groups(topology, rank, datetime.timedelta(minutes=1))
+    make_groups(topology, rank, datetime.timedelta(minutes=1), node_ranks=node_ranks)
     return made
 
 
 @st.composite
 def topologies(draw: st.DrawFn) -> Topology:
-    tensor, pipeline, data = (draw(st.integers(1, 6)) for _ in range(3))
-    return Topology(tensor * pipeline * data, tensor, pipeline)
+    tensor, pipeline, data, context = (draw(st.integers(1, 4)) for _ in range(4))
+    return Topology(tensor * pipeline * data * context, tensor, pipeline, context)
 
 
-@given(topologies())
+@given(topologies(), st.sampled_from([0, 2, 3]))
 @settings(max_examples=60, deadline=None)
-def test_every_rank_makes_as_many_groups_in_the_same_order(topology: Topology) -> None:
+def test_every_rank_makes_as_many_groups_in_the_same_order(topology: Topology, node_ranks: int) -> None:
+    if node_ranks and topology.data % node_ranks:
+        node_ranks = 0
     with pytest.MonkeyPatch.context() as patch:
-        made = [_made_by(topology, rank, patch) for rank in range(topology.world_size)]
+        made = [_made_by(topology, rank, node_ranks, patch) for rank in range(topology.world_size)]
     assert len({len(groups) for groups in made}) == 1
     for at_once in zip(*made, strict=True):
         groups = {ranks for ranks, _ in at_once}

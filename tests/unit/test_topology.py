@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.errors import ConfigError
-from megalm.topology import AXES, Topology, bubble_share
+from megalm.topology import AXES, Coordinate, Topology, bubble_share
+from tests.messages import assert_names
 
 MOST_RANKS = 4096
 
@@ -18,9 +19,10 @@ MOST_RANKS = 4096
 @st.composite
 def topologies(draw: st.DrawFn) -> Topology:
     tensor = draw(st.integers(1, 64))
-    pipeline = draw(st.integers(1, MOST_RANKS // tensor))
-    data = draw(st.integers(1, MOST_RANKS // (tensor * pipeline)))
-    return Topology(tensor * pipeline * data, tensor, pipeline)
+    context = draw(st.integers(1, min(64, MOST_RANKS // tensor)))
+    pipeline = draw(st.integers(1, MOST_RANKS // (tensor * context)))
+    data = draw(st.integers(1, MOST_RANKS // (tensor * context * pipeline)))
+    return Topology(tensor * context * pipeline * data, tensor, pipeline, context)
 
 
 @given(topologies())
@@ -56,6 +58,18 @@ def test_groups_of_two_axes_meet_in_one_rank_at_most(topology: Topology) -> None
         assert len(pairs) == topology.world_size
 
 
+@given(topologies())
+@settings(max_examples=60, deadline=None)
+def test_data_and_context_together_are_one_axis_of_a_grid_without_context(topology: Topology) -> None:
+    """As DeepSpeed's pipelines see them, which know no context axis."""
+    without = Topology(topology.world_size, topology.tensor, topology.pipeline)
+    assert without.data == topology.data_context
+    for rank in range(topology.world_size):
+        place = topology.coordinate(rank)
+        together = place.data * topology.context + place.context
+        assert without.coordinate(rank) == Coordinate(place.pipeline, together, 0, place.tensor)
+
+
 def test_tensor_neighbours_are_next_to_each_other_and_stages_far_apart() -> None:
     topology = Topology(16, tensor=2, pipeline=2)
     assert topology.groups("tensor")[:2] == [(0, 1), (2, 3)]
@@ -63,13 +77,24 @@ def test_tensor_neighbours_are_next_to_each_other_and_stages_far_apart() -> None
     assert topology.groups("pipeline")[0] == (0, 8)
 
 
+def test_context_lies_between_data_and_tensor() -> None:
+    topology = Topology(16, tensor=2, pipeline=2, context=2)
+    assert topology.groups("tensor")[:2] == [(0, 1), (2, 3)]
+    assert topology.groups("context")[:3] == [(0, 2), (1, 3), (4, 6)]
+    assert topology.groups("data") == [(0, 4), (1, 5), (2, 6), (3, 7), (8, 12), (9, 13), (10, 14), (11, 15)]
+    assert (topology.data, topology.data_context, topology.copy_ranks) == (2, 4, 8)
+    assert str(topology) == "pipeline 2 x data 2 x context 2 x tensor 2"
+
+
 @pytest.mark.parametrize(
     ("topology", "staying"),
     [
-        (Topology(16, tensor=8), {"tensor", "pipeline"}),
-        (Topology(16, tensor=4, pipeline=2), {"tensor", "data"}),  # a stage fills a node
-        (Topology(16, tensor=16), {"data", "pipeline"}),
-        (Topology(12, tensor=3, pipeline=2), set()),  # 3 does not divide 8
+        (Topology(16, tensor=8), {"tensor", "context", "pipeline"}),
+        (Topology(16, tensor=4, pipeline=2), {"tensor", "context", "data"}),  # a stage fills a node
+        (Topology(16, tensor=16), {"data", "context", "pipeline"}),
+        (Topology(12, tensor=3, pipeline=2), {"context"}),  # 3 does not divide 8
+        (Topology(16, tensor=2, context=4), {"tensor", "context", "pipeline"}),
+        (Topology(16, tensor=4, context=4), {"tensor", "data", "pipeline"}),
     ],
 )
 def test_what_stays_in_a_node_of_8(topology: Topology, staying: set[str]) -> None:
@@ -77,17 +102,29 @@ def test_what_stays_in_a_node_of_8(topology: Topology, staying: set[str]) -> Non
 
 
 def test_a_large_grid_is_made_at_once() -> None:
-    topology = Topology(MOST_RANKS, tensor=8, pipeline=16)
+    topology = Topology(MOST_RANKS, tensor=8, pipeline=16, context=4)
     start = time.process_time()
     for axis in AXES:
         topology.groups(axis)
     assert time.process_time() - start < 0.5  # takes about a millisecond
 
 
-@pytest.mark.parametrize(("world", "tensor", "pipeline"), [(6, 4, 1), (8, 2, 3), (0, 1, 1), (4, 0, 1)])
-def test_grids_that_are_none(world: int, tensor: int, pipeline: int) -> None:
-    with pytest.raises(ConfigError):
-        Topology(world, tensor, pipeline)
+@pytest.mark.parametrize(
+    ("world", "tensor", "pipeline", "context", "near"),
+    [
+        (6, 4, 1, 1, (4, 8)),
+        (8, 2, 3, 1, (6, 12)),
+        (8, 2, 1, 3, (6, 12)),
+        (5, 2, 2, 2, (8,)),
+        (0, 1, 1, 1, ()),
+        (4, 0, 1, 1, ()),
+        (4, 1, 1, 0, ()),
+    ],
+)
+def test_grids_that_are_none(world: int, tensor: int, pipeline: int, context: int, near: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError) as error:
+        Topology(world, tensor, pipeline, context)
+    assert_names(error.value, *near)
 
 
 def test_the_bubble() -> None:

@@ -114,7 +114,7 @@ def _layout(case: ParityCase) -> str:
     run, topology = case.run, case.run.topology
     sequence = " with sequence parallelism" if run.config.parallel.sequence else ""
     return (
-        f"{topology.world_size} ranks (pipeline {topology.pipeline} x data {topology.data} x tensor {topology.tensor}"
+        f"{topology.world_size} ranks ({topology}"
         f"{sequence}), ZeRO {run.zero_stage}, {run.precision}, batch {run.batch.global_batch}"
     )
 

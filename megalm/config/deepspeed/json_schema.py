@@ -122,9 +122,17 @@ class ZeroSection(DeepSpeedSection):
     module_granularity_threshold: NonNegativeInt = Field(default=0, alias="stage3_module_granularity_threshold")
     use_all_reduce_for_fetch_params: bool = Field(default=False, alias="stage3_use_all_reduce_for_fetch_params")
     allgather_sequential: bool = Field(default=False, alias="stage3_allgather_sequential")
+    zero_hpz_partition_size: NonNegativeInt = Field(
+        default=1, description="ranks that share a second copy of the weights; 0 and 1: there is none"
+    )
     memory_efficient_linear: bool = True
     log_trace_cache_warnings: bool = False
     enable_sanity_checks: bool = False
+
+    @property
+    def secondary_ranks(self) -> int:
+        """Ranks that share a second copy of the weights (hpZ of ZeRO++); 0: there is none."""
+        return self.zero_hpz_partition_size if self.zero_hpz_partition_size > 1 else 0
 
 
 class AioSection(DeepSpeedSection):

@@ -1,6 +1,6 @@
 """Weights that do not train, as fragments of a checkpoint: the optimizer has no fp32 master of them.
 
-Of each parameter every rank of a data group keeps and saves an equal part, at any ZeRO stage.
+Of each parameter every rank that holds the same weights keeps and saves an equal part, at any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ class FrozenWeights:
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], shards: Mapping[str, ShardedAxis], data: AxisGroup
+        self, parameters: Mapping[str, nn.Parameter], shards: Mapping[str, ShardedAxis], copies: AxisGroup
     ) -> None:
         self._parameters = parameters
         self._shards = shards
-        self._data = data
+        self._copies = copies
         self._unrounded: dict[str, Tensor] = {}  # canonical name -> this rank's part
 
     def fragments(self) -> Iterator[HasFragment]:
@@ -62,6 +62,15 @@ class FrozenWeights:
             if is_rounded and self._shards[name].is_owner:
                 self._unrounded[name] = own.clone()
 
+    def forget_second_copies(self) -> None:
+        """Let ZeRO 3 make its second copies anew: after an update or a restore DeepSpeed renews what trains only.
+
+        Call after the optimizer's state is loaded: for that DeepSpeed divides the small ones, as they were before.
+        """
+        for parameter in self._parameters.values():
+            if hasattr(parameter, "ds_secondary_tensor"):
+                parameter.ds_secondary_tensor = None
+
     def _read(self, key: FragmentKey) -> Tensor:
         if key.name in self._unrounded:
             return self._unrounded[key.name]
@@ -71,10 +80,10 @@ class FrozenWeights:
         return own.float()
 
     def _part(self, name: str) -> FragmentKey:
-        """Elements that this rank of the data group keeps and saves; under ZeRO 3 the ones that it holds."""
+        """Elements that this rank keeps and saves; under ZeRO 3 the ones that it holds."""
         whole = math.prod(self._shards[name].sizes)
-        size = math.ceil(whole / self._data.size)
-        return self._range(name, min(self._data.index * size, whole), min((self._data.index + 1) * size, whole))
+        size = math.ceil(whole / self._copies.size)
+        return self._range(name, min(self._copies.index * size, whole), min((self._copies.index + 1) * size, whole))
 
     def _range(self, name: str, start: int, stop: int) -> FragmentKey:
         shard = self._shards[name]

@@ -166,7 +166,7 @@ class Muon(torch.optim.AdamW):
             is_copied: all data ranks hold the same.
         """
         assert groups.stage is not None
-        self._stage, tensor, data = groups.stage, groups.tensor, groups.data
+        self._stage, tensor = groups.stage, groups.tensor
 
         def gives(holder: int, piece: HeldPiece, owner: int) -> bool:  # places in the stage
             return piece.is_owner and (not is_copied or holder // tensor.size == owner // tensor.size)
@@ -179,7 +179,7 @@ class Muon(torch.optim.AdamW):
             ]
             shapes = {piece.key.name: piece.key.shape for piece in chain(*pieces)}
             indices = {id(flat): index for index, flat in enumerate(flats)}
-            own = zip(pieces[groups.stage.index], by_data_rank[data.index], strict=True)
+            own = zip(pieces[groups.stage.index], by_data_rank[groups.data_context.index], strict=True)
             places = {piece.key: (indices[id(owned.flat)], owned.offset) for piece, owned in own}
             self._rounds[flats[0]] = [
                 _Round(owners, pieces, gives, groups.stage.index, places)

@@ -242,7 +242,7 @@ SHAPES: dict[str, Shape] = {
     "elastic-checkpoint": Shape(zero(1, elastic_checkpoint=True), noted=("zero_optimization.elastic_checkpoint",)),
     "zero-plus-plus": Shape(
         zero(3, zero_hpz_partition_size=8, zero_quantized_weights=True, zero_quantized_gradients=True),
-        refused=("zero_optimization.zero_hpz_partition_size", "zero_optimization.zero_quantized_gradients"),
+        refused=("zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_gradients"),
     ),
     "mics": Shape(
         zero(3, mics_shard_size=4, mics_hierarchical_params_gather=True),

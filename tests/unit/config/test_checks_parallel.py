@@ -11,7 +11,7 @@ from config_cases import GPU, notice_of, refused
 
 from megalm.config.loading import load_run_config
 from megalm.cost_model.gpu_specs import gpu_by_name
-from megalm.planning.engine_checks import parallel_notices
+from megalm.planning.parallel_checks import parallel_notices
 from megalm.planning.resolve import ResolvedRun
 from tests.messages import assert_names
 
@@ -25,6 +25,7 @@ def zero(stage: int, **others: Any) -> dict[str, Any]:
 
 FP32: dict[str, Any] = {"bf16": None}
 OVERLAP = "parallel.overlap_tensor_communication=true"
+RING = "parallel.context_method=ring"
 FLOAT8 = "precision.float8=true"
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 EMBEDDING_GROUP = "train.parameter_groups=[{match: embedding.*, learning_rate_scale: 0.1}]"  # the preset ties the head
@@ -71,6 +72,55 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
             ["parallel.sequence=true", "data.sequence_length=3", 4],
         ),
         (4, ["parallel.sequence=true", "parallel.tensor=4"], {}, None),
+        (8, ["parallel.tensor=2", "parallel.context=3"], {}, ["parallel.tensor=2", "parallel.context=3", 8, 6, 12]),
+        (8, ["parallel.context=8"], {}, ["parallel.context=8", "model.num_attention_heads=4", 8, "parallel.context=4"]),
+        (
+            8,
+            ["parallel.context=4", "parallel.tensor=2"],
+            {},
+            ["parallel.tensor=2", "parallel.context=4", "model.num_attention_heads=4", 8, "parallel.context=2"],
+        ),
+        (
+            6,
+            [*HEADS_12, "model.num_key_value_heads=4", "parallel.context=6"],
+            {"train_batch_size": 6},
+            ["parallel.context=6", "model.num_key_value_heads=4", 6, "parallel.context=2"],
+        ),
+        (4, ["model.num_key_value_heads=1", "parallel.context=4"], {}, None),
+        (8, ["parallel.context=8", RING], {}, None),
+        (2, [RING], {}, [RING, "parallel.context=1", "parallel.context=2"]),
+        (
+            2,
+            ["parallel.context=2", RING, "model.attention_dropout=0.1"],
+            {},
+            [RING, "model.attention_dropout=0.1", "all_to_all"],
+        ),
+        (2, ["parallel.context=2", "model.attention_dropout=0.1"], {}, None),
+        (
+            2,
+            ["parallel.context=2", RING, "data.sequence_length=30"],
+            {},
+            ["parallel.context=2", "context_method=ring", "data.sequence_length=30", 4, 28, 32],
+        ),
+        (4, ["model.num_key_value_heads=2", "parallel.context=2", "parallel.tensor=2"], {}, None),
+        (
+            4,
+            ["parallel.context=4", "data.sequence_length=30"],
+            {},
+            ["parallel.context=4", "data.sequence_length=30", 4, 28, 32],
+        ),
+        (
+            4,
+            ["parallel.context=2", "parallel.tensor=2", "parallel.sequence=true", "data.sequence_length=30"],
+            {},
+            ["parallel.context=2", "parallel.tensor=2", "data.sequence_length=30", 4, 28, 32],
+        ),
+        (
+            2,
+            ["parallel.context=2", FLOAT8, "data.sequence_length=48"],
+            {},
+            [FLOAT8, "data.sequence_length=48", 24, 16],
+        ),
         (2, [OVERLAP], {}, [OVERLAP, "parallel.tensor=1", "parallel.tensor=2"]),
         (4, [OVERLAP, "parallel.tensor=4"], {}, None),
         (8, ["parallel.pipeline=8"], zero(1), ["parallel.pipeline=8", "model.num_hidden_layers=4", 8, 4]),
@@ -144,6 +194,18 @@ def test_a_tensor_group_should_not_leave_its_node(degree: int, per_node: int, na
     assert len(notices) == (names is not None)
     if names is not None:
         assert_names(notices[0], *names)
+
+
+def test_a_context_group_should_not_leave_its_node() -> None:
+    config = load_run_config(None, ["parallel.tensor=2", "parallel.context=8"]).config
+    assert not parallel_notices(config, 16)
+    (notice,) = parallel_notices(config, 8)
+    assert_names(notice, "parallel.context=8", "parallel.tensor=2", 16, 8)
+
+
+def test_a_batch_divides_over_data_ranks_alone(start: Start) -> None:
+    run = start("parallel.context=2", "parallel.tensor=2", ranks=8, train_batch_size=8)
+    assert (run.topology.data, run.batch.data_parallel, run.deepspeed["train_batch_size"]) == (2, 2, 8)
 
 
 def test_the_notice_reaches_the_run(start: Start) -> None:
@@ -287,3 +349,35 @@ def test_low_precision_states_stay_on_the_device(start: Start, kind: str) -> Non
         offload = {"device": device, **({"nvme_path": "/tmp"} if device == "nvme" else {})}
         message = refused(start, word, zero_optimization={"stage": 3, "offload_optimizer": offload})
         assert_names(message, word, "offload_optimizer", "fp32")
+
+
+HPZ = "zero_optimization.zero_hpz_partition_size=2"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "keys", "changes", "names"),
+    [
+        (4, (), {"stage": 2}, ["zero_optimization.stage", 3]),
+        (4, ("parallel.tensor=2",), {"stage": 3}, ["parallel.tensor=2"]),
+        (3, (), {"stage": 3}, [3]),
+        (4, (), {"stage": 3, "offload_param": {"device": "cpu"}}, ["offload_param"]),
+        (6, ("parallel.tensor=2",), {"stage": 2}, ["parallel.tensor=2", "zero_optimization.stage", 3]),
+    ],
+)
+def test_a_second_copy_is_shared_by_ranks_that_hold_the_same(
+    start: Start, ranks: int, keys: tuple[str, ...], changes: dict[str, Any], names: list[object]
+) -> None:
+    batch = {"train_batch_size": 12, "train_micro_batch_size_per_gpu": 1}
+    key = {"zero_hpz_partition_size": 2}
+    assert_names(refused(start, *keys, ranks=ranks, zero_optimization={**changes, **key}, **batch), HPZ, *names)
+    run = start(ranks=4, zero_optimization={"stage": 3, "offload_optimizer": {"device": "cpu"}, **key}, **batch)
+    assert run.deepspeed["zero_optimization"]["zero_hpz_partition_size"] == 2
+    start(*keys, ranks=ranks, zero_optimization={**changes, "zero_hpz_partition_size": 1}, **batch)
+
+
+def test_a_second_copy_lies_within_a_node(start: Start) -> None:
+    zero_3 = {"stage": 3, "zero_hpz_partition_size": 2}
+    apart = start(ranks=6, ranks_per_node=3, train_batch_size=12, zero_optimization=zero_3)
+    assert_names(notice_of(apart, "zero_hpz"), HPZ, 3)
+    together = start(ranks=8, ranks_per_node=4, zero_optimization=zero_3)
+    assert not [notice for notice in together.notices if "hpz" in notice]

@@ -169,8 +169,8 @@ def test_known_but_not_supported(write_json: Write, path: str) -> None:
         ({"prescale_gradients": False}, "prescale_gradients"),
         ({"gradient_predivide_factor": 1}, "gradient_predivide_factor"),
         (
-            {"zero_optimization": {"stage": 2, "zero_hpz_partition_size": 1}},
-            "zero_optimization.zero_hpz_partition_size",
+            {"zero_optimization": {"stage": 2, "zero_quantized_gradients": False}},
+            "zero_optimization.zero_quantized_gradients",
         ),
         (
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none", "ratio": 1.0}}},

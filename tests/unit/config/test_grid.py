@@ -116,6 +116,16 @@ def test_4096_ranks_are_shown_shortly_and_at_once(start: Start) -> None:
     assert_names(line_of(section, "stage 15:"), "3840-4095", "480-511")
 
 
+def test_a_grid_with_context_is_shown(start: Start) -> None:
+    run = start("parallel.tensor=2", "parallel.context=2", ranks=8, device=GPU)
+    text = grid(run, 4)
+    assert_names(line_of(text, "8 ="), "data 2", "context 2", "tensor 2")
+    context = row_of(text, "context", "2", "4", "0, 2", "5, 7")
+    assert context[5] == row_of(text, "tensor", "2")[5] != row_of(text, "data", "2", "4", "0, 4")[5]
+    without = grid(start("parallel.tensor=2", ranks=8, device=GPU), 4)
+    assert not [line for line in without.splitlines() if line.startswith("context ")]
+
+
 def test_a_group_that_leaves_its_node(start: Start) -> None:
     run = start("parallel.tensor=4", ranks=4, device=GPU, ranks_per_node=2)
     text = grid(run, 2)
@@ -145,12 +155,15 @@ def test_memory_falls_with_every_degree(start: Start) -> None:
         memory("parallel.tensor=8"),
         memory("parallel.tensor=8", "parallel.sequence=true"),
     )
-    pipeline = memory("parallel.pipeline=8")
+    pipeline, context = memory("parallel.pipeline=8"), memory("parallel.context=8")
     assert data["master"] / tensor["master"] == pytest.approx(1, rel=0.01)  # divided by 8 ranks either way
     assert data["weights"] / tensor["weights"] == pytest.approx(8, rel=0.01)
     assert data["weights"] / pipeline["weights"] == pytest.approx(8, rel=0.25)  # stages are not all equal
     assert tensor["activations"] < data["activations"]
     assert sequence["activations"] < 0.25 * tensor["activations"]
+    assert context["master"] == data["master"]  # ZeRO divides over context groups too
+    assert context["weights"] == data["weights"]
+    assert context["activations"] < data["activations"] / 7  # of 8; attention's output is kept twice
     plan = make_plan(start(*BIG, ranks=8, device=GPU, **stage_1), vocab_size=32_000)
     assert math.isclose(data["master"], 4 * plan.parameter_count / 8, rel_tol=1e-4)
 

@@ -160,8 +160,9 @@ def flex_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda *_: None)
     monkeypatch.setattr(
         "megalm.model.transformer.attention_mask",
-        lambda shape, tokens, documents: AttentionMask(
-            documents, {window: flex_blocks(tokens, documents, window) for window in map(shape.window, range(9))}
+        lambda shape, length, device, documents: AttentionMask(
+            documents,
+            {window: flex_blocks(torch.empty(1, length), documents, window) for window in map(shape.window, range(9))},
         ),
     )
     monkeypatch.setattr("megalm.model.attention_kernels._compiled_flex_attention", lambda: flex_attention)

@@ -31,6 +31,8 @@ def test_degrees_shrink_to_two_and_features_stay() -> None:
     found = case(
         "parallel.tensor=8",
         "parallel.pipeline=4",
+        "parallel.context=4",
+        "parallel.context_method=ring",
         "parallel.sequence=true",
         "model.num_hidden_layers=8",
         "model.hidden_size=1024",
@@ -41,11 +43,14 @@ def test_degrees_shrink_to_two_and_features_stay() -> None:
         "model.tie_word_embeddings=true",
         "train.checkpoint_activations_every=2",
         "data.document_mask=true",
-        ranks=64,
+        ranks=256,
     )
     run, config = found.run, found.run.config
-    assert (run.topology.data, run.topology.tensor, run.topology.pipeline) == (2, 2, 2)
+    topology = run.topology
+    assert (topology.data, topology.context, topology.tensor, topology.pipeline) == (2, 2, 2, 2)
     assert config.parallel.sequence
+    assert config.parallel.context_method == "ring"
+    assert (found.reference.topology.world_size, found.reference.config.parallel.context_method) == (1, "all_to_all")
     assert config.model.tie_word_embeddings
     assert config.train.checkpoint_activations_every == 2
     assert config.data.document_mask
@@ -54,6 +59,7 @@ def test_degrees_shrink_to_two_and_features_stay() -> None:
     changes = {change.key: (change.own, change.miniature) for change in found.changes}
     assert changes["parallel.tensor"] == (8, 2)
     assert changes["parallel.pipeline"] == (4, 2)
+    assert changes["parallel.context"] == (4, 2)
     assert changes["model.hidden_size"] == (1024, 32)
     assert changes["model.mup_base_width"] == (256, 8)
     assert "train.checkpoint_activations_every" not in changes
