@@ -10,7 +10,7 @@ import json
 import math
 import re
 import types
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
@@ -259,8 +259,22 @@ def bad_values(model: type[BaseModel], leaves: Mapping[str, Any]) -> dict[str, s
             prefixes = [".".join(parts[:end]) for end in range(len(parts), 0, -1)]
             paths = [by_alias.get(prefix, prefix) for prefix in prefixes]
             path = next((path for path in paths if path in fields), paths[0])
-            bad.setdefault(path, expected(fields[path]) if path in fields else str(item["msg"]))
+            if path not in fields:
+                bad.setdefault(path, str(item["msg"]))
+                continue
+            bad.setdefault(path, expected(fields[path]))
+            if (inside := _wrong_key(fields[path], parts[len(path.split(".")) :])) and path in leaves:
+                bad[path] += f"; {inside}"
     return bad
+
+
+def _wrong_key(field: FieldInfo, parts: Sequence[str]) -> str:
+    """Return what is wrong with a key inside a mapping that is one value; "" if the field takes no such mapping."""
+    for member in members(field.annotation):
+        if len(parts) == 1 and getattr(member, "is_value", False):
+            own = member.model_fields.get(parts[0])
+            return f"unknown key {parts[0]}" if own is None else f"{parts[0]} has to be {expected(own)}"
+    return ""
 
 
 def _unusable(value: Any) -> str:

@@ -230,7 +230,8 @@ def _small_choices(model: ModelSection, layers: int) -> dict[str, Any]:
     def of_layers(choice: LayerChoice | None) -> LayerChoice | None:
         if choice is None or isinstance(choice, int):
             return choice and min(choice, layers)
-        return tuple(layer for layer in choice if layer < layers) or (choice and (layers - 1,))
+        kept = tuple(layer for layer in choice if layer < layers)
+        return kept if not choice or 0 < len(set(kept)) < layers else (layers - 1,)
 
     experts = model.num_experts and min(model.num_experts, 4)
     scaling = model.rope_scaling

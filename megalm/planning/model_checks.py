@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
-from megalm.config.schema import ModelSection
+from megalm.config.schema import ModelSection, RopeScaling
 from megalm.cost_model.memory import BYTES
 from megalm.errors import ConfigError
+from megalm.model.model_config import ModelConfig
 from megalm.planning.engine_checks import CheckContext, Rule, is_divided, runs_compiled
+
+# The keys of `model.rope_scaling` that each rope_type reads.
+_SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
+    "linear": ("rope_type", "factor"),
+    "llama3": ("rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
+    "yarn": (
+        *("rope_type", "factor", "original_max_position_embeddings"),
+        *("beta_fast", "beta_slow", "attention_factor", "truncate"),
+    ),
+}
 
 
 def hidden_divides_into_heads(case: CheckContext) -> None:
@@ -59,6 +70,7 @@ def model_choices_fit(case: CheckContext) -> None:
     if shape.sliding_window is None:
         given = [name for name in ("full_attention_layers", "rope_local_theta") if getattr(model, name)]
         problems += [f"model.{name} needs model.sliding_window" for name in given]
+    problems += _idle_layer_choices(model, shape)
     if model.mup_base_width is not None and model.attention_scale is not None:
         problems.append(
             f"model.attention_scale={model.attention_scale:g} beside model.mup_base_width={model.mup_base_width}, "
@@ -66,11 +78,8 @@ def model_choices_fit(case: CheckContext) -> None:
         )
     if shape.norm_zero_centered and shape.normalization != "rms_norm":
         problems.append("model.norm_zero_centered needs model.normalization=rms_norm")
-    scaling = shape.rope_scaling
-    if scaling is not None and scaling.rope_type != "linear" and scaling.original_max_position_embeddings is None:
-        problems.append(f"model.rope_scaling: {scaling.rope_type} needs original_max_position_embeddings")
-    if scaling is not None and scaling.low_freq_factor >= scaling.high_freq_factor:
-        problems.append("model.rope_scaling: low_freq_factor is not below high_freq_factor")
+    if shape.rope_scaling is not None:
+        problems += _scaling_problems(shape.rope_scaling, shape.rope_theta)
     if problems:
         raise ConfigError(*problems)
 
@@ -157,6 +166,40 @@ def _experts_not_proven(case: CheckContext) -> Iterator[str]:
     ):
         if refused:
             yield f"{name} with {reason}"
+
+
+def _idle_layer_choices(model: ModelSection, shape: ModelConfig) -> Iterator[str]:
+    """Choices of layers that change nothing, or leave nothing of what they are an exception from."""
+    layers = shape.num_hidden_layers
+    for name in ("no_rope_layers", "full_attention_layers"):
+        choice = getattr(model, name)
+        if isinstance(choice, int) and choice > layers:
+            yield f"model.{name}={choice}: the model's {layers} layers have no {choice}th; lower it or remove it"
+    if shape.position_embedding_type == "rope" and set(shape.no_rope_layers) >= set(range(layers)):
+        yield "model.no_rope_layers names every layer; set model.position_embedding_type=none in its place"
+    windows = {shape.window(layer) for layer in range(layers)}
+    if shape.sliding_window is not None and windows == {None}:
+        yield "model.full_attention_layers names every layer; remove it and model.sliding_window"
+    if shape.rope_scaling is not None and None not in windows:
+        yield (
+            "model.rope_scaling acts on layers without a sliding window, and every layer has one; remove it, or set "
+            "model.full_attention_layers"
+        )
+
+
+def _scaling_problems(scaling: RopeScaling, theta: float) -> Iterator[str]:
+    kind = scaling.rope_type
+    for name, field in RopeScaling.model_fields.items():
+        if name not in _SCALING_KEYS[kind] and getattr(scaling, name) != field.default:
+            yield f"model.rope_scaling: {kind} does not read {name}; remove it"
+    if kind != "linear" and scaling.original_max_position_embeddings is None:
+        yield f"model.rope_scaling: {kind} needs original_max_position_embeddings"
+    if kind == "llama3" and scaling.low_freq_factor >= scaling.high_freq_factor:
+        yield "model.rope_scaling: low_freq_factor is not below high_freq_factor"
+    if kind == "yarn" and scaling.beta_slow >= scaling.beta_fast:
+        yield "model.rope_scaling: beta_slow is not below beta_fast"
+    if kind == "yarn" and theta <= 1:
+        yield f"model.rope_scaling: yarn needs model.rope_theta above 1, not {theta:g}"
 
 
 def sequence_fits_positions(case: CheckContext) -> None:

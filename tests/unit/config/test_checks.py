@@ -26,6 +26,9 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
     return {"stage": stage, **more}
 
 
+YARN = "{rope_type: yarn, factor: 4, original_max_position_embeddings: 64"
+
+
 @pytest.mark.parametrize(
     ("overrides", "names"),
     [
@@ -63,6 +66,25 @@ def zero(stage: int, **more: Any) -> dict[str, Any]:
             ["model.mup_base_width", "train.mlp_chunk_tokens", "parallel.context=2"],
         ),
         (["model.num_experts=4", "compile=true", "model.moe_layers=2", "model.num_dense_layers=1"], None),
+        (
+            ["model.rope_scaling={rope_type: linear, factor: 4, beta_fast: 3, truncate: false}"],
+            ["linear", "beta_fast", "truncate"],
+        ),
+        (
+            [f"model.rope_scaling={YARN}, beta_fast: 1, beta_slow: 2}}", "model.rope_theta=1"],
+            ["beta_slow", "beta_fast", "model.rope_theta"],
+        ),
+        ([f"model.rope_scaling={YARN}, beta_fast: 2, beta_slow: 1}}", "model.rope_theta=2"], None),
+        (
+            [f"model.rope_scaling={YARN}}}", "model.sliding_window=5"],
+            ["model.rope_scaling", "model.full_attention_layers"],
+        ),
+        ([f"model.rope_scaling={YARN}}}", "model.sliding_window=5", "model.full_attention_layers=4"], None),
+        (
+            ["model.no_rope_layers=5", "model.sliding_window=5", "model.full_attention_layers=[0, 1, 2, 3]"],
+            ["model.no_rope_layers=5", "model.full_attention_layers", "model.sliding_window"],
+        ),
+        (["model.no_rope_layers=1"], ["model.no_rope_layers", "model.position_embedding_type=none"]),
         (
             ["model.vocab_size=8193", "model.vocab_multiple=64"],
             ["model.vocab_size=8193", "model.vocab_multiple=64", "model.vocab_size=8256"],

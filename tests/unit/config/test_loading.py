@@ -127,6 +127,10 @@ def test_overrides_are_yaml(override: str, section: str, key: str, value: object
         ("--train.steps=5", ["'--train.steps=5'", "key=value"]),
         ("train.steps=[1", ["train.steps", "line 1"]),
         ("preset=quickstart", ["--config quickstart"]),
+        (
+            "model.rope_scaling={rope_type: yarn, factor: 0.5, atention_factor: 2}",
+            ["model.rope_scaling", "factor", "number of at least 1", "unknown key atention_factor"],
+        ),
     ],
 )
 def test_a_bad_override_is_named_in_full(override: str, names: list[object]) -> None:

@@ -75,6 +75,12 @@ def test_a_miniature_has_layers_with_experts_and_without() -> None:
     assert changes["model.num_experts"] == (64, 4)
 
 
+def test_choices_of_layers_still_have_an_effect() -> None:
+    choices = "model.sliding_window=9", "model.full_attention_layers=[0, 1, 2, 3]"
+    shape = case("model.num_hidden_layers=8", *choices).shape
+    assert len({shape.window(layer) for layer in range(shape.num_hidden_layers)}) == 2
+
+
 def test_the_reference_is_the_same_job_undivided() -> None:
     found = case("parallel.tensor=2", "train.checkpoint_activations_every=1", json="zero3.json", ranks=4)
     run, reference = found.run, found.reference
