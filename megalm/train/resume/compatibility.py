@@ -78,12 +78,13 @@ _UNSTATED = {"data.packing": "stream"}
 # Compared elsewhere: samples can be cut to another length, and the order's fingerprint covers the mixture.
 _COMPARED_ELSEWHERE = ("data.sequence_length", "data.mixture")
 _FINGERPRINT_SHOWN = 12  # digits
+_MEANINGS = ("mup_base_width", "norm_zero_centered")
 # Model settings that determine the weights' shapes or meaning: `resume.allow` cannot change them.
 _SHAPES = (
     *("style", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm", "normalization", "norm_placement"),
     *("position_embedding_type", "qkv_bias", "attention_output_bias", "mlp_bias", "gated_mlp", "attention_sinks"),
-    "mup_base_width",
+    *_MEANINGS,
 )
 
 
@@ -227,9 +228,9 @@ def incompatibilities(then: Manifest, now: Mapping[str, Mapping[str, Any]]) -> d
 def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed: Sequence[str]) -> None:
     """Raise CheckpointError if `resume.allow` does not name every difference, or if one is never allowed.
 
-    No shape shows that another `mup_base_width` makes another model of the same weights.
+    No shape shows that another setting of `_MEANINGS` makes another model of the same weights.
     """
-    never = any(words.startswith("mup_base_width ") for words in found.get("model", ()))
+    never = any(words.split()[0] in _MEANINGS for words in found.get("model", ()))
     refused = {thing: words for thing, words in found.items() if thing not in allowed or (thing == "model" and never)}
     if refused:
         differences = "; ".join(f"{thing} ({', '.join(words)})" for thing, words in refused.items())

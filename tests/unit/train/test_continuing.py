@@ -287,13 +287,14 @@ def test_a_refusal_names_all_and_how_to_allow_it(tmp_path: Path) -> None:
     assert "style" not in str(refused.value), "what is allowed"
 
 
-def test_another_base_width_is_always_refused(tmp_path: Path) -> None:
-    """No shape would show that logits, scores and rates are others."""
-    found = incompatibilities(STORED, changed("model", mup_base_width=16))
+@pytest.mark.parametrize(("name", "value"), [("mup_base_width", 16), ("norm_zero_centered", True)])
+def test_another_meaning_of_the_weights_is_always_refused(tmp_path: Path, name: str, value: object) -> None:
+    """No shape would show that logits, scores and rates, or gains, are others."""
+    found = incompatibilities(STORED, changed("model", **{name: value}))
     for allowed in ((), ("model",)):
         with pytest.raises(CheckpointError) as refused:
             refuse_incompatible(tmp_path, found, allowed)
-        assert_names(refused.value, tmp_path, "mup_base_width", 16)
+        assert_names(refused.value, tmp_path, name, value)
         assert "resume.allow=" not in str(refused.value)
 
 
