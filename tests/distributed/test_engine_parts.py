@@ -52,6 +52,10 @@ class _Numbers:
     """A tokenizer whose text is its ids."""
 
     eod_id = VOCAB - 1
+    bos_token = None
+
+    def begun(self, ids: np.ndarray) -> np.ndarray:
+        return ids
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.array([int(word) for word in text.split()], np.int32) for text in texts]
