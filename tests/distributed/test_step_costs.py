@@ -66,13 +66,19 @@ def _readings() -> Iterator[_Readings]:
         copy.on_host = True  # type: ignore[attr-defined]
         return copy
 
-    cpu = torch.Tensor.cpu
+    def listed(tensor: torch.Tensor) -> Any:
+        readings.count += tensor.numel()
+        return tolist(tensor)
+
+    cpu, tolist = torch.Tensor.cpu, torch.Tensor.tolist
     with _Readings() as readings:
         torch.Tensor.cpu = copied  # type: ignore[assignment, method-assign]
+        torch.Tensor.tolist = listed  # type: ignore[method-assign]
         try:
             yield readings
         finally:
             torch.Tensor.cpu = cpu  # type: ignore[method-assign]
+            torch.Tensor.tolist = tolist  # type: ignore[method-assign]
 
 
 def _costs(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, dict[str, Any]]:

@@ -108,7 +108,7 @@ LAYOUTS: dict[str, Layout] = {
     "tensor, muon": Layout("muon.json", 8, 1, rank=3, keys=_TENSOR),
     "tensor, overlapped": Layout("zero1.json", 8, 1, rank=3, keys={**_TENSOR, **_OVERLAP}),
     "tensor, zero 3": Layout("zero3.json", 8, 4, rank=3, keys=_TENSOR),
-    "sequence, composed": Layout("zero2.json", 8, 2, rank=2, keys={**_SEQUENCE, **_COMPOSED}),
+    "sequence": Layout("zero2.json", 8, 2, rank=2, keys=_SEQUENCE),
     "sequence, overlapped": Layout("zero2.json", 8, 2, rank=2, keys={**_SEQUENCE, **_OVERLAP}),
     "sequence, dropout, zero 3": Layout("zero3.json", 8, 3, rank=5, keys={**_SEQUENCE, **_GPT2, **_OVERLAP}),
     "context": Layout("zero2.json", 8, 2, rank=3, keys={**_CONTEXT, "data.document_mask": True}),

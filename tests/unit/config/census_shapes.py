@@ -243,6 +243,7 @@ SHAPES: dict[str, Shape] = {
     "zero-plus-plus": Shape(
         zero(3, zero_hpz_partition_size=8, zero_quantized_weights=True, zero_quantized_gradients=True),
         refused=("zero_optimization.zero_quantized_weights", "zero_optimization.zero_quantized_gradients"),
+        ranks=8,
     ),
     "mics": Shape(
         zero(3, mics_shard_size=4, mics_hierarchical_params_gather=True),
