@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from megalm.engine.base_engine import HostCopy
 from megalm.engine.traffic_counter import TrafficCounter
 from tests.distributed.training import Case, make_dataset, start, steps
 from tests.ranks import run_ranks
@@ -66,19 +67,19 @@ def _readings() -> Iterator[_Readings]:
         copy.on_host = True  # type: ignore[attr-defined]
         return copy
 
-    def listed(tensor: torch.Tensor) -> Any:
-        readings.count += tensor.numel()
-        return tolist(tensor)
+    def read_copy(copy: HostCopy) -> list[float]:
+        readings.count += copy._numbers.numel() if copy._read is None else 0
+        return read(copy)
 
-    cpu, tolist = torch.Tensor.cpu, torch.Tensor.tolist
+    cpu, read = torch.Tensor.cpu, HostCopy.read
     with _Readings() as readings:
         torch.Tensor.cpu = copied  # type: ignore[assignment, method-assign]
-        torch.Tensor.tolist = listed  # type: ignore[method-assign]
+        HostCopy.read = read_copy  # type: ignore[method-assign]
         try:
             yield readings
         finally:
             torch.Tensor.cpu = cpu  # type: ignore[method-assign]
-            torch.Tensor.tolist = tolist  # type: ignore[method-assign]
+            HostCopy.read = read  # type: ignore[method-assign]
 
 
 def _costs(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, dict[str, Any]]:
