@@ -231,6 +231,7 @@ def test_it_comes_back_and_trains_on(tutorial: Tutorial, tuned: str) -> None:
     assert (folder / "runs/more/checkpoints/step-00000002/manifest.json").is_file()
 
 
+@pytest.mark.slow  # test_lm_eval.py compares the harness with evaluate
 def test_the_harness_has_the_figures_of_evaluate(tutorial: Tutorial, tuned: str) -> None:
     folder = tutorial.folder
     (folder / "tasks").mkdir(exist_ok=True)
