@@ -120,6 +120,16 @@ class RopeScaling(Section):
     truncate: bool = Field(default=True, description="of yarn: the ramp begins and ends at whole dimensions")
 
 
+# Of each rope_type: the keys that a config.json of transformers must have, and further ones that it may have.
+ROPE_SCALING_KEYS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "linear": (("factor",), ()),
+    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("beta_fast", "beta_slow", "attention_factor", "truncate"),
+    ),
+}
+
 # Layers of the model, counted from 0; or a number n: every n-th layer, which are n-1, 2n-1, ...
 LayerChoice = PositiveInt | tuple[NonNegativeInt, ...]
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from pydantic import ValidationError
 
-from megalm.config.schema import RopeScaling
+from megalm.config.schema import ROPE_SCALING_KEYS, RopeScaling
 from megalm.model.model_config import ModelConfig
 
 Config = Mapping[str, Any]
@@ -320,16 +320,7 @@ class LayerTypes:
         return written
 
 
-# Of each kind: the keys that transformers needs, and further ones.
-_SCALINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "default": ((), ()),
-    "linear": (("factor",), ()),
-    "llama3": (("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"), ()),
-    "yarn": (
-        ("factor", "original_max_position_embeddings"),
-        ("beta_fast", "beta_slow", "attention_factor", "truncate"),
-    ),
-}
+_SCALINGS = {"default": ((), ()), **ROPE_SCALING_KEYS}
 _SPELLINGS = ("rope_scaling", "rope_parameters")  # of transformers 4, and of 5
 _OF_BASE = ("rope_theta", "partial_rotary_factor")
 

@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from megalm.config.schema import ModelSection, RopeScaling
+from megalm.config.schema import ROPE_SCALING_KEYS, ModelSection, RopeScaling
 from megalm.cost_model.memory import BYTES
 from megalm.errors import ConfigError
 from megalm.model.model_config import ModelConfig
 from megalm.planning.engine_checks import CheckContext, Rule, is_divided, runs_compiled
-
-# The keys of `model.rope_scaling` that each rope_type reads.
-_SCALING_KEYS: Mapping[str, tuple[str, ...]] = {
-    "linear": ("rope_type", "factor"),
-    "llama3": ("rope_type", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
-    "yarn": (
-        *("rope_type", "factor", "original_max_position_embeddings"),
-        *("beta_fast", "beta_slow", "attention_factor", "truncate"),
-    ),
-}
 
 
 def hidden_divides_into_heads(case: CheckContext) -> None:
@@ -189,8 +179,9 @@ def _idle_layer_choices(model: ModelSection, shape: ModelConfig) -> Iterator[str
 
 def _scaling_problems(scaling: RopeScaling, theta: float) -> Iterator[str]:
     kind = scaling.rope_type
+    needed, further = ROPE_SCALING_KEYS[kind]
     for name, field in RopeScaling.model_fields.items():
-        if name not in _SCALING_KEYS[kind] and getattr(scaling, name) != field.default:
+        if name not in ("rope_type", *needed, *further) and getattr(scaling, name) != field.default:
             yield f"model.rope_scaling: {kind} does not read {name}; remove it"
     if kind != "linear" and scaling.original_max_position_embeddings is None:
         yield f"model.rope_scaling: {kind} needs original_max_position_embeddings"
