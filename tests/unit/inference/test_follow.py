@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,7 +26,7 @@ def test_each_good_checkpoint_is_met_once_until_the_run_ends(tmp_path: Path, mon
         naps.append(seconds)
         meanwhile.pop(0)()
 
-    monkeypatch.setattr(run_checkpoints.time, "sleep", nap)
+    monkeypatch.setattr(run_checkpoints, "time", SimpleNamespace(sleep=nap))
     lock = RunLock(tmp_path)
     meanwhile = [lambda: save(40), lambda: save(40, attempt=2), lock.release]
     (tmp_path / "checkpoints").mkdir()
@@ -47,6 +48,6 @@ def test_each_good_checkpoint_is_met_once_until_the_run_ends(tmp_path: Path, mon
 
 
 def test_a_run_that_is_over_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_checkpoints.time, "sleep", lambda seconds: pytest.fail("waits"))
+    monkeypatch.setattr(run_checkpoints, "time", SimpleNamespace(sleep=lambda seconds: pytest.fail("waits")))
     saved = write_run(tmp_path, ByteTokenizer(), step=10)
     assert list(follow(tmp_path, lambda line: None)) == [saved]

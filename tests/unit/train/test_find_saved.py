@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,7 +95,7 @@ def test_a_long_check_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     path = save(tmp_path / "checkpoints", 10)
     monkeypatch.setattr(manifest, "HASH_BLOCK_BYTES", 20)
     seconds = itertools.count()
-    monkeypatch.setattr("megalm.utils.progress.time.monotonic", lambda: float(next(seconds)))
+    monkeypatch.setattr("megalm.utils.progress.time", SimpleNamespace(monotonic=lambda: float(next(seconds))))
     said: list[str] = []
     reader, problem = open_verified(
         resume_candidates(tmp_path / "checkpoints", "auto")[0], SingleProcessCommunicator(), said.append

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -544,7 +545,7 @@ def test_the_longest_step_and_save_must_fit_into_what_is_left() -> None:
 
 def test_a_longer_step_to_come_must_fit_into_the_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 0.0
-    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr("megalm.train.lifecycle.time_limits.time", SimpleNamespace(monotonic=lambda: now))
     limits = TimeLimits(wall_seconds=1000.0, started=0.0)
     limits.boundary()
     now = 100.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -15,7 +16,7 @@ from megalm.utils.progress import ProgressBar, percent, sizes, watched
 def seconds(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock that is a second later each time."""
     clock = itertools.count()
-    monkeypatch.setattr("megalm.utils.progress.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("megalm.utils.progress.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
 
 
 def test_a_line_every_few_seconds_with_the_time_left(seconds: None) -> None:
