@@ -141,17 +141,13 @@ def _experts_not_proven(case: CheckContext) -> Iterator[str]:
             "train.mlp_chunk_tokens: a tile is no whole sequence, whose experts are balanced; remove it",
         ),
         (
-            config.parallel.context > 1,
-            f"parallel.context={config.parallel.context}: experts are balanced in whole sequences; remove one of them",
-        ),
-        (
             config.parallel.balance == "time" and config.parallel.pipeline > 1,
             "parallel.balance=time: it measures one block for all; remove it",
         ),
         (
             runs_compiled(config, case.device) and is_divided(config, case.zero),
-            "compiled blocks: each half of a block with experts is compiled by itself, not proven with ZeRO 3, tensor "
-            "groups and pipelines; set compile=false",
+            "compiled blocks: each half of a block with experts is compiled by itself, not proven with ZeRO 3, tensor, "
+            "context and expert groups and pipelines; set compile=false",
         ),
     ):
         if refused:

@@ -20,13 +20,14 @@ from megalm.config.deepspeed.json_reader import (
     parse_deepspeed_json,
 )
 from megalm.config.loading import SAVED_CONFIG, ConfigLayers, LoadedConfig, external_name
-from megalm.config.schema import RunConfig
+from megalm.config.schema import ParallelSection, RunConfig
 from megalm.config.validation import leaf_fields, shown
 from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_checks import check_run
 from megalm.rank_environment import job_and_restarts
 from megalm.runs.run_folder import CONFIG_FILE, RunFolder, command_line, newest_run, read_mapping
+from megalm.topology import Topology
 from megalm.utils.formatting import flatten_mapping
 from megalm.utils.remote_files import check_address
 
@@ -180,8 +181,7 @@ def read_settings(
     if own is not None:
         # By its name: another job may begin a newer unnamed run at any moment.
         loaded, saved = given.resumed_run(own.config_yaml, own.name), given.saved_config(own.config_yaml)
-        degrees = loaded.config.parallel
-        if ranks % (degrees.tensor * degrees.context * degrees.pipeline) and not any(
+        if not _divides(loaded.config.parallel, ranks) and not any(
             key.startswith("parallel.") for key in loaded.explicit_keys
         ):
             loaded = given.resumed_run(own.config_yaml, own.name, dropped=("parallel",))
@@ -268,3 +268,11 @@ def config_changes(folder: RunFolder, run: ResolvedRun, saved: RunConfig) -> lis
 def _values(config: RunConfig) -> dict[str, Any]:
     values = config.model_dump(mode="json")
     return {key: reduce(lambda section, name: section[name], key.split("."), values) for key in leaf_fields(RunConfig)}
+
+
+def _divides(degrees: ParallelSection, ranks: int) -> bool:
+    try:
+        Topology(ranks, degrees.tensor, degrees.pipeline, degrees.context, degrees.expert)
+    except ConfigError:
+        return False
+    return True

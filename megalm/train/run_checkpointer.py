@@ -216,6 +216,7 @@ class RunCheckpointer:
                 "world_size": topology.world_size,
                 "data": topology.data,
                 "context": topology.context,
+                "expert": topology.expert,
                 "tensor": topology.tensor,
                 "pipeline": topology.pipeline,
                 "zero_stage": run.zero_stage,

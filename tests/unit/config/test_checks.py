@@ -62,8 +62,8 @@ YARN = "{rope_type: yarn, factor: 4, original_max_position_embeddings: 64"
             ["layer 9", "model.moe_intermediate_size", 50, "bf16"],
         ),
         (
-            ["model.num_experts=4", "model.mup_base_width=64", "train.mlp_chunk_tokens=64", "parallel.context=2"],
-            ["model.mup_base_width", "train.mlp_chunk_tokens", "parallel.context=2"],
+            ["model.num_experts=4", "model.mup_base_width=64", "train.mlp_chunk_tokens=64"],
+            ["model.mup_base_width", "train.mlp_chunk_tokens"],
         ),
         (["model.num_experts=4", "compile=true", "model.moe_layers=2", "model.num_dense_layers=1"], None),
         (
