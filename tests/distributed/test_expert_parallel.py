@@ -18,10 +18,18 @@ from megalm.model.modules import DropoutClock
 from megalm.model.moe import Experts
 from megalm.parallel.expert_parallel import divided_experts
 from megalm.parallel.process_groups import make_groups
-from megalm.parity.state_comparison import Outcome, Trace, difference, differing, whole_state
+from megalm.parity.state_comparison import (
+    Outcome,
+    Trace,
+    difference,
+    differing,
+    relative,
+    state_difference,
+    whole_state,
+)
 from megalm.topology import Topology
-from tests.distributed.parity import Row, train, train_rows
-from tests.distributed.training import Case, make_dataset, shape_of, snapshot, start, steps
+from tests.distributed.parity import STEPS, Row, train, train_rows
+from tests.distributed.training import Case, make_dataset, resolved, shape_of, snapshot, start, steps
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -38,6 +46,7 @@ def _with(row: Row, *overrides: str) -> tuple[Case, Case]:
     )
 
 
+_EVERY_BLOCK = "train.checkpoint_activations_every=0"
 _FROZEN = "train.parameter_groups=[{match: layers.1.mlp.experts.down, frozen: true}]"
 _ALL_FROZEN = "train.parameter_groups=[{match: layers.*.mlp.experts.*, frozen: true}]"
 _SLOWER = "train.parameter_groups=[{match: layers.*.mlp.experts.up, learning_rate_scale: 0.5, weight_decay: 0}]"
@@ -48,9 +57,9 @@ JOBS = {
         Row("ep2", MODEL, 2),
         *_with(Row("ep2", MODEL, 2), _SLOWER, "train.reduce_gradients=step"),
     ),
-    "8-bit states": (
+    "8-bit states, recomputed": (
         Row("ep2", MODEL, 1, states="8bit"),
-        *_with(Row("ep2", MODEL, 1, states="8bit"), "train.recompute=full", "train.checkpoint_activations_every=0"),
+        *_with(Row("ep2", MODEL, 1, states="8bit"), "train.recompute=full", _EVERY_BLOCK),
     ),
 }
 
@@ -72,6 +81,8 @@ def found(data: Path) -> dict[str, tuple[list[Outcome], Outcome]]:
 @pytest.mark.parametrize("name", JOBS)
 def test_equal_to_one_rank(name: str, found: dict[str, tuple[list[Outcome], Outcome]]) -> None:
     ranks, alone = found[name]
+    if JOBS[name][0].states != "fp32":  # what is rounded sends a token elsewhere: losses without the routing
+        alone.trained.losses = alone.trained.losses[:STEPS]
     assert not difference(ranks, alone).beyond(JOBS[name][0].tolerance)
 
 
@@ -84,47 +95,53 @@ def test_offloaded_states_are_equal_to_one_rank(stage: int, data: Path) -> None:
     assert not difference(ranks, alone).beyond(row.tolerance)
 
 
-def _continued(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path) -> tuple[Trace, Trace]:
+def _continued(
+    comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path, path: Path
+) -> tuple[Trace, Trace]:
     """The state as restored, and after some further steps."""
     engine, run, loader = start(comm, device, case, prefix, folder, initial_weights=False)
-    with CheckpointReader(folder / "checkpoints" / f"step-{HALF:08d}") as reader:
-        engine.restore(reader.read, reader.manifest.counters, HALF)
+    reader = CheckpointReader(path)
+    engine.restore(reader.read, reader.manifest.counters, reader.manifest.step)
     restored = Trace([], [], snapshot(engine))
     return restored, steps(engine, run, loader, HALF + 1, END)
 
 
 def _saved_and_continued(
     comm: Any, device: torch.device, prefix: Path, folder: Path
-) -> tuple[Trace, tuple[Trace, Trace]]:
+) -> tuple[Path, Trace, Trace, Trace]:
     engine, run, loader = start(comm, device, Row("ep4", MODEL, 2).case(), prefix, folder)
     trained = steps(engine, run, loader, 1, HALF)
     facts = {"step": HALF, "tokens": 0, "counters": engine.counters()}
-    save_checkpoint(folder / "checkpoints", HALF, engine.fragments(), facts, [], comm)
-    return trained, _continued(comm, device, Row("tp2 x ep2", MODEL, 3).case(), prefix, folder)
+    path = save_checkpoint(folder, HALF, engine.fragments(), facts, [], comm)
+    return path, trained, *_continued(comm, device, Row("tp2 x ep2", MODEL, 3).case(), prefix, folder, path)
 
 
 def test_a_checkpoint_goes_to_other_expert_groups_and_to_one_rank(data: Path) -> None:
     ranks = run_ranks(4, _saved_and_continued, data / "data", data)
-    saved = whole_state([trained for trained, _ in ranks])
-    (alone,) = run_ranks(1, _continued, Row("ep4", MODEL, 2).reference_case(), data / "data", data)
-    for traces in ([restored for _, (restored, _) in ranks], [alone[0]]):
-        assert differing(whole_state(traces), saved) == 0
-    assert not difference(
-        [Outcome(restored, trained, 1.0, np.ones(1, np.float32), np.ones(1)) for _, (restored, trained) in ranks],
-        Outcome(*alone, 1.0, np.ones(1, np.float32), np.ones(1)),
-    ).beyond(Row("ep4", MODEL, 2).tolerance)
+    path = ranks[0][0]
+    case = Row("ep4", MODEL, 2).reference_case()
+    ((restored, alone),) = run_ranks(1, _continued, case, data / "data", data, path)
+    saved = whole_state([trained for _, trained, _, _ in ranks])
+    assert differing(whole_state([restored]), saved) == 0
+    assert differing(whole_state([there for _, _, there, _ in ranks]), saved) == 0
+    continued = whole_state([trained for _, _, _, trained in ranks])
+    for kind in ("master", "exp_avg", "exp_avg_sq"):
+        assert state_difference(continued, whole_state([alone]), kind) < 1e-5
+    for _, _, _, trained in ranks:
+        assert relative(trained.losses, alone.losses) < 1e-5
+        assert relative(trained.norms, alone.norms) < 1e-5
 
 
-def _routed(comm: Any, device: torch.device, shape: Any, chosen: list[list[int]]) -> list[Tensor]:
+def _routed(comm: Any, device: torch.device, shape: Any, chosen: list[list[int]]) -> list[Any]:
     """What experts make of each rank's tokens, and gradients of tokens and of the experts held here."""
     group = make_groups(Topology(comm.size, expert=comm.size), comm.rank, comm.timeout).expert
-    results = []
+    results: list[Tensor] = []
     for held in (divided_experts(group), ALL_EXPERTS):
         layers = LayerFactory(DropoutClock(0))
         layers.experts = held
         experts = Experts(shape, layers)
         results += _product(experts, held, chosen[comm.rank], comm.rank)
-    return results
+    return [result.numpy() for result in results]
 
 
 def _product(experts: Experts, held: AllExperts, chosen: list[int], rank: int) -> list[Tensor]:
@@ -132,7 +149,7 @@ def _product(experts: Experts, held: AllExperts, chosen: list[int], rank: int) -
     with torch.no_grad():
         for index, parameter in enumerate(experts.parameters()):
             generator = torch.Generator().manual_seed(index)
-            whole = torch.randn(4, *parameter.shape[1:], generator=generator)
+            whole = torch.randn(4, *parameter.shape[1:], generator=generator) / 8
             parameter.copy_(whole[part.first : part.last])
     tokens = torch.randn(len(chosen), 32, generator=torch.Generator().manual_seed(9 + rank)).requires_grad_()
     numbers = torch.tensor(chosen).unsqueeze(1)
@@ -154,13 +171,11 @@ def test_ranks_whose_experts_get_no_tokens_have_gradients_of_zero(chosen: list[l
     count = len(ranks[0]) // 2
     for rank, found in enumerate(ranks):
         for divided, whole in zip(found[:2], found[count : count + 2], strict=True):
-            torch.testing.assert_close(divided, whole)
+            np.testing.assert_allclose(divided, whole, rtol=1e-5, atol=1e-5)
         for place in range(2, count):
             both = ranks[0][count + place] + ranks[1][count + place]
-            torch.testing.assert_close(found[place], both[2 * rank : 2 * rank + 2])
+            np.testing.assert_allclose(found[place], both[2 * rank : 2 * rank + 2], rtol=1e-5, atol=1e-5)
 
 
 def shape_of_experts(folder: Path) -> Any:
-    from tests.distributed.training import resolved
-
     return shape_of(resolved(Row("ep2", MODEL, 1).case(), 2, folder))

@@ -125,7 +125,7 @@ def training_samples(run: ResolvedRun, dataset: IndexedDataset) -> Samples:
 def steps(engine: Any, run: ResolvedRun, loader: BatchLoader, first: int, last: int) -> Trace:
     """Optimizer steps first..last (counted from 1), and the state after them.
 
-    Of a mixture the losses by dataset follow on those of the steps, of a model with experts its routing, where numbers are exact.
+    Of a mixture the losses by dataset follow on those of the steps, of a model with experts in fp32 its routing.
     """
     losses, norms, by_dataset = [], [], []
     for step in range(first, last + 1):
