@@ -140,8 +140,8 @@ LAYOUTS = {
     "ep2": Layout(2, (_EP,), few=(1,), of_experts="bf16"),  # test_collective_faults.py has it in fp32
     "tp2 x ep2": Layout(4, (_TP, _EP), few=(3,), of_experts="fp32"),
     "ep4": Layout(4, ("parallel.expert=4",), few=(2,), of_experts="fp32"),
-    "ep2 x dp2": Layout(4, (_EP,), few=(0,), of_experts="fp32"),
-    "ep2 x pp2": Layout(4, (_EP, _PP), few=(1,), of_experts="fp32"),  # no experts in the first stage
+    "ep2 x dp2": Layout(4, (_EP,), few=(1,), of_experts="fp32"),
+    "ep2 x pp2": Layout(4, (_EP, _PP), few=(0,), of_experts="fp32"),  # no experts in the first stage
     "cp2 x ep4": Layout(4, (_CP, "parallel.expert=4"), few=(3,), of_experts="fp32"),
     "tp2 x pp2 x dp2": Layout(8, (_TP, _PP)),
 }
