@@ -33,10 +33,10 @@ from megalm.engine.cpp_extensions import load_async_io
 from megalm.engine.dataset_losses import DatasetLosses
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
 from megalm.engine.expert_loads import ExpertLoads
-from megalm.engine.expert_states import count_experts_once, register_groups
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer.build_optimizer import build_optimizer, group_without_parameters, parameter_groups
+from megalm.engine.optimizer.expert_states import count_experts_once, register_groups
 from megalm.engine.optimizer.frozen_weights import FrozenWeights
 from megalm.engine.optimizer.muon import Muon
 from megalm.engine.optimizer.optimizer_state import OptimizerState, ReadFragment

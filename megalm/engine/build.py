@@ -117,7 +117,7 @@ def _recomputation(run: ResolvedRun, device: torch.device) -> Recomputation:
 
 
 def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClock, draw: DrawWeight | None) -> Engine:
-    from megalm.engine.expert_states import mark_experts
+    from megalm.engine.optimizer.expert_states import mark_experts
     from megalm.engine.zero_engine import ZeroEngine
 
     run, shape = context.run, context.shape
@@ -141,7 +141,7 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClo
 def _pipeline_engine(
     context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
 ) -> Engine:
-    from megalm.engine.expert_states import mark_experts
+    from megalm.engine.optimizer.expert_states import mark_experts
     from megalm.engine.pipeline_engine import PipelineEngine
     from megalm.engine.pipeline_stage import MicroBatchContext, PipelineStage
 

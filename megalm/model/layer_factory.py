@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from megalm.model.float8 import Float8Linear
 from megalm.model.loss import LogitRule, chunk_loss, linear_cross_entropy
 from megalm.model.modules import Dropout, DropoutClock, PositionEmbedding, RMSNorm
-from megalm.topology import DimRange
 
 if TYPE_CHECKING:
     from megalm.model.attention_kernels import AttentionMask, ScoreRule
@@ -92,9 +91,9 @@ class AllExperts:
     Shapes: E experts of a layer, L held here, R rows of this rank's tokens, A rows for experts held here.
     """
 
-    def held(self, experts: int) -> DimRange:
-        """Those of the `experts` of a layer that are held here, L."""
-        return DimRange(0, experts)
+    def held(self, experts: int) -> tuple[int, int]:
+        """[first, last) of the `experts` of a layer that are held here, L."""
+        return 0, experts
 
     def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         """The rows for experts held here, and the way back.
@@ -221,9 +220,9 @@ class LayerFactory:
 
     def stacked(self, size: tuple[int, ...], divided: int) -> nn.Parameter:
         """One matrix for each expert, [E, out, in], of which the first dimension and `divided` may be divided."""
-        return self._stacked(size, divided, DimRange(0, size[divided]))
+        return self._stacked(size, divided, (0, size[divided]))
 
-    def _stacked(self, size: tuple[int, ...], divided: int, part: DimRange) -> nn.Parameter:
+    def _stacked(self, size: tuple[int, ...], divided: int, part: tuple[int, int]) -> nn.Parameter:
         """The experts held here, of whose dimension `divided` only a part is."""
         held = {0: self.experts.held(size[0]), divided: part}
         rectangle = tuple(

@@ -443,8 +443,8 @@ def initial_weight(
         held: which experts are drawn; the others stay as the memory was.
     """
     if is_stacked(name) and len(size) > 2:
-        stacked, part = torch.empty(size), held.held(size[0])
-        for expert in range(part.first, part.last):
+        stacked = torch.empty(size)
+        for expert in range(*held.held(size[0])):
             stacked[expert] = initial_weight(f"{name}.{expert}", size[1:], shape, seed)
         return stacked
     if name.endswith((".bias", ".sinks")):

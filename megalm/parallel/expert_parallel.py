@@ -21,7 +21,6 @@ from torch import Tensor
 from megalm.model.layer_factory import ALL_EXPERTS, AllExperts
 from megalm.model.moe import Rows
 from megalm.parallel.process_groups import AxisGroup
-from megalm.topology import DimRange
 
 
 class DividedExperts(AllExperts):
@@ -34,9 +33,9 @@ class DividedExperts(AllExperts):
     def __init__(self, group: AxisGroup) -> None:
         self._group = group
 
-    def held(self, experts: int) -> DimRange:
+    def held(self, experts: int) -> tuple[int, int]:
         count = experts // self._group.size
-        return DimRange(self._group.index * count, (self._group.index + 1) * count)
+        return self._group.index * count, (self._group.index + 1) * count
 
     def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
         sent = counts.long().view(self._group.size, -1)  # [P, L]: rows for each expert of each rank

@@ -133,7 +133,7 @@ class TensorLayers(LayerFactory):
 
     def stacked(self, size: tuple[int, ...], divided: int) -> nn.Parameter:
         part = whole_parts(size[divided], size[divided], self._group.size, self._group.index)
-        return self._stacked(size, divided, part)
+        return self._stacked(size, divided, (part.first, part.last))
 
     def stream(self) -> ResidualStream:
         return self._stream

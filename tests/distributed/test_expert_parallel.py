@@ -145,12 +145,12 @@ def _routed(comm: Any, device: torch.device, shape: Any, chosen: list[list[int]]
 
 
 def _product(experts: Experts, held: AllExperts, chosen: list[int], rank: int) -> list[Tensor]:
-    part = held.held(4)
+    first, last = held.held(4)
     with torch.no_grad():
         for index, parameter in enumerate(experts.parameters()):
             generator = torch.Generator().manual_seed(index)
             whole = torch.randn(4, *parameter.shape[1:], generator=generator) / 8
-            parameter.copy_(whole[part.first : part.last])
+            parameter.copy_(whole[first:last])
     tokens = torch.randn(len(chosen), 32, generator=torch.Generator().manual_seed(9 + rank)).requires_grad_()
     numbers = torch.tensor(chosen).unsqueeze(1)
     counts = torch.bincount(numbers.flatten(), minlength=4)

@@ -104,18 +104,23 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
         (8, [*EXPERTS_6, "parallel.tensor=2", "parallel.context=2", "parallel.expert=2"], {}, None),
         (2, [*EXPERTS_6, "parallel.expert=2"], zero(0) | FP32, None),
         (2, [*EXPERTS_6, "parallel.expert=2", "parallel.pipeline=1"], zero(3), None),
-        (2, [*EXPERTS_6, "parallel.expert=2"], zero(2, reduce_scatter=False), ["parallel.expert=2", "reduce_scatter"]),
+        (
+            2,
+            [*EXPERTS_6, "parallel.expert=2"],
+            zero(2, reduce_scatter=False),
+            ["parallel.expert=2", "zero_optimization.reduce_scatter=false"],
+        ),
         (
             2,
             [*EXPERTS_6, "parallel.expert=2"],
             zero(2, contiguous_gradients=False),
-            ["parallel.expert=2", "contiguous_gradients"],
+            ["parallel.expert=2", "zero_optimization.contiguous_gradients=false"],
         ),
         (
             4,
             [*EXPERTS_6, "parallel.expert=2"],
             zero(3, zero_hpz_partition_size=2),
-            ["parallel.expert=2", "zero_hpz_partition_size"],
+            ["parallel.expert=2", "zero_optimization.zero_hpz_partition_size"],
         ),
         (
             2,
