@@ -197,6 +197,12 @@ class StoredSchedule(_Part):
 
 
 class StoredTopology(_Part):
+    """The grid that saved the checkpoint.
+
+    Attributes:
+        micro_batch, accumulation: of its step, in sequences and micro-batches; older checkpoints lack them.
+    """
+
     world_size: Positive
     data: Positive
     context: Positive = 1
@@ -204,6 +210,8 @@ class StoredTopology(_Part):
     pipeline: Positive
     zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)]
     precision: str
+    micro_batch: Positive | None = None
+    accumulation: Positive | None = None
 
 
 class StoredLossScaler(_Part):

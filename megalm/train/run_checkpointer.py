@@ -20,6 +20,7 @@ from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.metrics_log import read_newest_first
 from megalm.runs.run_folder import RunFolder
+from megalm.topology import AXES
 from megalm.train.evaluator import Evaluation
 from megalm.train.resume.compatibility import (
     DataIdentity,
@@ -196,7 +197,7 @@ class RunCheckpointer:
 
     def _facts(self, counters: dict[str, Any], position: TrainingProgress) -> dict[str, Any]:
         run, evaluation = self._run, position.evaluation
-        topology = run.topology
+        topology, batch = run.topology, run.batch.of(run.stages.at(max(1, position.step)).sequences)
         return {
             "step": position.step,
             "tokens": position.tokens,
@@ -214,12 +215,11 @@ class RunCheckpointer:
             "schedule": position.schedule.as_json(),
             "topology": {
                 "world_size": topology.world_size,
-                "data": topology.data,
-                "context": topology.context,
-                "tensor": topology.tensor,
-                "pipeline": topology.pipeline,
+                **{axis: topology.size(axis) for axis in AXES},
                 "zero_stage": run.zero_stage,
                 "precision": run.precision,
+                "micro_batch": batch.micro_batch,
+                "accumulation": batch.accumulation,
             },
             **identity_of(run, self._shape, self._data, position.samples),
             "tokenizer": self._tokenizer.spec,  # its path at the time; the fingerprint identifies it
