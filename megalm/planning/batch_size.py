@@ -179,7 +179,7 @@ def _largest_that_fits(
         return 1, [
             f"train_micro_batch_size_per_gpu ({given}): 1; even that needs more than {USABLE_MEMORY:.0%} of the memory"
         ]
-    no_more = "" if limit is None else f"; no larger than before on another grid, {limit}"
+    no_more = "" if limit is None else f"; a resumed run takes no more than before, {limit}"
     return micro, [f"train_micro_batch_size_per_gpu ({given}): {micro}, {_CHOICE}{no_more}"]
 
 

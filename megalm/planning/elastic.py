@@ -31,11 +31,13 @@ class EarlierStarts:
         config: of the last start.
         ranks: of the last start; None: unknown.
         batches: of all starts, the last one first; empty: unknown.
+        settings: of the DeepSpeed JSON of the last start, as given; None: unknown.
     """
 
     config: RunConfig
     ranks: int | None = None
     batches: tuple[BatchPlan, ...] = ()
+    settings: DeepSpeedSettings | None = None
 
     @property
     def global_batch(self) -> int | None:
@@ -52,26 +54,27 @@ def fit_to_ranks(
     """Return both configurations of a resumed run for its ranks of now.
 
     Of the legal grids it takes the one that divides the model over the most ranks, and of those the one that changes
-    the fewest keys of `parallel`. A micro-batch is never larger than before.
+    the fewest keys of `parallel`. A micro-batch is never larger than before, unless other sizes are given now.
 
     Raises:
         ConfigError: the ranks, the degrees that are given now and the global batch do not fit together; it names the
             nearest numbers of ranks that do.
     """
-    total = _global_batch(loaded, ds, earlier)
+    total, grid = _global_batch(loaded, ds, earlier), loaded.config.parallel
     settings = ds.settings.model_copy(update={} if total is None else {"train_batch_size": total})
     kept = replace(ds, settings=settings)
-    if ranks == earlier.ranks and loaded.config.parallel == earlier.config.parallel:
-        return loaded, ds if _states_another_batch(ds.settings, earlier) else kept
-    search = _Search(loaded, kept, device, total)
-    grid = search.first(ranks)
-    if grid is None:
-        if near := search.nearest(ranks):
-            raise ConfigError(_refusal(search, ranks, near))
-        return loaded, kept  # wrong on any number of ranks: the rules say why
-    fitted = _with_parallel(loaded, grid, f"fitted to {ranks} rank(s)")
-    topology = CheckContext(fitted, kept, ranks, device).topology
-    return fitted, kept if total is None else _with_micro_batch(kept, [total, *_later(loaded)], topology.data, earlier)
+    if ranks != earlier.ranks or grid != earlier.config.parallel:
+        search = _Search(loaded, kept, device, total)
+        found = search.first(ranks)
+        if found is None:
+            if near := search.nearest(ranks):
+                raise ConfigError(_refusal(search, ranks, near))
+            return loaded, kept  # wrong on any number of ranks: the rules say why
+        loaded = _with_parallel(loaded, found, f"fitted to {ranks} rank(s)")
+    elif earlier.settings is not None and _sizes(ds.settings) != _sizes(earlier.settings):
+        return loaded, ds if _give_another_batch(ds.settings, earlier) else kept
+    topology = CheckContext(loaded, kept, ranks, device).topology
+    return loaded, kept if total is None else _with_micro_batch(kept, [total, *_later(loaded)], topology.data, earlier)
 
 
 def _global_batch(loaded: LoadedConfig, ds: DeepSpeedConfig, earlier: EarlierStarts) -> int | None:
@@ -80,15 +83,23 @@ def _global_batch(loaded: LoadedConfig, ds: DeepSpeedConfig, earlier: EarlierSta
     return ds.settings.train_batch_size or (batch.sequences if batch.by_user else None) or earlier.global_batch
 
 
-def _states_another_batch(settings: DeepSpeedSettings, earlier: EarlierStarts) -> bool:
-    """Return whether the sizes of a JSON without train_batch_size give another batch on the grid of the last start."""
-    sizes = (settings.train_micro_batch_size_per_gpu, settings.gradient_accumulation_steps)
-    stated = [size for size in sizes if isinstance(size, int)]
-    if settings.train_batch_size is not None or not stated or not earlier.batches:
+def _sizes(settings: DeepSpeedSettings) -> tuple[object, ...]:
+    return (
+        settings.train_batch_size,
+        settings.train_micro_batch_size_per_gpu,
+        settings.gradient_accumulation_steps,
+    )
+
+
+def _give_another_batch(settings: DeepSpeedSettings, earlier: EarlierStarts) -> bool:
+    """Return whether sizes without train_batch_size contradict the batch of the last start, on its grid."""
+    total, *others = _sizes(settings)
+    given = [size for size in others if isinstance(size, int)]
+    if total is not None or not given or not earlier.batches:
         return False
     last = earlier.batches[0]
-    product_of_all, is_whole = math.prod(stated) * last.data_parallel, len(stated) == len(sizes)
-    return last.global_batch % product_of_all != 0 or (is_whole and last.global_batch != product_of_all)
+    least = math.prod(given) * last.data_parallel
+    return last.global_batch % least != 0 or (len(given) == len(others) and last.global_batch != least)
 
 
 def _later(loaded: LoadedConfig) -> list[int]:
@@ -103,7 +114,7 @@ def _with_micro_batch(
     if not isinstance(micro, int) and ds.settings.gradient_accumulation_steps is None:
         return replace(ds, largest_micro_batch=most)  # the device's memory decides
     limit = micro if isinstance(micro, int) else most
-    if limit is None:
+    if limit is None or any(batch % data_ranks for batch in batches):
         return ds
     fitting = max(size for size in divisors(math.gcd(*batches) // data_ranks) if size <= limit)
     sizes = {"train_micro_batch_size_per_gpu": fitting, "gradient_accumulation_steps": None}

@@ -21,7 +21,7 @@ from typing import Any
 from megalm.checkpoint.discovery import BEST, LATEST, complete_checkpoints, list_checkpoints
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.shard_spec import WEIGHTS
-from megalm.config.deepspeed.json_reader import parse_deepspeed_json
+from megalm.config.deepspeed.json_reader import open_deepspeed_json, parse_deepspeed_json
 from megalm.config.schema import RunConfig, RunSection
 from megalm.config.validation import parse_yaml
 from megalm.errors import ConfigError
@@ -189,16 +189,19 @@ class RunFolder:
             config: of its config.yaml.
 
         Raises:
-            ConfigError: the environment.json or the DeepSpeed JSON of the last start is damaged.
+            ConfigError: a DeepSpeed JSON of the last start is damaged.
         """
-        ranks = read_mapping(self.environment_json).get("world_size")
+        ranks = None
+        with contextlib.suppress(ConfigError):  # whoever needs the rest of the file reports it
+            ranks = read_mapping(self.environment_json).get("world_size")
         last = self.resolved_deepspeed_json
         batches = [BatchPlan.of_json(read_mapping(last))]
         for path in last.parent.glob(_old_name(last, "*").name):
             with contextlib.suppress(ConfigError, OSError):
                 batches.append(BatchPlan.of_json(read_mapping(path)))
         known = tuple(batch for batch in batches if batch is not None) if batches[0] is not None else ()
-        return EarlierStarts(config, ranks if isinstance(ranks, int) else None, known)
+        given = open_deepspeed_json(self.deepspeed_json).settings if self.deepspeed_json.is_file() else None
+        return EarlierStarts(config, ranks if isinstance(ranks, int) else None, known, given)
 
     @property
     def is_empty(self) -> bool:
