@@ -8,7 +8,6 @@ next to them. Pipeline stages are farthest apart, because they communicate least
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -69,7 +68,7 @@ class Topology:
         return self.data * self.context
 
     def __str__(self) -> str:
-        return grid_text({axis: self.size(axis) for axis in AXES})
+        return " x ".join(f"{axis} {self.size(axis)}" for axis in AXES if axis != "context" or self.context > 1)
 
     def size(self, axis: Axis) -> int:
         """The parallel degree of an axis."""
@@ -109,11 +108,6 @@ class Topology:
         if self.size(axis) == 1:
             return True
         return all(group[0] // ranks_per_node == group[-1] // ranks_per_node for group in self.groups(axis))
-
-
-def grid_text(sizes: Mapping[Axis, int]) -> str:
-    """Return a grid in words, such as "pipeline 2 x data 4 x tensor 1"; a context group only where there is one."""
-    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if axis != "context" or size > 1)
 
 
 def bubble_share(stages: int, micro_batches: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
 from megalm.runs.metrics_log import read_newest_first
 from megalm.runs.run_folder import RunFolder
-from megalm.topology import AXES
 from megalm.train.evaluator import Evaluation
 from megalm.train.resume.compatibility import (
     DataIdentity,
@@ -214,8 +214,8 @@ class RunCheckpointer:
             "data_position": position.data_json(self.order_at(position.samples)),
             "schedule": position.schedule.as_json(),
             "topology": {
-                "world_size": topology.world_size,
-                **{axis: topology.size(axis) for axis in AXES},
+                **asdict(topology),
+                "data": topology.data,
                 "zero_stage": run.zero_stage,
                 "precision": run.precision,
                 "micro_batch": batch.micro_batch,

@@ -19,7 +19,6 @@ from megalm.model.model_config import ModelConfig, model_settings
 from megalm.model.parameter_groups import MOMENTS, frozen_parameters, group_keys
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, ScheduleSegment, rate_at
 from megalm.planning.resolve import ResolvedRun, decay_steps_of
-from megalm.topology import AXES, grid_text
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
 
 
@@ -324,8 +323,10 @@ def grid_notes(manifest: Manifest, run: ResolvedRun) -> list[str]:
     stored, batch = manifest.topology, run.batch.of(run.stages.at(manifest.step + 1).sequences)
     if stored is None:
         return []
-    before = grid_text({axis: getattr(stored, axis) for axis in AXES}), stored.zero_stage, stored.micro_batch
-    now = str(run.topology), run.zero_stage, batch.micro_batch
+    before, now = (
+        (stored.grid, stored.zero_stage, stored.micro_batch),
+        (run.topology, run.zero_stage, batch.micro_batch),
+    )
     if before == now or (before[:2] == now[:2] and stored.micro_batch is None):
         return []
     sizes = "" if stored.micro_batch is None else f", micro-batch {stored.micro_batch} x {stored.accumulation}"
