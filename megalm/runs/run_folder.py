@@ -26,9 +26,9 @@ from megalm.config.schema import RunConfig, RunSection
 from megalm.config.validation import parse_yaml
 from megalm.errors import ConfigError
 from megalm.planning.batch_size import BatchPlan
-from megalm.planning.elastic import EarlierStarts
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import job_and_restarts, submit_options
+from megalm.runs.elastic import EarlierStarts
 from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
 from megalm.utils.addresses import hide_credentials_in_word
 from megalm.utils.atomic_files import is_stranger, write_bytes_atomically, write_json

@@ -23,10 +23,10 @@ from megalm.config.loading import SAVED_CONFIG, ConfigLayers, LoadedConfig, exte
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
 from megalm.errors import ConfigError
-from megalm.planning.elastic import fit_to_ranks
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_checks import check_run
 from megalm.rank_environment import job_and_restarts
+from megalm.runs.elastic import fit_to_ranks
 from megalm.runs.run_folder import CONFIG_FILE, RunFolder, command_line, newest_run, read_mapping
 from megalm.utils.formatting import flatten_mapping
 from megalm.utils.remote_files import check_address
