@@ -412,6 +412,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_durably(folder / MANIFEST, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder of peft that has a LoRA adapter, and not the model that it changes.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} has a LoRA adapter (adapter_config.json), not a whole model; merge it into its model "
+            "(peft: merge_and_unload), save that and take its folder (docs/after-training.md)"
+        )
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint folder.
 
@@ -422,6 +435,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         stored = json.loads(path.read_bytes())
     except FileNotFoundError:
+        refuse_adapter(folder)
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); {advice(folder)}") from None
