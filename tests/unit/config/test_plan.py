@@ -22,17 +22,15 @@ from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspee
 from megalm.config.deepspeed.json_schema import OffloadOptimizerSection, ZeroSection
 from megalm.config.loading import describe_preset, load_run_config, preset_paths
 from megalm.config.schema import Recompute
+from megalm.cost_model.activations import kept_bytes, loss_bytes
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.cost_model.memory import (
     MUON_ROUND,
     MemoryCase,
     MemoryPlan,
-    activation_bytes,
-    block_bytes,
     checkpoint_bytes,
     estimate_memory,
     estimate_stages,
-    loss_bytes,
     parameter_groups,
     shares,
 )
@@ -298,7 +296,9 @@ def test_buckets_are_allocated_whole_on_a_gpu_only() -> None:
 
 def test_recomputing_saves_activations() -> None:
     none, half, every = (
-        estimate_memory(case(shape_of("model.num_hidden_layers=8"), checkpoint_activations_every=n)).activations
+        estimate_memory(
+            case(shape_of("model.num_hidden_layers=8"), accumulation=2, checkpoint_activations_every=n)
+        ).activations
         for n in (0, 2, 1)
     )
     assert every < half < none
@@ -368,7 +368,7 @@ def test_activations_against_what_autograd_saves(style: str, precision: str, ext
     measured = sum(storage.nbytes() for storage in saved.values()) - loss_gradients
     (share,) = shares(shape, Topology(1))
     sizes = case(shape, micro_batch=batch, sequence_length=length, precision=NAMES[precision], on_cpu=True)
-    estimated = activation_bytes(sizes, share)
+    estimated = kept_bytes(sizes, share)
     assert 1.0 <= estimated / measured < 1.06
 
 
@@ -412,7 +412,7 @@ def test_recomputation_against_live_memory(
             loss, _ = model(tokens, tokens)
         kept.append(memory.bytes)
         chosen = replace(sizes, recompute=recompute, mlp_chunk_tokens=tokens_of_a_tile)
-        planned_to_keep.append(activation_bytes(chosen, share) - block_bytes(chosen, share, recompute)[1])
+        planned_to_keep.append(kept_bytes(chosen, share))
         with FlopCounterMode(display=False) as counter:
             loss.backward()
         flops.append(counter.get_total_flops())
@@ -464,6 +464,7 @@ def test_the_peak_of_a_long_sequence_against_live_memory(
         shape,
         micro_batch=1,
         sequence_length=1024,
+        accumulation=2,
         precision=NAMES[precision],
         on_cpu=True,
         loss_chunk_tokens=128,
@@ -480,7 +481,9 @@ def test_the_peak_of_a_long_sequence_against_live_memory(
 def test_float8_counts_rounded_copies() -> None:
     """Of the largest product: 64 tokens of 32 and 192 numbers, or 64 tokens of 192 beside the weight, a byte each."""
     shape = shape_of("model.hidden_size=32", "model.intermediate_size=192")
-    plain, rounded = (estimate_memory(case(shape, float8=float8)).activations for float8 in (False, True))
+    plain, rounded = (
+        estimate_memory(case(shape, accumulation=2, float8=float8)).activations for float8 in (False, True)
+    )
     assert rounded - plain == max(64 * (32 + 192), 64 * 192 + 32 * 192)
 
 
