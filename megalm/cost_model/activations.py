@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from megalm.model.model_config import kept_probabilities, lowest_block
+from megalm.model.model_config import first_key, kept_probabilities, lowest_block, query_blocks
 
 if TYPE_CHECKING:
     from megalm.config.schema import Recompute
@@ -62,9 +62,7 @@ def fullest_moment(case: MemoryCase, share: Share, gradients: int) -> tuple[int,
     Args:
         gradients: bytes of all accumulated gradients; activations take the place of those that come later.
     """
-    found = (
-        (moment.activations - int(moment.unmade * gradients), moment.loss) for moment in step_moments(case, share)
-    )
+    found = ((moment.activations - int(moment.unmade * gradients), moment.loss) for moment in step_moments(case, share))
     activations, loss = max(found, key=sum)
     return max(0, activations), loss
 
@@ -79,13 +77,13 @@ def step_moments(case: MemoryCase, share: Share) -> Iterator[StepMoment]:
     comes_late = case.accumulation == 1 and stage < 3 and not case.uses_bf16_optimizer
     if share.is_last:
         forward, backward = _loss_moments(case, share.tensor)
-        late = float(comes_late)
-        yield StepMoment(others + kept, forward, late)
-        yield StepMoment(others + kept - hidden, backward, late)
+        late, last_input = float(comes_late), _inputs_on_device(case, share, at_once=1)
+        yield StepMoment(others + kept + last_input, forward, late)
+        yield StepMoment(others + kept + last_input - hidden, backward, late)
     # The gradient of a tied table waits for that of the embedding.
     table = _table_bytes(case, share.tensor) if share.is_last and case.shape.tie_word_embeddings else 0
     below, whole = others + (0 if share.is_last else hidden), _whole_blocks(case, share)
-    offloaded = _inputs_on_device(case, share, whole)
+    offloaded = _inputs_on_device(case, share, at_once=2)  # the one in use, and one on its way
     for done, layer in enumerate(trained):
         block = block_bytes(case, share, "full" if layer in whole else case.recompute, layer)
         below += block.kept - (hidden if case.offload_activations and layer in whole else 0)
@@ -107,8 +105,8 @@ def kept_bytes(case: MemoryCase, share: Share) -> int:
     end = hidden + (stream * _norm_bytes(case) if share.is_last else 0)
     # Document numbers; attention builds its masks block by block.
     mask = case.micro_batch * case.sequence_length * 4 if case.document_mask else 0
-    if case.offload_activations:
-        blocks += _inputs_on_device(case, share, whole) - len(whole) * hidden
+    if case.offload_activations:  # DeepSpeed holds what a stage receives
+        blocks += (0 if share.is_first else hidden) - len(whole) * hidden
     return blocks + end + mask
 
 
@@ -197,12 +195,10 @@ def _whole_blocks(case: MemoryCase, share: Share) -> list[int]:
     return [index for index in _trained_blocks(case, share) if every and index % every == 0]
 
 
-def _inputs_on_device(case: MemoryCase, share: Share, whole: list[int]) -> int:
-    """Of inputs in the CPU's memory, the one in use and one on its way; DeepSpeed holds what a stage receives."""
-    if not case.offload_activations:
-        return 0
-    hidden = _stream(case, share) * case.element_bytes
-    return min(2, len(whole)) * hidden + (0 if share.is_first else hidden)
+def _inputs_on_device(case: MemoryCase, share: Share, at_once: int) -> int:
+    """Bytes of the inputs that lie in the CPU's memory, of which this many are on the device."""
+    count = min(at_once, len(_whole_blocks(case, share))) if case.offload_activations else 0
+    return count * _stream(case, share) * case.element_bytes
 
 
 def _norm_bytes(case: MemoryCase, rms: bool | None = None) -> int:
@@ -240,11 +236,14 @@ def _attention(case: MemoryCase, share: Share, layer: int) -> _Half:
     if case.on_cpu and not case.ring:
         heads = case.micro_batch * share.heads // context
         kept += heads * kept_probabilities(shape, layer, case.sequence_length) * size
+        # Of one block of queries, the gradients of probabilities and of scores.
+        window, blocks = shape.window(layer), query_blocks(case.sequence_length)
+        gradients += 2 * heads * max((end - start) * (end - first_key(start, window)) for start, end in blocks) * size
     return _Half(kept, max(gradients, _context_bytes(case, share)))
 
 
 def _context_bytes(case: MemoryCase, share: Share) -> int:
-    """What attention of a context group holds in its backward pass: messages; in a ring sums in fp32, a tile's scores."""
+    """What attention of a context group holds in its backward pass: messages; a ring: sums in fp32, a tile's scores."""
     context = case.topology.context
     if context == 1:
         return 0

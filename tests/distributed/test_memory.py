@@ -59,6 +59,7 @@ CASES = {
     "zero1 bf16 states": Case("zero1.json", "bf16", (*WIDE, "train.optimizer_state=bf16")),
     "zero3 8bit states": Case("zero3.json", "bf16", (*WIDE, "train.optimizer_state=8bit"), GATHERED),
     "zero2 bf16 frozen": Case("zero2.json", "bf16", (*WIDE, FROZEN, "train.ema_decay=0.9")),
+    "zero3 bf16 frozen": Case("zero3.json", "bf16", (*WIDE, FROZEN), GATHERED),
     "pp2 8bit states": Case(
         "zero1.json", "bf16", (*WIDE, PIPELINE, "train.optimizer_state=8bit"), {"train_micro_batch_size_per_gpu": 2}
     ),
