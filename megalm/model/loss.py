@@ -61,7 +61,7 @@ def chunk_loss(products: Tensor, labels: Tensor, gradient: bool, rule: LogitRule
     targets = labels.clamp(min=0).unsqueeze(1)
     # Exponentials are taken once, for their sum and for the gradient: a log-softmax takes them twice.
     highest = logits.amax(-1, keepdim=True).float()
-    shifted = logits.sub(highest)  # fp32, without an fp32 copy of the logits beside it
+    shifted = logits.sub(highest).float()  # in fp32, without an fp32 copy of the logits beside it
     target = shifted.gather(1, targets)
     exponentials = shifted.exp_()
     total = exponentials.sum(-1, keepdim=True)

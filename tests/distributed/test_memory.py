@@ -118,6 +118,8 @@ def _parts(engine: Any, before: dict[int, int]) -> dict[str, int]:
         "secondary": _storages(getattr(it, "ds_secondary_tensor", None) for it in engine._engine.module.parameters()),
     }
     known = before | _storages(buckets) | _storages(engine._engine.module.buffers())
+    # ZeRO 3 keeps weights of frozen blocks, which have no backward pass, gathered until the update: the plan's buckets.
+    known |= _storages(parameter.data for parameter in engine._engine.module.parameters())
     for part in parts.values():
         known |= part
     parts["gradients"] = {place: size for place, size in _storages(_tensors()).items() if place not in known}
