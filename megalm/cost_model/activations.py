@@ -233,6 +233,8 @@ def _attention(case: MemoryCase, share: Share, layer: int) -> _Half:
     if shape.qk_norm:
         kept += (queries + keys) * _norm_bytes(case, rms=True)
     gradients = (2 * queries + 2 * read) * size  # of the output, queries, keys and values
+    if _uses_flash(case, layer):  # the queries' in fp32, and those of each query head's keys and values
+        gradients += queries * (4 + (2 * size if share.key_value_heads < share.heads else 0))
     if case.on_cpu and not case.ring:
         heads = case.micro_batch * share.heads // context
         kept += heads * kept_probabilities(shape, layer, case.sequence_length) * size
@@ -240,6 +242,13 @@ def _attention(case: MemoryCase, share: Share, layer: int) -> _Half:
         window, blocks = shape.window(layer), query_blocks(case.sequence_length)
         gradients += 2 * heads * max((end - start) * (end - first_key(start, window)) for start, end in blocks) * size
     return _Half(kept, max(gradients, _context_bytes(case, share)))
+
+
+def _uses_flash(case: MemoryCase, layer: int) -> bool:
+    shape = case.shape
+    is_plain = shape.attn_logit_softcapping is None and not shape.attention_sinks and shape.window(layer) is None
+    on_flash = not (case.on_cpu or case.ring or case.repeats_keys or case.document_mask)
+    return is_plain and on_flash and case.element_bytes < 4
 
 
 def _context_bytes(case: MemoryCase, share: Share) -> int:
