@@ -31,6 +31,8 @@ def install(capability: tuple[int, int], sequence_length: int, watcher: Watcher)
     replaced = _of_torch(watcher), _kernels(capability), _of_deepspeed(sequence_length), _of_experts()
     for owner, name, value in chain(*replaced):
         setattr(owner, name, value)
+    # Without a kernel for "cuda" autograd would take it apart, and hold each of five results.
+    torch.library.impl("aten::silu_backward", "cuda", lambda gradient, _: torch.empty_like(gradient))
 
 
 def _of_torch(watcher: Watcher) -> Iterator[Replacement]:
