@@ -224,10 +224,8 @@ class LayerFactory:
 
     def _stacked(self, size: tuple[int, ...], divided: int, part: tuple[int, int]) -> nn.Parameter:
         """The experts held here, of whose dimension `divided` only a part is."""
-        held = {0: self.experts.held(size[0]), divided: part}
-        rectangle = tuple(
-            (held[it].first, held[it].last) if it in held else (0, length) for it, length in enumerate(size)
-        )
+        parts = {0: self.experts.held(size[0]), divided: part}
+        rectangle = tuple(parts.get(dimension, (0, length)) for dimension, length in enumerate(size))
         shard = ShardedAxis(size, rectangle, is_owner=True)
         parameter = nn.Parameter(torch.empty(shard.sizes))
         if shard.sizes != size:
