@@ -106,7 +106,6 @@ class Layout:
     overrides: tuple[str, ...] = ()
     few: tuple[int, ...] = ()  # the ZeRO stages of its only rows: each axis has rows of all models by itself
     of_experts: str = ""  # the precision of its only row, of the model with experts
-    job: tuple[str, ...] = ()  # of one rank too
 
     @property
     def stages(self) -> tuple[int, ...]:
@@ -117,7 +116,6 @@ class Layout:
 _TP, _PP = "parallel.tensor=2", "parallel.pipeline=2"
 _CP, _RING = "parallel.context=2", "parallel.context_method=ring"
 _EP = "parallel.expert=2"
-_SCALED = "model.routed_scaling_factor=4"  # the norm of bf16 gradients then shows whether all experts count
 _SP = (_TP, "parallel.sequence=true")
 # In two chunks of one sample each, in the layouts that test_collective_faults.py breaks; in the others in one message.
 _OVERLAP = "parallel.overlap_tensor_communication=true"
@@ -141,7 +139,7 @@ LAYOUTS = {
     "ring2 x dp2": Layout(4, (_CP, _RING), few=(2, 3)),
     "tp2 x ring2": Layout(4, (_TP, _CP, _RING), few=(1, 2)),
     "ring2 x pp2": Layout(4, (_CP, _RING, _PP), few=(1, 0)),
-    "ep2": Layout(2, (_EP,), few=(1,), of_experts="bf16", job=(_SCALED,)),  # test_collective_faults.py has it in fp32
+    "ep2": Layout(2, (_EP,), few=(1,), of_experts="bf16"),  # test_collective_faults.py has it in fp32
     "tp2 x ep2": Layout(4, (_TP, _EP), few=(3,), of_experts="fp32"),
     "ep4": Layout(4, ("parallel.expert=4",), few=(2,), of_experts="fp32"),
     "ep2 x dp2": Layout(4, (_EP,), few=(1,), of_experts="fp32"),
@@ -163,6 +161,7 @@ class Row:
     muon: bool = False
     states: str = "fp32"
     hpz: bool = False
+    job: tuple[str, ...] = ()  # further settings, of one rank too
 
     @property
     def name(self) -> str:
@@ -188,7 +187,7 @@ class Row:
 
     @property
     def reference(self) -> str:
-        job = "".join(f", {word}" for word in LAYOUTS[self.layout].job)
+        job = "".join(f", {word}" for word in self.job)
         return f"{self.model}{job}, {self.precision}{', Muon' * self.muon}"
 
     def reference_case(self) -> Case:
@@ -207,7 +206,7 @@ class Row:
         return Case(
             "zero1.json",
             self.precision,
-            (*MODELS[self.model], *LAYOUTS[self.layout].job, AVERAGED, *overrides),
+            (*MODELS[self.model], *self.job, AVERAGED, *overrides),
             {
                 "train_batch_size": 16,
                 "train_micro_batch_size_per_gpu": 2,
