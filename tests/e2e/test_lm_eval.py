@@ -146,7 +146,7 @@ def compared(folder: Path, environment: dict[str, str]) -> list[Any]:
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=500,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
