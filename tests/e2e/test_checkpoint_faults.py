@@ -124,7 +124,7 @@ def test_secrets_of_the_environment_are_written_nowhere(small_data: SmallData, t
     command = pretrain(*_words(small_data, "train.steps=4", "tracking.mlflow=true"), "--verbose")
     (script := tmp_path / "fails.py").write_text(FAILS)
     command.insert(command.index(PRETRAIN), script)
-    finished = finish(tmp_path, command, environment=SECRETS, patience_seconds=120)
+    finished = finish(tmp_path, command, environment=SECRETS, patience_seconds=240)
     assert finished.code == 1, finished.explain()
     assert "RuntimeError: made to fail" in finished.stderr, finished.explain()
     assert (tmp_path / "runs" / "mlflow.db").is_file()
