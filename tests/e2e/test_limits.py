@@ -22,7 +22,7 @@ pytestmark = pytest.mark.e2e
 
 ENDLESS = "train.steps=1000000"
 HANG_SECONDS = 6
-WALL_SECONDS = 15
+WALL_SECONDS = 18
 # The launcher gives a child that does not hear SIGTERM, because it is stopped, half a minute before SIGKILL.
 LAUNCHER_SECONDS = 180.0
 

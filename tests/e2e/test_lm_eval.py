@@ -108,7 +108,8 @@ COMMAND = (
 
 @pytest.fixture(scope="module")
 def environment(require: Any) -> dict[str, str]:
-    return {"PYTHONPATH": str(cached_packages("lm-eval-tasks-0.4.13", PACKAGES, require)), "HF_HUB_OFFLINE": "1"}
+    packages = str(cached_packages("lm-eval-tasks-0.4.13", PACKAGES, require))
+    return {"PYTHONPATH": packages, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")

@@ -70,10 +70,11 @@ print(json.dumps({"version": transformers.__version__, "found": found}))
 
 def environment(version: str, require: Any) -> dict[str, str]:
     """With this version of transformers before the installed one."""
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}  # all versions run at once
     if not VERSIONS[version]:
-        return dict(os.environ)
+        return alone
     packages = (f"transformers=={version}", *VERSIONS[version])
-    return {**os.environ, "PYTHONPATH": str(cached_packages(f"transformers-{version}", packages, require))}
+    return {**alone, "PYTHONPATH": str(cached_packages(f"transformers-{version}", packages, require))}
 
 
 @pytest.fixture(scope="module")
