@@ -12,7 +12,7 @@ import pytest
 
 from megalm.tracking.mlflow_mirror import mirror_process
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import PRETRAIN, finish, job, losses, pretrain, rows, run_folder, train_rows, until
+from tests.e2e.jobs import PRETRAIN, finish, job, losses, megalm, pretrain, rows, run_folder, train_rows, until
 from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
@@ -98,7 +98,7 @@ SECRETS = {
 }
 
 
-# All that a good end writes is there before it fails.
+# At the end of training, with all its rows, checkpoints and samples.
 FAILS = """
 import runpy, sys
 import megalm.train.trainer as trainer
@@ -128,9 +128,11 @@ def test_secrets_of_the_environment_are_written_nowhere(small_data: SmallData, t
     assert finished.code == 1, finished.explain()
     assert "RuntimeError: made to fail" in finished.stderr, finished.explain()
     assert (tmp_path / "runs" / "mlflow.db").is_file()
+    page = finish(tmp_path, megalm("report", "mine"), environment=SECRETS)
+    assert page.code == 0, page.explain()
     assert (run_folder(tmp_path) / "report.html").is_file()
     for name, secret in SECRETS.items():
-        assert secret not in finished.stdout + finished.stderr, name
+        assert secret not in finished.stdout + finished.stderr + page.stdout + page.stderr, name
         assert _holds(tmp_path, secret) == [], name
 
 
