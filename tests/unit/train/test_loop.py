@@ -6,7 +6,8 @@ import gc
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -589,15 +590,24 @@ def test_running_out_of_memory_names_the_phase_and_what_to_change() -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
 
-def run_with_a_lock(folder: Path, *settings: str, **options: Any) -> Story:
-    folder.mkdir()
-    lock = RunLock(folder)
-    lock.take()
-    return Story(folder, *settings, lock=lock, **options)
+@pytest.fixture
+def run_with_a_lock() -> Iterator[Callable[..., Story]]:
+    with ExitStack() as ends:
+
+        def start(folder: Path, *settings: str, **options: Any) -> Story:
+            folder.mkdir()
+            lock = RunLock(folder)
+            lock.take()
+            ends.callback(lock.release)
+            return Story(folder, *settings, lock=lock, **options)
+
+        yield start
 
 
 @pytest.mark.parametrize("at", [4, 6, 10], ids=["between", "before an evaluation", "last step"])
-def test_a_moved_run_folder_is_saved_in_and_left(tmp_path: Path, at: int) -> None:
+def test_a_moved_run_folder_is_saved_in_and_left(
+    tmp_path: Path, run_with_a_lock: Callable[..., Story], at: int
+) -> None:
     folder, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
     story = run_with_a_lock(folder, "evaluate.interval_steps=6", validation=[3.0])
     story.engine.meanwhile[at] = lambda: folder.rename(elsewhere)
@@ -611,7 +621,7 @@ def test_a_moved_run_folder_is_saved_in_and_left(tmp_path: Path, at: int) -> Non
     assert_names(warning, folder, elsewhere)
 
 
-def test_without_its_lock_a_run_saves_and_leaves(tmp_path: Path) -> None:
+def test_without_its_lock_a_run_saves_and_leaves(tmp_path: Path, run_with_a_lock: Callable[..., Story]) -> None:
     story = run_with_a_lock(tmp_path / "mine")
     story.engine.meanwhile[4] = (tmp_path / "mine" / "lock").unlink
     assert story.loop.fit() == EXIT_START_AGAIN
@@ -620,7 +630,7 @@ def test_without_its_lock_a_run_saves_and_leaves(tmp_path: Path) -> None:
 
 
 def test_a_run_never_writes_into_the_folder_that_replaced_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_with_a_lock: Callable[..., Story]
 ) -> None:
     folder = tmp_path / "mine"
     story = run_with_a_lock(folder)
@@ -637,7 +647,7 @@ def test_a_run_never_writes_into_the_folder_that_replaced_its_own(
     assert not list(folder.iterdir())
 
 
-def test_metrics_that_are_deleted_go_on_in_a_new_file(tmp_path: Path) -> None:
+def test_metrics_that_are_deleted_go_on_in_a_new_file(tmp_path: Path, run_with_a_lock: Callable[..., Story]) -> None:
     story = run_with_a_lock(tmp_path / "mine")
     story.loop.event("start")
     story.engine.meanwhile[4] = story.metrics.unlink
