@@ -313,7 +313,7 @@ class Manifest(_Part):
             shape = _SHAPE.validate_python(self.model)
             if shape.num_hidden_layers > len(self.tensors):  # too many, perhaps, to list their tensors
                 raise ValueError(f"{len(self.tensors)} tensors are too few for num_hidden_layers")
-            expected = shape.parameters()
+            expected = shape.parameters() | shape.expert_biases()
             found = {name: tensor.shape for name, tensor in self.tensors.items()}
             for name in [*expected, *found]:
                 if expected.get(name) != found.get(name):

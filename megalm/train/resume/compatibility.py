@@ -84,7 +84,7 @@ _SHAPES = (
     *("style", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm", "normalization", "norm_placement"),
     *("position_embedding_type", "qkv_bias", "attention_output_bias", "mlp_bias", "gated_mlp", "attention_sinks"),
-    *("num_experts", "moe_intermediate_size", "num_shared_experts", "moe_layers"),
+    *("num_experts", "moe_intermediate_size", "num_shared_experts", "moe_layers", "expert_bias"),
     *_MEANINGS,
 )
 
