@@ -33,7 +33,7 @@ from pydantic import (
 from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.config.schema import ScheduleKind, StepConvention, WarmupKind
 from megalm.errors import CheckpointError
-from megalm.model.model_config import ModelConfig, completed_settings
+from megalm.model.model_config import EXPERT_BIAS, ModelConfig, completed_settings
 from megalm.utils.atomic_files import write_durably
 
 FORMAT = 2
@@ -346,12 +346,17 @@ class Manifest(_Part):
         """Whether it has a moving average of the weights."""
         return any("ema" in tensor.kinds for tensor in self.tensors.values())
 
+    @property
+    def parameter_tensors(self) -> dict[str, StoredTensor]:
+        """Without the biases of experts, which are no parameters."""
+        return {name: tensor for name, tensor in self.tensors.items() if not name.endswith(EXPERT_BIAS)}
+
     @cached_property
     def frozen(self) -> frozenset[str]:
         """Names of the parameters that did not train: of them the complete state of a run has the weights alone."""
         if self.holds is not None:
             return frozenset()
-        return frozenset(name for name, tensor in self.tensors.items() if tensor.kinds == ("master",))
+        return frozenset(name for name, tensor in self.parameter_tensors.items() if tensor.kinds == ("master",))
 
     def amended(self, **changes: Any) -> Manifest:
         """Return a copy with some keys changed (JSON values); new keys come last."""

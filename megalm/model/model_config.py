@@ -43,6 +43,7 @@ STYLES: Mapping[ModelStyle, Mapping[str, Any]] = {
 }
 
 
+EXPERT_BIAS = "mlp.router.expert_bias"
 _STACKED = 3  # dimensions of a parameter that holds one matrix for each expert
 
 
@@ -145,7 +146,7 @@ class ModelConfig:
         """Canonical name -> shape of what checkpoints hold beside parameters: no optimizer changes it."""
         if not self.expert_bias or self.num_experts is None:
             return {}
-        return {f"layers.{layer}.mlp.router.expert_bias": (self.num_experts,) for layer in self.moe_layers}
+        return {f"layers.{layer}.{EXPERT_BIAS}": (self.num_experts,) for layer in self.moe_layers}
 
     def parameter_count(self) -> int:
         return sum(math.prod(shape) for shape in self.parameters().values())

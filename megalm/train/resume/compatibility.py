@@ -244,10 +244,11 @@ def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed:
 def refuse_other_moments(path: Path, manifest: Manifest, run: ResolvedRun) -> None:
     """Raise CheckpointError if the checkpoint lacks a moment of this run's optimizer: another one trained it."""
     train = run.config.train
-    dimensions = {name: len(tensor.shape) for name, tensor in manifest.tensors.items()}
+    stored_tensors = manifest.parameter_tensors
+    dimensions = {name: len(tensor.shape) for name, tensor in stored_tensors.items()}
     keys = group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay, run.optimizer.muon is not None)
     for name, key in keys.items():
-        stored = manifest.tensors[name].kinds
+        stored = stored_tensors[name].kinds
         if name in manifest.frozen:
             continue  # `frozen_notes` says what becomes of it
         if lacking := [kind for kind in MOMENTS[key.algorithm] if kind not in stored]:
