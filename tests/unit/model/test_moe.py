@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalm.config.schema import ModelSection, Recompute
+from megalm.engine.expert_loads import ExpertBiases
 from megalm.engine.interface import RoutingStatistics
 from megalm.model.layer_factory import LayerFactory, RouterLosses
 from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
@@ -262,6 +263,23 @@ def test_a_bias_chooses_experts_and_weighs_none_as_in_deepseek_v3() -> None:
     assert not (found[:, 5] > 0).any(), "its bias is below all scores"
     layer.router.expert_bias = None
     assert (layer.router(hidden).experts != routing.experts).any()
+
+
+def test_biases_that_follow_the_load_balance_it() -> None:
+    shape, model = build(ModelSection(**SIZES, **EXPERTS, router_scores="sigmoid", expert_bias=True))
+    biases = ExpertBiases(model, shape, torch.device("cpu"), rate=0.01, saves=True)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(8, 64, 32, generator=generator) + torch.randn(32, generator=generator)
+    fullest = []
+    for _ in range(100):
+        counts = [module.router(hidden).counts().sum(0) for module in experts_of(model)]
+        fullest.append(max(float(load.max() / load.mean()) for load in counts))
+        biases.follow(
+            RoutingStatistics(shape.moe_layers, tuple(tuple(map(int, load)) for load in counts), 1.0, 2.0, 0.0)
+        )
+    assert fullest[0] > 2
+    assert max(fullest[-10:]) < 1.2
+    assert [fragment.key.name for fragment in biases.fragments()] == list(shape.expert_biases())
 
 
 @pytest.mark.parametrize(("factor", "capacity"), [(0.5, 4), (1.0, 7), (1.2, 8), (3.0, 20)])
