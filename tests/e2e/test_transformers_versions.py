@@ -33,9 +33,9 @@ VERSIONS = {
     "4.57.6": ("tokenizers==0.22.2", "huggingface_hub==0.36.0"),
     "development": (),
 }
-UNKNOWN_THERE = {"4.46.3": ("qwen3", "olmo3", "gemma3_text")}  # came later
+UNKNOWN_THERE = {"4.46.3": ("qwen3", "olmo3", "gemma3_text", "qwen3_moe")}  # came later
 KINDS = {**SECTIONS, **FAMILIES}
-MODELS = ("llama-gqa-tied", "qk-norm", "gpt2", "olmo3", "gemma3_text", "gpt_neox")
+MODELS = ("llama-gqa-tied", "qk-norm", "gpt2", "olmo3", "gemma3_text", "gpt_neox", "mixtral", "qwen3_moe", "olmoe")
 PROMPT = [(7 * place + place**2) % 250 for place in range(24)]  # beyond windows and the first positions
 TEXTS = ["Once", "def f(x):\n    return x  # na\u00efve\n", " \t 1234567890"]
 TRANSLATION = """

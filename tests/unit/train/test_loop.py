@@ -235,12 +235,13 @@ def test_padding_is_no_token_and_a_mixture_has_a_loss_of_each_dataset(tmp_path: 
 def test_the_load_of_experts_is_in_the_metrics_and_a_dead_one_is_an_event(tmp_path: Path) -> None:
     story = Story(tmp_path, "guard.experts_interval_steps=2", steps=6)
     counts = ((10, 10, 10, 10, 10, 10, 10, 10), (16, 10, 20, 4, 10, 10, 10, 0))
-    story.engine.routing = RoutingStatistics((0, 2), counts, entropy=1.5, balance_loss=2.25, z_loss=0.5)
+    story.engine.routing = RoutingStatistics((0, 2), counts, entropy=1.5, balance_loss=2.25, z_loss=0.5, dropped=0.125)
     assert story.loop.fit() == EXIT_DONE
     history = read_history(read_batches(story.metrics))
     assert history.column("expert_load_max").tolist() == [2.0] * 6
     assert history.column("router_entropy").tolist() == [1.5] * 6
-    assert [chart.name for chart in charts(history)][-2:] == ["Fullest expert", "Router entropy"]
+    assert history.column("dropped_tokens").tolist() == [0.125] * 6
+    assert [chart.name for chart in charts(history)][-3:] == ["Fullest expert", "Dropped tokens", "Router entropy"]
     rows = [row for row in read_metrics(story.metrics) if "experts" in str(row.get("event"))]
     assert [(row["event"], row["first_step"], row["last_step"]) for row in rows] == [
         ("experts", 1, 2),
@@ -248,6 +249,7 @@ def test_the_load_of_experts_is_in_the_metrics_and_a_dead_one_is_an_event(tmp_pa
         ("experts", 3, 4),
         ("experts", 5, 6),
     ]
+    assert [row["dropped_tokens"] for row in rows if row["event"] == "experts"] == [0.125] * 3
     assert rows[0]["load"] == {"0": [1.0] * 8, "2": [1.6, 1.0, 2.0, 0.4, 1.0, 1.0, 1.0, 0.0]}
     assert (rows[1]["dead"], rows[1]["overloaded"]) == ([[2, 7]], [])
     assert_names(describe_unbalanced_experts(rows[1]), "7 of layer 2")
