@@ -32,7 +32,7 @@ from megalm.data.sampling.samples import IGNORE_INDEX
 from megalm.engine.cpp_extensions import load_async_io
 from megalm.engine.dataset_losses import DatasetLosses
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
-from megalm.engine.expert_loads import ExpertLoads
+from megalm.engine.expert_loads import ExpertBiases, ExpertLoads
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer.build_optimizer import build_optimizer, group_without_parameters, parameter_groups
@@ -41,7 +41,7 @@ from megalm.engine.optimizer.frozen_weights import FrozenWeights
 from megalm.engine.optimizer.muon import Muon
 from megalm.engine.optimizer.optimizer_state import OptimizerState, ReadFragment
 from megalm.engine.phase_clock import PhaseClock
-from megalm.model.layer_factory import WHOLE_SEQUENCE, VocabularyOutput, WholeSequence, shard_of
+from megalm.model.layer_factory import WHOLE_SEQUENCE, ShardedAxis, VocabularyOutput, WholeSequence, shard_of
 from megalm.model.model_config import ModelConfig
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import ResolvedRun
@@ -272,6 +272,12 @@ class EngineContext:
         return settings
 
 
+def _mark_owned(parameters: dict[str, nn.Parameter], shards: dict[str, ShardedAxis]) -> None:
+    """Mark the parameters that this rank counts: DeepSpeed has marked ones in the gradient norm."""
+    for name, parameter in parameters.items():
+        parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
+
+
 def _swap_folder(offload: dict[str, Any], elements: int) -> SwapFolder:
     """Return the folder of states on NVMe, of so many elements on each rank, which DeepSpeed's settings then name."""
     load_async_io()
@@ -311,7 +317,20 @@ class EngineBase(ABC):
         self._multiple: int = model.slices * context.sequence.multiple  # type: ignore[assignment, operator]
         self._output = output if self._reports_loss else None
         self._by_dataset = DatasetLosses(self._output, context.device)
-        self._loads = ExpertLoads(part, context.shape, context.device, counts=groups.tensor.index == 0)
+        self._loads = ExpertLoads(
+            part,
+            context.shape,
+            context.device,
+            counts=groups.tensor.index == 0,
+            drops=run.config.train.expert_capacity_factor is not None,
+        )
+        self._biases = ExpertBiases(
+            part,
+            context.shape,
+            context.device,
+            run.config.train.expert_bias_rate,
+            saves=groups.tensor.index == self._copies.index == 0,
+        )
         self._stage = int(settings["zero_optimization"]["stage"])
         self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
         parameters = dict(part.named_parameters())
@@ -319,8 +338,7 @@ class EngineBase(ABC):
         copies = {name: groups.copies_of(name) for name in parameters}
         # Each with the number of ranks that hold the same.
         self._owned = [(it, copies[name].size) for name, it in parameters.items() if shards[name].is_owner]
-        for name, parameter in parameters.items():  # DeepSpeed counts marked parameters in the gradient norm
-            parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
+        _mark_owned(parameters, shards)
         wanted = run.diagnostics
         is_measured = wanted.phase_times or wanted.profile_steps is not None
         self._phases = PhaseClock(context.device, wanted.phase_times) if is_measured else None
@@ -332,7 +350,7 @@ class EngineBase(ABC):
         self._swap_folder = _swap_folder(offload, elements) if offload["device"] == "nvme" else None
         self._frozen = FrozenWeights(frozen, shards, copies)
         inner = build_optimizer(weight_groups, run, offload["device"] != "none")
-        self._last_norm = 0.0
+        self._last_norm = self._learning_rate = 0.0
         self._step_sums, self._divisor = HostCopy(context.device), 1
         self._check = UpdateCheck(context.comm, context.judge)
         self._check.install(inner)
@@ -352,7 +370,7 @@ class EngineBase(ABC):
             )
         self._phase_seconds: dict[str, float] = {}
         count_experts_once(self._engine.optimizer, groups.expert)
-        first_copies = frozenset(name for name, group in copies.items() if group.index == 0)
+        first_copies = [name for name, group in copies.items() if group.index == 0]
         self._state = OptimizerState(self._engine, trained, shards, first_copies, run.config.train.ema_decay)
         if isinstance(inner, Muon):
             units = self._state.units_of("momentum_buffer", self._copies.size)
@@ -363,6 +381,7 @@ class EngineBase(ABC):
     def fragments(self) -> Iterator[HasFragment]:
         yield from self._state.fragments()
         yield from self._frozen.fragments()
+        yield from self._biases.fragments()
 
     def counters(self) -> dict[str, Any]:
         # Without ZeRO, a pipeline stage whose parameters are all frozen counts no updates.
@@ -380,6 +399,7 @@ class EngineBase(ABC):
         self._frozen.load(read)
         self._state.load(read, counters["optimizer_step"])
         self._frozen.forget_second_copies()
+        self._biases.load(read)
         self._count_from(counters, step)
 
     def reset(self) -> None:
@@ -414,6 +434,7 @@ class EngineBase(ABC):
         return nullcontext() if self._phases is None else self._phases(name)
 
     def _set_learning_rate(self, rate: float) -> None:
+        self._learning_rate = rate
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate * group["learning_rate_scale"]
 
@@ -555,10 +576,12 @@ class EngineBase(ABC):
         if verdict is None and not (self._scales_loss and math.isfinite(loss)):
             # DeepSpeed found an overflow and did not call `step`: normal with a loss scale, a fault without one.
             verdict = replace(self._check.judge(loss, self._last_norm), refuses=True)
-        if verdict is not None and not verdict.refuses:
-            self._state.ema.update()
         sums = self._step_sums.read()
         routing = self._loads.statistics(sums[1 if self._stage else 2 :])
+        if verdict is not None and not verdict.refuses:
+            self._state.ema.update()
+            if routing is not None and self._learning_rate > 0:  # as weights, biases stay at rate zero
+                self._biases.follow(routing)
         by_dataset = self._by_dataset.means(sums)
         return StepResult(loss, self._last_norm, self._state.loss_scale(), verdict, by_dataset, routing)
 

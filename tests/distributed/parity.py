@@ -44,6 +44,9 @@ _EXPERTS = (
     "model.num_shared_experts=1",
     "model.num_dense_layers=1",
     "model.router_scores=sigmoid",
+    "model.expert_bias=true",
+    "train.expert_bias_rate=0.01",
+    "train.expert_capacity_factor=1",
     "train.router_aux_loss=0.1",
     "train.router_z_loss=0.01",
 )
@@ -98,6 +101,10 @@ MODELS: dict[str, tuple[str, ...]] = {
         "data.document_mask=true",
     ),
 }
+
+
+# Of a context group no rank has a whole sequence; and a token that bf16 sends elsewhere drops another one.
+NO_CAPACITY = ("train.expert_capacity_factor=null",)
 
 
 @dataclass(frozen=True)
@@ -231,7 +238,9 @@ def rows(layout: str) -> list[Row]:
     if LAYOUTS[layout].ranks > 4:  # shows that three axes meet; each two of them have their own layouts
         return [*(Row(layout, model, 1) for model in _FEW_MODELS), Row(layout, "llama GQA untied", 1, muon=True)]
     if LAYOUTS[layout].of_experts:
-        return [Row(layout, "composed MQA untied", zero, LAYOUTS[layout].of_experts) for zero in LAYOUTS[layout].few]
+        precision = LAYOUTS[layout].of_experts
+        job = NO_CAPACITY if precision == "bf16" or _CP in LAYOUTS[layout].overrides else ()
+        return [Row(layout, "composed MQA untied", zero, precision, job=job) for zero in LAYOUTS[layout].few]
     if LAYOUTS[layout].few:
         found = [Row(layout, *row) for row in zip(_FEW_MODELS, LAYOUTS[layout].few, strict=True)]
         return [*found, Row(layout, "llama GQA untied", 1, muon=True)] if layout in _MUON else found

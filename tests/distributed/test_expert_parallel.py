@@ -28,7 +28,7 @@ from megalm.parity.state_comparison import (
     whole_state,
 )
 from megalm.topology import Topology
-from tests.distributed.parity import STEPS, Row, train, train_rows
+from tests.distributed.parity import NO_CAPACITY, STEPS, Row, train, train_rows
 from tests.distributed.training import Case, make_dataset, resolved, shape_of, snapshot, start, steps
 from tests.ranks import run_ranks
 
@@ -59,7 +59,7 @@ JOBS = {
     ),
     "8-bit states, recomputed": (
         Row("ep2", MODEL, 1, states="8bit"),
-        *_with(Row("ep2", MODEL, 1, states="8bit"), "train.recompute=full", _EVERY_BLOCK),
+        *_with(Row("ep2", MODEL, 1, states="8bit"), "train.recompute=full", _EVERY_BLOCK, *NO_CAPACITY),
     ),
 }
 

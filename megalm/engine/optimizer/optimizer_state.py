@@ -70,7 +70,7 @@ class OptimizerState:
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._parameters = parameters
         self._shards = shards
-        self._first_copies = first_copies
+        self._first_copies = frozenset(first_copies)
         self._swapped = SwappedStates(self._outer) if getattr(self._outer, "swap_optimizer", False) else None
         self._moments = dict(self._moments_of_flats())
         self.ema = WeightEma(ema_decay, self._flats())
