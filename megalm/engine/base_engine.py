@@ -272,6 +272,12 @@ class EngineContext:
         return settings
 
 
+def _phase_clock(run: ResolvedRun, device: torch.device) -> PhaseClock | None:
+    wanted = run.diagnostics
+    is_measured = wanted.phase_times or wanted.profile_steps is not None
+    return PhaseClock(device, wanted.phase_times) if is_measured else None
+
+
 def _mark_owned(parameters: dict[str, nn.Parameter], shards: dict[str, ShardedAxis]) -> None:
     """Mark the parameters that this rank counts: DeepSpeed has marked ones in the gradient norm."""
     for name, parameter in parameters.items():
@@ -339,9 +345,7 @@ class EngineBase(ABC):
         # Each with the number of ranks that hold the same.
         self._owned = [(it, copies[name].size) for name, it in parameters.items() if shards[name].is_owner]
         _mark_owned(parameters, shards)
-        wanted = run.diagnostics
-        is_measured = wanted.phase_times or wanted.profile_steps is not None
-        self._phases = PhaseClock(context.device, wanted.phase_times) if is_measured else None
+        self._phases = _phase_clock(run, context.device)
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
         weight_groups = parameter_groups(part, run, context.shape.width_multiplier) or [group_without_parameters(model)]
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
@@ -370,8 +374,8 @@ class EngineBase(ABC):
             )
         self._phase_seconds: dict[str, float] = {}
         count_experts_once(self._engine.optimizer, groups.expert)
-        first_copies = [name for name, group in copies.items() if group.index == 0]
-        self._state = OptimizerState(self._engine, trained, shards, first_copies, run.config.train.ema_decay)
+        first = [name for name, group in copies.items() if group.index == 0]
+        self._state = OptimizerState(self._engine, trained, shards, first, run.config.train.ema_decay)
         if isinstance(inner, Muon):
             units = self._state.units_of("momentum_buffer", self._copies.size)
             inner.lay_out(units, groups, is_copied=self._stage == 0)
