@@ -19,6 +19,7 @@ from megalm.model.moe import Experts
 from megalm.parallel.expert_parallel import divided_experts
 from megalm.parallel.process_groups import make_groups
 from megalm.parity.state_comparison import (
+    TOLERANCES,
     Outcome,
     Trace,
     difference,
@@ -81,9 +82,11 @@ def found(data: Path) -> dict[str, tuple[list[Outcome], Outcome]]:
 @pytest.mark.parametrize("name", JOBS)
 def test_equal_to_one_rank(name: str, found: dict[str, tuple[list[Outcome], Outcome]]) -> None:
     ranks, alone = found[name]
+    tolerance = JOBS[name][0].tolerance
     if JOBS[name][0].states != "fp32":  # what is rounded sends a token elsewhere: losses without the routing
         alone.trained.losses = alone.trained.losses[:STEPS]
-    assert not difference(ranks, alone).beyond(JOBS[name][0].tolerance)
+        tolerance = replace(tolerance, norm=TOLERANCES["bf16"].norm)
+    assert not difference(ranks, alone).beyond(tolerance)
 
 
 @pytest.mark.slow
