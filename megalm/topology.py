@@ -16,6 +16,8 @@ from megalm.errors import ConfigError
 Axis = Literal["pipeline", "data", "context", "tensor"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 
+PipelineScheduleName = Literal["1f1b", "interleaved_1f1b", "zb_v"]
+
 
 @dataclass(frozen=True)
 class Coordinate:

@@ -12,6 +12,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from megalm.rank_environment import expand_job_fields
+from megalm.topology import PipelineScheduleName
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -522,6 +523,14 @@ class ProfileSection(Section):
 class ParallelSection(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
+    virtual_stages: PositiveInt = Field(
+        default=1,
+        description="stages of each rank of a pipeline, of blocks that lie apart: ranks wait less and send more",
+    )
+    pipeline_schedule: PipelineScheduleName | None = Field(
+        default=None,
+        description="order of passes in a pipeline; null: 1f1b, or interleaved_1f1b with virtual stages",
+    )
     context: PositiveInt = Field(default=1, description="ranks that divide each sequence, also between the layers")
     context_method: ContextMethod = Field(
         default="all_to_all",
@@ -538,6 +547,11 @@ class ParallelSection(Section):
         description="a tensor group communicates one chunk of a micro-batch while it multiplies the next; auto: on a "
         "GPU with enough tokens, not on a CPU",
     )
+
+    @property
+    def schedule_name(self) -> PipelineScheduleName:
+        """The schedule of the pipeline, given or implied."""
+        return self.pipeline_schedule or ("1f1b" if self.virtual_stages == 1 else "interleaved_1f1b")
 
 
 class PrecisionSection(Section):
