@@ -48,11 +48,13 @@ class SimulatedStep:
         makespan: from the first action to the end of the last one.
         busy: time that each rank computes.
         kept: the most activations that each rank keeps at once, in stages x micro-batches.
+        starts: of each action; an order of all ranks' actions in which none comes before what it needs.
     """
 
     makespan: float
     busy: tuple[float, ...]
     kept: tuple[int, ...]
+    starts: dict[Action, float]
 
     @property
     def bubble_shares(self) -> tuple[float, ...]:
@@ -64,7 +66,7 @@ def simulate(ranks: Sequence[Sequence[Action]], stage_ranks: Sequence[int], cost
     """Run each rank's actions in their order, each as soon as what it needs is there.
 
     Args:
-        ranks: the actions of each.
+        ranks: the actions of each, of a whole step or its F alone.
         stage_ranks: the rank of each stage.
 
     Raises:
@@ -73,6 +75,7 @@ def simulate(ranks: Sequence[Sequence[Action]], stage_ranks: Sequence[int], cost
     """
     last, times = len(stage_ranks) - 1, costs.by_kind()
     ends: dict[_Pass, float] = {}
+    starts: dict[Action, float] = {}
     at, clocks = [0] * len(ranks), [0.0] * len(ranks)
     waiting: dict[_Pass, int] = {}
     ready = list(range(len(ranks)))
@@ -89,6 +92,7 @@ def simulate(ranks: Sequence[Sequence[Action]], stage_ranks: Sequence[int], cost
                     waiting[needed] = rank
                     break
                 clock = max(clock, ends[needed] + (costs.send if stage_ranks[needed[1]] != rank else 0))
+            starts[action] = clock
             clock += times[kind][stage]
             done: _Pass = ("I", stage, micro_batch) if kind == "B" else action
             if done in ends:
@@ -102,12 +106,14 @@ def simulate(ranks: Sequence[Sequence[Action]], stage_ranks: Sequence[int], cost
     stuck = [f"rank {rank} at {ranks[rank][index]}" for rank, index in enumerate(at) if index < len(ranks[rank])]
     if stuck:
         raise ValueError(f"these ranks wait for each other, or for what nobody does: {', '.join(stuck)}")
-    count = 1 + max((micro_batch for _, _, micro_batch in ends), default=-1)
-    if len(ends) != 3 * len(stage_ranks) * count:
-        raise ValueError(f"{3 * len(stage_ranks) * count - len(ends)} passes of {count} micro-batches are missing")
+    micro_batches = 1 + max((action.micro_batch for action in starts), default=-1)
+    kinds = 3 if any(action.kind != "F" for action in starts) else 1
+    missing = kinds * len(stage_ranks) * micro_batches - len(ends)
+    if missing:
+        raise ValueError(f"{missing} passes of {micro_batches} micro-batches are missing")
     busy = tuple(sum(times[kind][stage] for kind, stage, _ in actions) for actions in ranks)
     one = dict.fromkeys(range(last + 1), 1)
-    return SimulatedStep(max(clocks), busy, tuple(int(most_kept(actions, one)) for actions in ranks))
+    return SimulatedStep(max(clocks), busy, tuple(int(most_kept(actions, one)) for actions in ranks), starts)
 
 
 def _needed(action: Action, last: int) -> _Pass | None:

@@ -8,8 +8,9 @@
 A stage is a run of neighbouring layers; stages count from the first layers to the last, over all ranks. A rank runs its
 actions in their order, and each as soon as what it needs is there: F the output of the stage before, B and I the
 gradient of the stage behind, W the I of its own stage. Sending is no action: output and gradient leave when they are
-computed; between two stages of one rank nothing is sent. Every schedule is legal for any number of micro-batches:
-cost_model/pipeline_simulation.py proves it and gives times and memory.
+computed; between two stages of one rank nothing is sent. Every schedule is legal for any number of micro-batches, and
+so are its F alone in the same order, for a validation: cost_model/pipeline_simulation.py proves it, and gives start
+times and memory.
 
 | name | virtual stages | source |
 |---|---|---|

@@ -116,6 +116,17 @@ def test_what_is_kept_is_weighed() -> None:
     assert most_kept([*actions, Action("W", 0, 0), Action("F", 0, 2)], {0: 3, 1: 4}) == 7
 
 
+@pytest.mark.parametrize(("name", "virtual"), KINDS)
+def test_forward_passes_alone_are_legal(name: str, virtual: int) -> None:
+    for micro_batches in (1, 5, 8):
+        schedule = PipelineSchedule(name, 4, virtual, micro_batches)  # type: ignore[arg-type]
+        ranks = [[it for it in schedule.actions(rank) if it.kind == "F"] for rank in range(4)]
+        found = simulate(ranks, schedule.stage_ranks, ActionCosts.equal(schedule.stages))
+        assert len(found.starts) == schedule.stages * micro_batches
+        for action, start in found.starts.items():
+            assert not action.stage or found.starts[action._replace(stage=action.stage - 1)] + 1 <= start
+
+
 def test_stages_of_the_ranks() -> None:
     assert PipelineSchedule("interleaved_1f1b", 2, 3, 1).stages_of(1) == (1, 3, 5)
     assert PipelineSchedule("zb_v", 3, 2, 1).stage_ranks == (0, 1, 2, 2, 1, 0)
