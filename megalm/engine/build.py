@@ -28,6 +28,7 @@ from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, ParameterInit, StageBuilder, initial_weight
 from megalm.parallel.context_parallel import divided_sequence
+from megalm.parallel.pipeline_schedules import stage_ranks
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
@@ -100,7 +101,8 @@ def build_engine(
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
-        return _pipeline_engine(context, build, clock, blocks, draw)
+        make = _interleaved_engine if run.config.parallel.virtual_stages > 1 else _pipeline_engine
+        return make(context, build, clock, blocks, draw)
     return _zero_engine(context, layers, clock, draw)
 
 
@@ -128,6 +130,23 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClo
     if run.compiled:
         model.compile_blocks()
     return ZeroEngine(model, clock, context)
+
+
+def _interleaved_engine(
+    context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
+) -> Engine:
+    from megalm.engine.interleaved_engine import InterleavedEngine, PipelinePart
+
+    run, pipeline = context.run, context.groups.pipeline
+    parallel = run.config.parallel
+    owners = stage_ranks(parallel.schedule_name, pipeline.size, parallel.virtual_stages)
+    own = [stage for stage, owner in enumerate(owners) if owner == pipeline.index]
+    part = PipelinePart(build, blocks, own)
+    with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups.data_context) as weights:
+        weights.fill(part)
+    if run.compiled:
+        part.compile_blocks()
+    return InterleavedEngine(part, clock, context)
 
 
 def _pipeline_engine(
@@ -217,11 +236,12 @@ def _balance(
     run: ResolvedRun, build: StageBuilder, device: torch.device, comm: Communicator
 ) -> tuple[tuple[int, ...], StageCosts]:
     """Return the number of blocks of each stage, and the costs used to balance them."""
+    stages = run.topology.pipeline * run.config.parallel.virtual_stages
     costs = parameter_costs(build.shape)
     if run.config.parallel.balance == "time":
         tokens = run.batch.micro_batch, run.config.data.sample_length
         costs = measured_costs(build, tokens, _TYPES[run.precision], device, comm)
-    return balanced_blocks(build.shape.num_hidden_layers, run.topology.pipeline, costs), costs
+    return balanced_blocks(build.shape.num_hidden_layers, stages, costs), costs
 
 
 def measured_costs(
