@@ -182,6 +182,7 @@ class InterleavedEngine(EngineBase):
         self._run(inputs, finish, begin)
         self._by_dataset.of(None)
         with self._phase("reduce"):
+            self._sum_tied_gradients()
             self._reduce_gradients()
         self._arm_check(total, batch.divisor)
         with self._phase("update"):
@@ -255,14 +256,28 @@ class InterleavedEngine(EngineBase):
         return self._steps[micro_batches, trains]
 
     def _reduce_gradients(self) -> None:
-        """Sum gradients over the ranks that hold the same weights."""
+        """Average gradients over the ranks that hold the same weights."""
         engine, optimizer = self._engine, self._engine.optimizer
-        if self._part.tied is not None and self._part.tied.requires_grad:
-            self._sum_tied(self._gradient_of(self._part.tied))
         engine.set_gradient_accumulation_boundary(True)
-        if hasattr(optimizer, "setup_buckets"):  # hooks do it, where there are gradients
+        if hasattr(optimizer, "setup_buckets"):  # a stage without gradients has none yet
             optimizer.setup_buckets()
         engine.allreduce_gradients()
+
+    def _sum_tied_gradients(self) -> None:
+        """Add the first and the last stage's gradient of their common weight up; both get the same bits."""
+        if self._part.tied is None or not self._part.tied.requires_grad:
+            return
+        gradient = self._gradient_of(self._part.tied)
+        theirs = torch.empty_like(gradient)
+        ranks, group = self._pipeline.ranks, self._pipeline.process_group
+        first, last = (ranks[self._stage_ranks[stage]] for stage in (0, -1))
+        own_rank = ranks[self._pipeline.index]
+        for source, target in ((first, last), (last, first)):
+            if own_rank == source:
+                dist.send(gradient, dst=target, group=group)
+            else:
+                dist.recv(theirs, src=source, group=group)
+        gradient.add_(theirs)
 
     def _gradient_of(self, parameter: nn.Parameter) -> Tensor:
         """Return the gradient of all micro-batches, where DeepSpeed will read it."""
@@ -275,21 +290,6 @@ class InterleavedEngine(EngineBase):
             gradient = parameter.grad
         assert isinstance(gradient, Tensor)
         return gradient
-
-    def _sum_tied(self, gradient: Tensor) -> None:
-        """Add the first and the last stage's gradient of their common weight up; both get the same bits."""
-        ranks, group = self._pipeline.ranks, self._pipeline.process_group
-        ends = [ranks[self._stage_ranks[stage]] for stage in (0, -1)]
-        own = ranks[self._pipeline.index]
-        (other,) = (rank for rank in ends if rank != own)
-        theirs = torch.empty_like(gradient)
-        if own == ends[0]:
-            dist.send(gradient, dst=other, group=group)
-            dist.recv(theirs, src=other, group=group)
-        else:
-            dist.recv(theirs, src=other, group=group)
-            dist.send(gradient, dst=other, group=group)
-        gradient.add_(theirs)
 
 
 def _add_to_fp32(optimizer: BF16_Optimizer, group: int, index: int, parameter: nn.Parameter) -> None:

@@ -121,7 +121,7 @@ class StageExecutor:
         """Collective over the pipeline: run this rank's steps of `with_transfers`."""
         for step in steps:
             if isinstance(step, Transfer):
-                (self._send if step.sends else self._begin_to_receive)(step)
+                self._begin(step)
             elif step.kind == "F":
                 self._forward(step.stage, step.micro_batch)
             else:
@@ -160,21 +160,20 @@ class StageExecutor:
             work.wait()
         return tensor
 
-    def _send(self, transfer: Transfer) -> None:
-        tensor = self._made.pop(transfer.message).contiguous()
+    def _begin(self, transfer: Transfer) -> None:
         peer, group = self._pipeline.ranks[transfer.peer], self._pipeline.process_group
+        if not transfer.sends:
+            tensor = self._hidden(transfer.message.micro_batch)
+            work = dist.irecv(tensor, src=peer, group=group)
+            assert work is not None
+            self._arriving[transfer.message] = work, tensor
+            return
+        tensor = self._made.pop(transfer.message).contiguous()
         work = dist.isend(tensor, dst=peer, group=group)
         assert work is not None
         self._sent.append((work, tensor))
         if len(self._sent) > _SENDS_UNDER_WAY:
             self._finish_sending()
-
-    def _begin_to_receive(self, transfer: Transfer) -> None:
-        tensor = self._hidden(transfer.message.micro_batch)
-        peer, group = self._pipeline.ranks[transfer.peer], self._pipeline.process_group
-        work = dist.irecv(tensor, src=peer, group=group)
-        assert work is not None
-        self._arriving[transfer.message] = work, tensor
 
     def _finish_sending(self) -> None:
         work, _ = self._sent.popleft()

@@ -80,6 +80,7 @@ _FIRST = (
     "megalm.rehearsal.rehearsal",
     "megalm.engine.zero_engine",
     "megalm.engine.pipeline_engine",
+    "megalm.engine.interleaved_engine",
 )
 
 
