@@ -149,7 +149,11 @@ def _step(arguments: argparse.Namespace, comm: Any, device: torch.device, virtua
     shape = build_model_config(run.config.model, _VOCABULARY, _SEQUENCE)
     engine = build_engine(run, shape, device, comm)
     loader = random_batches(run, arguments.folder / "data", comm.rank)
-    return lambda number: engine.train_step(loader.batch((number - 1) * run.batch.global_batch), number, 1e-4) and None
+
+    def step(number: int) -> None:
+        engine.train_step(loader.batch((number - 1) * run.batch.global_batch), number, 1e-4)
+
+    return step
 
 
 class _Sleep(torch.autograd.Function):

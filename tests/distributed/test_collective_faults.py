@@ -33,7 +33,7 @@ ROWS = (
     Row("tp2", "composed MQA untied", 2),
     Row("pp2", "llama GQA untied", 1),
     Row("pp2", "gpt2 tied", 0),
-    Row("pp2v2", "gpt2 tied", 1),
+    Row("pp2v2", "composed MQA tied", 1),
     Row("tp2", "llama GQA untied", 1, muon=True),
     Row("cp2", "llama GQA untied", 1),
     Row("ring2", "llama GQA untied", 1),
