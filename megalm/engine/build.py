@@ -221,7 +221,7 @@ def _balance(
     if run.config.parallel.balance == "time":
         tokens = run.batch.micro_batch, run.config.data.sample_length
         costs = measured_costs(build, tokens, _TYPES[run.precision], device, comm)
-    return balanced_blocks(build.shape.num_hidden_layers, run.topology.pipeline, costs), costs
+    return balanced_blocks(build.shape.num_hidden_layers, run.pipeline.stage_ranks, costs), costs
 
 
 def measured_costs(
