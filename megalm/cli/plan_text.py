@@ -11,7 +11,7 @@ from megalm.config.loading import DEFAULT_PRESET, external_name
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
 from megalm.cost_model.memory import MemoryPlan
-from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
+from megalm.cost_model.pipeline_balance import balanced_by_parameters
 from megalm.model.model_config import ModelConfig
 from megalm.planning.memory_fit import USABLE_MEMORY, remedies
 from megalm.planning.recipe_claims import changed_keys, judge, tolerances
@@ -92,7 +92,7 @@ def _stages(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> list[s
     """Ranks, nodes and blocks of each stage, without the middle of a long pipeline."""
     size = run.topology.world_size // run.topology.pipeline
     owners = run.pipeline.stage_ranks
-    blocks = balanced_blocks(shape.num_hidden_layers, owners, parameter_costs(shape))
+    blocks = balanced_by_parameters(shape, owners)
     lines = []
     for stage, (count, owner) in enumerate(zip(blocks, owners, strict=True)):
         first, last = owner * size, (owner + 1) * size - 1
@@ -462,4 +462,6 @@ def _documented(plan: Plan) -> str:
 
 
 def _stage_words(plan: Plan, stage: MemoryPlan) -> str:
-    return f"stage {stage.stage}, the fullest" if stage is plan.memory else f"stage {stage.stage}"
+    numbers = plan.resolved.pipeline.stages_of(stage.stage)
+    words = f"stage{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+    return f"{words}, the fullest" if stage is plan.memory else words

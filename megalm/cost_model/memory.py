@@ -14,7 +14,7 @@ from itertools import accumulate, chain, groupby
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
 from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
-from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
+from megalm.cost_model.pipeline_balance import balanced_by_parameters
 from megalm.cost_model.pipeline_simulation import most_kept
 from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, kept_probabilities, lowest_block
@@ -147,7 +147,7 @@ def shares(
         stage_ranks: the rank of each stage; None: each rank has one.
     """
     owners = range(topology.pipeline) if stage_ranks is None else stage_ranks
-    counts = balanced_blocks(shape.num_hidden_layers, owners, parameter_costs(shape))
+    counts = balanced_by_parameters(shape, owners)
     blocks = [range(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
     for rank in range(topology.pipeline):
         own = tuple(stage for stage, owner in enumerate(owners) if owner == rank)

@@ -70,6 +70,14 @@ def balanced_blocks(layers: int, stage_ranks: Sequence[int], costs: StageCosts) 
     return tuple(blocks)
 
 
+def balanced_by_parameters(shape: ModelConfig, stage_ranks: Sequence[int]) -> tuple[int, ...]:
+    """`balanced_blocks` by parameters; a rank that has both the first and the last stage holds a tied table once."""
+    costs = parameter_costs(shape)
+    if shape.tie_word_embeddings and stage_ranks[0] == stage_ranks[-1]:
+        costs = replace(costs, embedding=costs.embedding - shape.vocab_size * shape.hidden_size)
+    return balanced_blocks(shape.num_hidden_layers, stage_ranks, costs)
+
+
 def micro_batches_for(schedule: PipelineSchedule, bubble: float) -> int:
     """The smallest number of micro-batches per step with which each rank waits for at most `bubble` of it."""
     return next(it for it in count(1) if replace(schedule, micro_batches=it).bubble_share <= bubble)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.communicator import Communicator
-from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, parameter_costs
+from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, balanced_by_parameters, parameter_costs
 from megalm.engine.deepspeed_patches import prints_to_log, use_secondary_group
 from megalm.engine.device import fastest_seconds
 from megalm.engine.distributed import DistributedCommunicator
@@ -217,11 +217,12 @@ def _balance(
     run: ResolvedRun, build: StageBuilder, device: torch.device, comm: Communicator
 ) -> tuple[tuple[int, ...], StageCosts]:
     """Return the number of blocks of each stage, and the costs used to balance them."""
-    costs = parameter_costs(build.shape)
-    if run.config.parallel.balance == "time":
-        tokens = run.batch.micro_batch, run.config.data.sample_length
-        costs = measured_costs(build, tokens, _TYPES[run.precision], device, comm)
-    return balanced_blocks(build.shape.num_hidden_layers, run.pipeline.stage_ranks, costs), costs
+    owners = run.pipeline.stage_ranks
+    if run.config.parallel.balance == "parameters":
+        return balanced_by_parameters(build.shape, owners), parameter_costs(build.shape)
+    tokens = run.batch.micro_batch, run.config.data.sample_length
+    costs = measured_costs(build, tokens, _TYPES[run.precision], device, comm)
+    return balanced_blocks(build.shape.num_hidden_layers, owners, costs), costs
 
 
 def measured_costs(

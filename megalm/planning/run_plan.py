@@ -12,7 +12,7 @@ from typing import get_args
 
 from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.cost_model.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
-from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
+from megalm.cost_model.pipeline_balance import balanced_by_parameters, parameter_costs
 from megalm.cost_model.pipeline_simulation import ActionCosts, simulate
 from megalm.model.model_config import (
     ModelConfig,
@@ -147,9 +147,9 @@ class Plan:
 
     def _choice(self, schedule: PipelineSchedule) -> ScheduleChoice:
         case = replace(self.case, schedule_name=schedule.name, virtual_stages=schedule.virtual_stages)
-        weights = parameter_costs(self.shape)
-        blocks = balanced_blocks(self.shape.num_hidden_layers, schedule.stage_ranks, weights)
-        times = replace(weights, embedding=0).of_stages(blocks)  # a row is looked up, not multiplied
+        blocks = balanced_by_parameters(self.shape, schedule.stage_ranks)
+        products = replace(parameter_costs(self.shape), embedding=0)  # rows are looked up
+        times = products.of_stages(blocks)
         ranks = [schedule.actions(rank) for rank in range(schedule.ranks)]
         shares = simulate(ranks, schedule.stage_ranks, ActionCosts(times, times, times)).bubble_shares
         memory = list(estimate_stages(case))

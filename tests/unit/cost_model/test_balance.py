@@ -11,7 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megalm.config.schema import ModelSection
-from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, micro_batches_for, parameter_costs
+from megalm.cost_model.pipeline_balance import (
+    StageCosts,
+    balanced_blocks,
+    balanced_by_parameters,
+    micro_batches_for,
+    parameter_costs,
+)
 from megalm.model.model_config import build_model_config
 from megalm.parallel.pipeline_schedules import PipelineSchedule, stage_ranks
 
@@ -65,6 +71,13 @@ def test_parameters_of_the_stages_are_the_models(style: str, tied: bool) -> None
     stages = parameter_costs(shape).of_stages((2, 1, 3))
     copy = shape.vocab_size * shape.hidden_size if tied else 0  # the last stage holds the tied weight, too
     assert sum(stages) == shape.parameter_count() + copy
+
+
+@pytest.mark.parametrize(("tied", "blocks"), [(True, (3, 3, 3, 3)), (False, (3, 3, 4, 2))])
+def test_a_rank_with_both_ends_holds_a_tied_table_once(tied: bool, blocks: tuple[int, ...]) -> None:
+    sizes = {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 128, "num_hidden_layers": 12}
+    shape = build_model_config(ModelSection(tie_word_embeddings=tied, **sizes), vocab_size=640, sequence_length=32)
+    assert balanced_by_parameters(shape, (0, 1, 1, 0)) == blocks
 
 
 @pytest.mark.parametrize("stages", [2, 4, 8])
