@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
+from megalm.config.schema import RunnableSchedule
 from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.cost_model.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
 from megalm.cost_model.pipeline_balance import balanced_by_parameters, parameter_costs
@@ -27,7 +28,6 @@ from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
 from megalm.planning.training_stages import TrainingStage
-from megalm.topology import PipelineScheduleName
 from megalm.utils.plotting import new_plot, save_plot
 
 
@@ -138,7 +138,7 @@ class Plan:
         """The run's schedule and others for its pipeline and micro-batches, those of fewer stages first."""
         own = self.resolved.pipeline
         counts = {2, 4, own.virtual_stages}
-        kinds = {(name, count) for name in get_args(PipelineScheduleName) for count in {1, *counts}}
+        kinds = {(name, count) for name in get_args(RunnableSchedule) for count in {1, *counts}}
         return tuple(
             self._choice(replace(own, name=name, virtual_stages=count))
             for name, count in sorted(kinds, key=lambda kind: (kind[1], kind[0]))
