@@ -112,11 +112,6 @@ class Topology:
         return all(group[0] // ranks_per_node == group[-1] // ranks_per_node for group in self.groups(axis))
 
 
-def bubble_share(stages: int, micro_batches: int) -> float:
-    """The share of a step that a pipeline stage waits, under one-forward-one-backward with equal stages."""
-    return (stages - 1) / (micro_batches + stages - 1)
-
-
 @dataclass(frozen=True)
 class DimRange:
     """Elements [first, last) of a dimension. `sharers` neighbouring ranks hold it, and this is number `sharer`."""

@@ -12,7 +12,6 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from megalm.rank_environment import expand_job_fields
-from megalm.topology import PipelineScheduleName
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -520,6 +519,10 @@ class ProfileSection(Section):
     )
 
 
+# Of `topology.PipelineScheduleName` those that an engine runs.
+RunnableSchedule = Literal["1f1b", "interleaved_1f1b"]
+
+
 class ParallelSection(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
@@ -527,7 +530,7 @@ class ParallelSection(Section):
         default=1,
         description="stages of each rank of a pipeline, of blocks that lie apart: ranks wait less and send more",
     )
-    pipeline_schedule: PipelineScheduleName | None = Field(
+    pipeline_schedule: RunnableSchedule | None = Field(
         default=None,
         description="order of passes in a pipeline; null: 1f1b, or interleaved_1f1b with virtual stages",
     )
@@ -549,7 +552,7 @@ class ParallelSection(Section):
     )
 
     @property
-    def schedule_name(self) -> PipelineScheduleName:
+    def schedule_name(self) -> RunnableSchedule:
         """The schedule of the pipeline, given or implied."""
         return self.pipeline_schedule or ("1f1b" if self.virtual_stages == 1 else "interleaved_1f1b")
 

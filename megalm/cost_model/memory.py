@@ -7,18 +7,20 @@ Buckets, activations and the loss are formulas for the block of megalm/model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
 from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
-from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
+from megalm.cost_model.pipeline_balance import balanced_by_parameters
+from megalm.cost_model.pipeline_simulation import most_kept
 from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, kept_probabilities, lowest_block
 from megalm.model.parameter_groups import MOMENTS, NO_GROUP, GroupKey, frozen_parameters, group_keys, optimizer_groups
-from megalm.topology import AXES, Axis, Topology
+from megalm.parallel.pipeline_schedules import PipelineSchedule
+from megalm.topology import AXES, Axis, PipelineScheduleName, Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -33,6 +35,7 @@ MUON_ROUND = 2**25
 _FLAT_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0 and in its BF16_Optimizer
 
 Groups = list[list[int]]
+ShareKind = tuple[bool, bool, int, int]
 
 # Column layers hold a part of their output features, row layers of their input features.
 _COLUMNS = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up", "shared.gate", "shared.up")
@@ -43,28 +46,44 @@ _VOCABULARY = ("embedding.tokens.weight", "head.weight")
 
 @dataclass(frozen=True)
 class Share:
-    """The part of the model that the fullest rank of a pipeline stage's tensor group holds.
+    """The part of the model that the fullest tensor rank of a pipeline's rank holds.
 
     Attributes:
         sequence: the tensor group divides the residual stream along the sequence.
-        first_block: the stage's blocks are [first_block, first_block + blocks).
+        stages: of the rank, from its place in the pipeline on; without virtual stages one.
+        stage_blocks: the blocks of each of them.
+        last_stage: the model's.
     """
 
     shape: ModelConfig
     tensor: int
     sequence: bool
-    stage: int
-    stages: int
-    first_block: int
-    blocks: int
+    stages: tuple[int, ...]
+    stage_blocks: tuple[range, ...]
+    last_stage: int
+
+    @property
+    def stage(self) -> int:
+        """The first of its stages, which is the rank's place in the pipeline."""
+        return self.stages[0]
 
     @property
     def is_first(self) -> bool:
-        return self.stage == 0
+        return 0 in self.stages
 
     @property
     def is_last(self) -> bool:
-        return self.stage == self.stages - 1
+        return self.last_stage in self.stages
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Numbers of the blocks."""
+        return tuple(chain.from_iterable(self.stage_blocks))
+
+    @property
+    def kind(self) -> ShareKind:
+        """What tells the memory of two ranks apart, but for their micro-batches."""
+        return self.is_first, self.is_last, len(self.blocks), len({*self.blocks} & {*self.shape.moe_layers})
 
     @property
     def heads(self) -> int:
@@ -80,10 +99,6 @@ class Share:
         """Number of ranks that share the activations between the sharded layers: norms, residuals, dropout."""
         return self.tensor if self.sequence else 1
 
-    def in_flight(self, micro_batches: int) -> int:
-        """Micro-batches whose activations the stage keeps at once, under one-forward-one-backward."""
-        return min(micro_batches, self.stages - self.stage)
-
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of each parameter or part of it held here, in the model's order."""
         return _held_parameters(self)
@@ -97,7 +112,7 @@ class Share:
 
     def is_here(self, name: str) -> bool:
         if name.startswith("layers."):
-            return self.first_block <= int(name.split(".")[1]) < self.first_block + self.blocks
+            return any(int(name.split(".")[1]) in blocks for blocks in self.stage_blocks)
         if name == "embedding.tokens.weight":
             return self.is_first or (self.is_last and self.shape.tie_word_embeddings)
         return self.is_first if name.startswith("embedding.") else self.is_last
@@ -123,13 +138,20 @@ def _held_parameters(share: Share) -> dict[str, tuple[int, ...]]:
     return {name: share.local(name, size) for name, size in sizes if share.is_here(name)}
 
 
-def shares(shape: ModelConfig, topology: Topology, sequence: bool = False) -> Iterator[Share]:
-    """The share of each pipeline stage, balanced by parameters."""
-    stages = topology.pipeline
-    first = 0
-    for stage, blocks in enumerate(balanced_blocks(shape.num_hidden_layers, stages, parameter_costs(shape))):
-        yield Share(shape, topology.tensor, sequence, stage, stages, first, blocks)
-        first += blocks
+def shares(
+    shape: ModelConfig, topology: Topology, sequence: bool = False, stage_ranks: Sequence[int] | None = None
+) -> Iterator[Share]:
+    """The share of each rank of the pipeline, balanced by parameters.
+
+    Args:
+        stage_ranks: the rank of each stage; None: each rank has one.
+    """
+    owners = range(topology.pipeline) if stage_ranks is None else stage_ranks
+    counts = balanced_by_parameters(shape, owners)
+    blocks = [range(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
+    for rank in range(topology.pipeline):
+        own = tuple(stage for stage, owner in enumerate(owners) if owner == rank)
+        yield Share(shape, topology.tensor, sequence, own, tuple(blocks[stage] for stage in own), len(owners) - 1)
 
 
 @dataclass(frozen=True)
@@ -154,6 +176,7 @@ class MemoryCase:
         device_bytes: memory of the device; None: not known.
         optimizer_state: how Adam's moments are kept.
         muon: the matrices of the blocks are Muon's.
+        virtual_stages: stages of each rank of the pipeline.
     """
 
     shape: ModelConfig
@@ -184,6 +207,13 @@ class MemoryCase:
     optimizer_state: OptimizerStateKind = "fp32"
     muon: bool = False
     ema: bool = False
+    schedule_name: PipelineScheduleName = "1f1b"
+    virtual_stages: int = 1
+
+    @property
+    def schedule(self) -> PipelineSchedule:
+        """A step of the pipeline; without one, of one rank."""
+        return PipelineSchedule(self.schedule_name, self.topology.pipeline, self.virtual_stages, self.accumulation)
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -262,7 +292,7 @@ class MemoryPlan:
             on a GPU.
         start_host: the most in the CPU's memory before the first step; 0 on a CPU.
         disk: the optimizer's states on NVMe.
-        stage: of the pipeline; 0 without one.
+        stage: of the pipeline, the rank's first; 0 without one.
         ema: the moving average of the masters.
         secondary: the second copy of the weights, which the ranks of zero_hpz_partition_size share.
     """
@@ -312,17 +342,13 @@ def estimate_memory(case: MemoryCase) -> MemoryPlan:
 
 
 def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
-    """The plans of the pipeline stages, without those that need no more than an earlier one: the first stage, the last
-    one, and of those between them the first with each number of blocks, and of blocks with experts."""
-    seen: set[tuple[bool, bool, int, int]] = set()
-    for share in shares(case.shape, case.topology, case.sequence_parallel):
-        with_experts = sum(
-            share.first_block <= layer < share.first_block + share.blocks for layer in case.shape.moe_layers
-        )
-        kind = share.is_first, share.is_last, share.blocks, with_experts
-        if kind in seen:
-            continue
-        seen.add(kind)
+    """The plans of the pipeline's ranks, of each kind the one that keeps most activations: the first rank, the last
+    one, and those between them with each number of blocks, and of blocks with experts."""
+    kinds: dict[ShareKind, list[Share]] = {}
+    for share in shares(case.shape, case.topology, case.sequence_parallel, case.schedule.stage_ranks):
+        kinds.setdefault(share.kind, []).append(share)
+    for alike in kinds.values():
+        share = max(alike, key=lambda it: activation_bytes(case, it)) if len(alike) > 1 else alike[0]
         by_key = parameter_groups(case, share)
         groups, frozen = list(by_key.values()), frozen_counts(case, share)
         device, host = _states(case, by_key, frozen)
@@ -389,39 +415,51 @@ def checkpoint_bytes(
 
 
 def activation_bytes(case: MemoryCase, share: Share) -> int:
-    """Bytes that a rank keeps from forward to backward, for all micro-batches in flight in its stage."""
-    tokens = case.tokens
-    stream = tokens * case.shape.hidden_size // share.slices
+    """Bytes that a rank keeps from forward to backward, for all micro-batches in flight in its stages."""
+    stream = case.tokens * case.shape.hidden_size // share.slices
     hidden = stream * case.element_bytes
-    whole = _whole_blocks(case, share)
-    # Of each block, what it keeps, and what its recomputation holds again for a time.
-    blocks = [
-        block_bytes(case, share, "full" if layer in whole else case.recompute, layer)
-        for layer in _trained_blocks(case, share)
-    ]
-    kept = sum(kept for kept, _ in blocks)
-    # The last stage keeps its final norm and the head's input; another stage keeps the output that it sends on.
-    end = hidden + (stream * _norm_bytes(case, case.shape.normalization == "rms_norm") if share.is_last else 0)
-    # Document numbers; attention builds its masks block by block.
-    mask = case.micro_batch * case.sequence_length * 4 if case.document_mask else 0
-    working = 2 * hidden + max((again for _, again in blocks), default=0)  # gradients, and what one block recomputes
+    kept: dict[int, int] = {}
+    again = [0]
+    for stage, numbers in zip(share.stages, share.stage_blocks, strict=True):
+        whole = _whole_blocks(case, numbers)
+        # Of each block, what it keeps, and what its recomputation holds again for a time.
+        blocks = [
+            block_bytes(case, share, "full" if layer in whole else case.recompute, layer)
+            for layer in _trained_blocks(case, numbers)
+        ]
+        again += [held for _, held in blocks]
+        # The last stage keeps its final norm and the head's input; another stage keeps the output that it sends on.
+        end = hidden
+        if stage == share.last_stage:
+            end += stream * _norm_bytes(case, case.shape.normalization == "rms_norm")
+        # Document numbers; attention builds its masks block by block.
+        mask = case.micro_batch * case.sequence_length * 4 if case.document_mask else 0
+        kept[stage] = sum(kept for kept, _ in blocks) + end + mask
+        if case.offload_activations:
+            # One of them on its way; a stage holds what it receives.
+            kept[stage] += (0 if stage == 0 else hidden) - len(whole) * hidden
+    working = 2 * hidden + max(again)  # gradients, and what one block recomputes
     working += _float8_bytes(case, share) + _context_bytes(case, share)
     if case.offload_activations:
-        # One of them on its way; DeepSpeed holds what a stage receives.
-        kept += (0 if share.is_first else hidden) - len(whole) * hidden
-        working += min(2, len(whole)) * hidden
-    return (kept + end + mask) * share.in_flight(case.accumulation) + working
+        working += min(2, len(_whole_blocks(case, share.blocks))) * hidden
+    return _most_kept(case, share, kept) + working
 
 
-def _whole_blocks(case: MemoryCase, share: Share) -> list[int]:
-    """Numbers of the blocks of a stage that are recomputed whole."""
+def _most_kept(case: MemoryCase, share: Share, sizes: Mapping[int, int]) -> int:
+    """Of all micro-batches in flight at once, given what one keeps in each stage of the rank."""
+    return int(most_kept(case.schedule.actions(share.stage), sizes))
+
+
+def _whole_blocks(case: MemoryCase, blocks: Sequence[int]) -> list[int]:
+    """Of these blocks those that are recomputed whole."""
     every = 1 if case.recompute == "full" else case.checkpoint_activations_every
-    return [index for index in _trained_blocks(case, share) if every and index % every == 0]
+    return [index for index in _trained_blocks(case, blocks) if every and index % every == 0]
 
 
-def _trained_blocks(case: MemoryCase, share: Share) -> range:
-    """Blocks of a stage with a backward pass: those below every parameter that trains keep nothing."""
-    return range(max(share.first_block, lowest_block(case.shape, case.frozen)), share.first_block + share.blocks)
+def _trained_blocks(case: MemoryCase, blocks: Sequence[int]) -> list[int]:
+    """Of these blocks those with a backward pass: those below every parameter that trains keep nothing."""
+    lowest = lowest_block(case.shape, case.frozen)
+    return [index for index in blocks if index >= lowest]
 
 
 def _offloaded_inputs(case: MemoryCase, share: Share) -> dict[str, int]:
@@ -431,7 +469,9 @@ def _offloaded_inputs(case: MemoryCase, share: Share) -> dict[str, int]:
     each = case.tokens * case.shape.hidden_size // share.slices * case.element_bytes
     if not case.on_cpu:
         each = 1 << (each - 1).bit_length()  # torch allocates page-locked memory in powers of two
-    return {"block inputs": each * len(_whole_blocks(case, share)) * share.in_flight(case.accumulation)}
+    counts = [len(_whole_blocks(case, blocks)) for blocks in share.stage_blocks]
+    sizes = {stage: each * count for stage, count in zip(share.stages, counts, strict=True)}
+    return {"block inputs": _most_kept(case, share, sizes)}
 
 
 def _float8_bytes(case: MemoryCase, share: Share) -> int:
@@ -532,7 +572,7 @@ def _tile_bytes(case: MemoryCase, share: Share, mlp: int) -> int:
     tokens, gated = min(case.tokens, case.mlp_chunk_tokens or case.tokens), case.shape.gated_mlp
     # Beside what a tile keeps, gradients: of gelu and up | of product, silu and up, less the product.
     gradients = (2 if gated else 1) * case.shape.intermediate_size // share.tensor * case.element_bytes
-    name = f"layers.{share.first_block}.mlp."
+    name = f"layers.{share.blocks[0]}.mlp."
     weights = sum(math.prod(size) for own, size in share.parameters().items() if own.startswith(name))
     # Gradients of the weights are summed in fp32, beside those of a tile.
     return mlp * tokens // case.tokens + tokens * gradients + (4 + case.element_bytes) * weights

@@ -133,7 +133,8 @@ def most_kept(actions: Sequence[Action], sizes: Mapping[int, float]) -> float:
         actions: of the rank.
         sizes: of each stage of the rank, what one micro-batch keeps from its F to its B, or to its W.
     """
-    kept = most = 0.0
+    kept: float = 0
+    most: float = 0
     for kind, stage, _ in actions:
         if kind == "F":
             kept += sizes[stage]

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.communicator import Communicator
-from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, parameter_costs
+from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, balanced_by_parameters, parameter_costs
 from megalm.engine.deepspeed_patches import prints_to_log, use_secondary_group
 from megalm.engine.device import fastest_seconds
 from megalm.engine.distributed import DistributedCommunicator
@@ -28,7 +28,6 @@ from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, ParameterInit, StageBuilder, initial_weight
 from megalm.parallel.context_parallel import divided_sequence
-from megalm.parallel.pipeline_schedules import stage_ranks
 from megalm.parallel.process_groups import AxisGroup, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
@@ -138,10 +137,7 @@ def _interleaved_engine(
     from megalm.engine.interleaved_engine import InterleavedEngine, PipelinePart
 
     run, pipeline = context.run, context.groups.pipeline
-    parallel = run.config.parallel
-    owners = stage_ranks(parallel.schedule_name, pipeline.size, parallel.virtual_stages)
-    own = [stage for stage, owner in enumerate(owners) if owner == pipeline.index]
-    part = PipelinePart(build, blocks, own)
+    part = PipelinePart(build, blocks, run.pipeline.stages_of(pipeline.index))
     with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups.data_context) as weights:
         weights.fill(part)
     if run.compiled:
@@ -236,12 +232,12 @@ def _balance(
     run: ResolvedRun, build: StageBuilder, device: torch.device, comm: Communicator
 ) -> tuple[tuple[int, ...], StageCosts]:
     """Return the number of blocks of each stage, and the costs used to balance them."""
-    stages = run.topology.pipeline * run.config.parallel.virtual_stages
-    costs = parameter_costs(build.shape)
-    if run.config.parallel.balance == "time":
-        tokens = run.batch.micro_batch, run.config.data.sample_length
-        costs = measured_costs(build, tokens, _TYPES[run.precision], device, comm)
-    return balanced_blocks(build.shape.num_hidden_layers, stages, costs), costs
+    owners = run.pipeline.stage_ranks
+    if run.config.parallel.balance == "parameters":
+        return balanced_by_parameters(build.shape, owners), parameter_costs(build.shape)
+    tokens = run.batch.micro_batch, run.config.data.sample_length
+    costs = measured_costs(build, tokens, _TYPES[run.precision], device, comm)
+    return balanced_blocks(build.shape.num_hidden_layers, owners, costs), costs
 
 
 def measured_costs(

@@ -30,7 +30,6 @@ from megalm.model.model_config import lowest_block
 from megalm.model.modules import DropoutClock
 from megalm.model.parameter_groups import frozen_parameters
 from megalm.model.transformer import Block, Embedding, LanguageModelHead, StageBuilder
-from megalm.parallel.pipeline_schedules import PipelineSchedule
 
 
 @dataclass(frozen=True)
@@ -144,9 +143,8 @@ class InterleavedEngine(EngineBase):
         super().__init__(part, part, context, part.output, {"zero_optimization": zero})
         self._part, self._clock = part, clock
         self._pipeline = context.groups.pipeline
-        parallel = context.run.config.parallel
-        self._schedule = partial(PipelineSchedule, parallel.schedule_name, parallel.pipeline, parallel.virtual_stages)
-        self._stage_ranks = self._schedule(1).stage_ranks
+        self._schedule = context.run.pipeline
+        self._stage_ranks = self._schedule.stage_ranks
         self._dtype = next(part.parameters()).dtype
         frozen = frozen_parameters(context.shape, context.run.config.train.parameter_groups)
         self._lowest = part.stage_of(lowest_block(context.shape, frozen))
@@ -247,7 +245,7 @@ class InterleavedEngine(EngineBase):
     def _steps_of(self, micro_batches: int, trains: bool) -> list[Step]:
         """Return this rank's steps; they differ by the number of micro-batches."""
         if (micro_batches, trains) not in self._steps:
-            schedule = self._schedule(micro_batches)
+            schedule = replace(self._schedule, micro_batches=micro_batches)
             orders = [schedule.actions(rank) for rank in range(schedule.ranks)]
             if not trains:
                 orders = [tuple(action for action in order if action.kind == "F") for order in orders]

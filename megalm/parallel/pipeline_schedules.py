@@ -17,6 +17,8 @@ times and memory.
 | 1f1b | 1 | one forward, one backward: PipeDream-Flush, Narayanan et al. 2021, section 2.2.1; also DeepSpeed's |
 | interleaved_1f1b | 2 or more | Narayanan et al. 2021, section 2.2.2; of Megatron-LM |
 | zb_v | 2 | zero bubble in the shape of a V: Qi et al. 2023 (arXiv:2401.10241), section 6; greedy here |
+
+No engine divides a backward pass into I and W yet, so configurations do not name zb_v (config/schema.py).
 """
 
 from __future__ import annotations

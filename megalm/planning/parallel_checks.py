@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from typing import get_args
 
 from megalm.config.deepspeed.json_schema import ZeroSection
-from megalm.config.schema import RunConfig
+from megalm.config.schema import RunConfig, RunnableSchedule
 from megalm.errors import ConfigError
 from megalm.parallel.pipeline_schedules import virtual_stages_of
 from megalm.planning.engine_checks import CheckContext, Rule, float8_divides_the_model
-from megalm.topology import AXES, PipelineScheduleName
+from megalm.topology import AXES
 
 
 def degrees_divide_the_ranks(case: CheckContext) -> None:
@@ -150,7 +150,7 @@ def pipeline_schedule_is_legal(case: CheckContext) -> None:
     legal = virtual_stages_of(parallel.schedule_name)
     if virtual not in legal:
         count = f"{legal[0]} or more" if len(legal) > 1 else str(legal[0])
-        fitting = [other for other in get_args(PipelineScheduleName) if virtual in virtual_stages_of(other)]
+        fitting = [other for other in get_args(RunnableSchedule) if virtual in virtual_stages_of(other)]
         raise ConfigError(
             f"parallel.pipeline_schedule={name} with parallel.virtual_stages={virtual}: it has {count} on each rank; "
             f"use parallel.virtual_stages={legal[0]}, or parallel.pipeline_schedule={' or '.join(fitting)}"

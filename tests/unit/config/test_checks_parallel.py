@@ -143,7 +143,6 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
         (2, ["parallel.virtual_stages=2"], {}, ["parallel.virtual_stages=2", "parallel.pipeline=1"]),
         (1, [SCHEDULE.format("1f1b")], {}, [SCHEDULE.format("1f1b"), "parallel.pipeline=1"]),
         (2, ["parallel.pipeline=2", "parallel.virtual_stages=2"], zero(1), None),
-        (2, ["parallel.pipeline=2", "parallel.virtual_stages=2", SCHEDULE.format("zb_v")], zero(1), None),
         (
             4,
             ["parallel.pipeline=4", "parallel.virtual_stages=2"],
@@ -168,9 +167,8 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
                 ],
             )
             for name, virtual, legal, other in (
-                ("1f1b", 2, 1, "interleaved_1f1b or zb_v"),
+                ("1f1b", 2, 1, "interleaved_1f1b"),
                 ("interleaved_1f1b", 1, 2, "=1f1b"),
-                ("zb_v", 1, 2, "=1f1b"),
             )
         ),
     ],

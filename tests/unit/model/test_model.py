@@ -189,7 +189,10 @@ def test_loss_without_any_target_is_zero() -> None:
 
 @pytest.mark.parametrize("section", SECTIONS.values(), ids=list(SECTIONS))
 def test_masked_documents_are_as_if_apart(section: ModelSection) -> None:
-    """Three documents in one sample give the losses and the gradient that each gives alone."""
+    """Three documents in one sample give the losses and the gradient that each gives alone.
+
+    Gradients of a row add up terms of up to 8, whose rounding in fp32 is 1e-6; the tolerance is four of them.
+    """
     tokens, labels = batch(rows=1)
     cuts = [0, 5, 6, LENGTH]
     documents = torch.zeros_like(tokens)
@@ -202,7 +205,7 @@ def test_masked_documents_are_as_if_apart(section: ModelSection) -> None:
         apart(tokens[:, start:stop], labels[:, start:stop])[0].backward()
     for (name, ours), other in zip(together.named_parameters(), apart.parameters(), strict=True):
         if not name.endswith("positions.weight"):  # its unused rows have no gradient apart
-            torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(ours.grad, other.grad, rtol=1e-4, atol=4e-6, msg=lambda m, n=name: f"{n}: {m}")
     plain, _ = together(tokens, labels)
     assert not torch.allclose(plain, loss)
 
