@@ -134,7 +134,7 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClo
 def _interleaved_engine(
     context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
 ) -> Engine:
-    from megalm.engine.interleaved_engine import InterleavedEngine, PipelinePart
+    from megalm.engine.pipeline.interleaved_engine import InterleavedEngine, PipelinePart
 
     run, pipeline = context.run, context.groups.pipeline
     part = PipelinePart(build, blocks, run.pipeline.stages_of(pipeline.index))
@@ -148,8 +148,8 @@ def _interleaved_engine(
 def _pipeline_engine(
     context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
 ) -> Engine:
-    from megalm.engine.pipeline_engine import PipelineEngine
-    from megalm.engine.pipeline_stage import MicroBatchContext, PipelineStage
+    from megalm.engine.pipeline.pipeline_engine import PipelineEngine
+    from megalm.engine.pipeline.pipeline_stage import MicroBatchContext, PipelineStage
 
     run = context.run
     stage = PipelineStage(build, MicroBatchContext(clock, context.shape, build.sequence.parts), run.topology, blocks)

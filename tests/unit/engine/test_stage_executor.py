@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from megalm.engine.stage_executor import Message, Step, Transfer, with_transfers
+from megalm.engine.pipeline.stage_executor import Message, Step, Transfer, with_transfers
 from megalm.parallel.pipeline_schedules import Action, PipelineSchedule
 from megalm.topology import PipelineScheduleName
 

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, EngineContext
 from megalm.engine.interface import StepResult
-from megalm.engine.pipeline_stage import TokenTable
-from megalm.engine.stage_executor import StageExecutor, Step, with_transfers
+from megalm.engine.pipeline.pipeline_stage import TokenTable
+from megalm.engine.pipeline.stage_executor import StageExecutor, Step, with_transfers
 from megalm.model.attention_kernels import AttentionMask, attention_mask
 from megalm.model.layer_factory import VocabularyOutput, annotate_shard, shard_of
 from megalm.model.model_config import lowest_block
