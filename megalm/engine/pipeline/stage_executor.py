@@ -123,14 +123,14 @@ class StageExecutor:
             if isinstance(step, Transfer):
                 self._begin(step)
             elif step.kind == "F":
-                self._forward(step.stage, step.micro_batch)
+                self._run_forward(step.stage, step.micro_batch)
             else:
-                self._backward(step.stage, step.micro_batch)
+                self._run_backward(step.stage, step.micro_batch)
         while self._sent:
             self._finish_sending()
         assert not any((self._made, self._arriving, self._passes)), "a schedule leaves work undone"
 
-    def _forward(self, stage: int, micro_batch: int) -> None:
+    def _run_forward(self, stage: int, micro_batch: int) -> None:
         hidden = None if stage == 0 else self._take(Message(stage - 1, micro_batch, is_gradient=False))
         if hidden is not None and stage > self._lowest:
             hidden.requires_grad_()
@@ -141,7 +141,7 @@ class StageExecutor:
         if stage < self._last:
             self._made[Message(stage, micro_batch, is_gradient=False)] = output.detach()
 
-    def _backward(self, stage: int, micro_batch: int) -> None:
+    def _run_backward(self, stage: int, micro_batch: int) -> None:
         is_last = stage == self._last
         gradient = None if is_last else self._take(Message(stage + 1, micro_batch, is_gradient=True))
         hidden, edge = self._passes.pop((stage, micro_batch))
