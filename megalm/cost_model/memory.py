@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate, chain, groupby
 
@@ -447,7 +447,10 @@ def activation_bytes(case: MemoryCase, share: Share) -> int:
 
 def _most_kept(case: MemoryCase, share: Share, sizes: Mapping[int, int]) -> int:
     """Of all micro-batches in flight at once, given what one keeps in each stage of the rank."""
-    return int(most_kept(case.schedule.actions(share.stage), sizes))
+    schedule = case.schedule
+    if schedule.name == "1f1b":  # micro-batches beyond the ranks are kept instead of others
+        schedule = replace(schedule, micro_batches=min(schedule.micro_batches, schedule.ranks))
+    return int(most_kept(schedule.actions(share.stage), sizes))
 
 
 def _whole_blocks(case: MemoryCase, blocks: Sequence[int]) -> list[int]:
