@@ -41,7 +41,12 @@ CASES = {
     "zero2 fp32 once a step": Case("zero2.json", overrides=WIDE, settings={"train_micro_batch_size_per_gpu": 2}),
     "zero2 bf16 once a step": Case("zero2.json", "bf16", WIDE, {"train_micro_batch_size_per_gpu": 2}),
     "zero3 fp32": Case("zero3.json", overrides=WIDE, settings=GATHERED),
-    "zero3 bf16 hpz": Case("zero3.json", "bf16", WIDE, {"zero_optimization": HPZ}),
+    "zero3 bf16 hpz, all else": Case(
+        "zero3.json",
+        "bf16",
+        (*WIDE, FROZEN, "train.ema_decay=0.9", "train.optimizer_state=8bit"),
+        {"zero_optimization": HPZ},
+    ),
     "zero1 bf16": Case("zero1.json", "bf16", WIDE),
     "zero2 bf16": Case("zero2.json", "bf16", WIDE),
     "zero3 bf16": Case("zero3.json", "bf16", WIDE, GATHERED),

@@ -245,6 +245,7 @@ def test_an_average_of_the_weights_is_in_the_plan(start: Start) -> None:
     assert average.total - without.total == average.ema
     assert plans[1].checkpoint_bytes - plans[0].checkpoint_bytes == 4 * plans[0].trained_parameters
     assert_names(section_of(plan_text(plans[1], 8), "Memory of one rank (estimate)"), "ema", "train.ema_decay")
+    assert ["evaluate.ema" in plan_text(plan, 8) for plan in plans] == [False, True]
     offload = ZeroSection(stage=2, offload_optimizer=OffloadOptimizerSection(device="cpu"))
     offloaded = estimate_memory(case(zero=offload, ema=True))
     assert offloaded.host["ema"] == offloaded.host["master"] > 0 == offloaded.ema
