@@ -102,7 +102,15 @@ LAYOUTS: dict[str, Layout] = {
     "tiles, offloaded inputs": Layout("zero3.json", 8, 3, keys=_LONG),
     "document mask, composed": Layout("zero2.json", 8, 2, keys={"data.document_mask": True, **_COMPOSED}),
     "grouped queries, untied": Layout(
-        "zero2.json", 8, 2, keys={"model.num_key_value_heads": 2, "model.tie_word_embeddings": False}
+        "zero2.json",
+        8,
+        2,
+        keys={
+            "model.num_key_value_heads": 2,
+            "model.tie_word_embeddings": False,
+            "model.sliding_window": 8,  # beside whole attention without a mask
+            "model.full_attention_layers": 2,
+        },
     ),
     "tensor, zero 1": Layout("zero1.json", 8, 1, rank=3, keys=_TENSOR),
     "tensor, muon": Layout("muon.json", 8, 1, rank=3, keys=_TENSOR),
