@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalm.config.deepspeed.json_schema import ZeroSection
 from megalm.config.schema import ModelSection, Recompute
-from megalm.cost_model.memory import MemoryCase, activation_bytes, block_bytes, shares
+from megalm.cost_model.activations import kept_bytes
+from megalm.cost_model.memory import MemoryCase, shares
 from megalm.engine.device import tune_malloc
 from megalm.model.model_config import ModelConfig, build_model_config, recomputed_flops_per_token
 from megalm.model.recomputation import Recomputation
@@ -95,8 +96,7 @@ def _planned_bytes(
         on_cpu=device.type == "cpu",
     )
     (share,) = shares(shape, case.topology)
-    again = max(block_bytes(case, share, it)[1] for it in ((kind, "full") if every else (kind,)))
-    return activation_bytes(case, share) - again
+    return kept_bytes(case, share)[0]
 
 
 def _again(model: LanguageModel, tokens: torch.Tensor) -> int:

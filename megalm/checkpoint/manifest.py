@@ -14,6 +14,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -32,8 +33,9 @@ from pydantic import (
 
 from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.config.schema import ScheduleKind, StepConvention, WarmupKind
-from megalm.errors import CheckpointError
+from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig, completed_settings
+from megalm.topology import Topology
 from megalm.utils.atomic_files import write_durably
 
 FORMAT = 2
@@ -197,6 +199,12 @@ class StoredSchedule(_Part):
 
 
 class StoredTopology(_Part):
+    """The grid that saved the checkpoint.
+
+    Attributes:
+        micro_batch, accumulation: of its step, in sequences and micro-batches; older checkpoints lack them.
+    """
+
     world_size: Positive
     data: Positive
     context: Positive = 1
@@ -204,6 +212,20 @@ class StoredTopology(_Part):
     pipeline: Positive
     zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)]
     precision: str
+    micro_batch: Positive | None = None
+    accumulation: Positive | None = None
+
+    @property
+    def grid(self) -> Topology:
+        return Topology(**{field.name: getattr(self, field.name, 1) for field in fields(Topology)})
+
+    @model_validator(mode="after")
+    def _is_a_grid(self) -> StoredTopology:
+        try:
+            assert self.grid
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
+        return self
 
 
 class StoredLossScaler(_Part):
@@ -390,6 +412,19 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_durably(folder / MANIFEST, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Refuse a folder of peft that has a LoRA adapter, and not the model that it changes.
+
+    Raises:
+        CheckpointError: it is one.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder} has a LoRA adapter (adapter_config.json), not a whole model; merge it into its model "
+            "(peft: merge_and_unload), save that and take its folder (docs/after-training.md)"
+        )
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint folder.
 
@@ -400,6 +435,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         stored = json.loads(path.read_bytes())
     except FileNotFoundError:
+        refuse_adapter(folder)
         raise CheckpointError(f"{folder} is not a complete checkpoint: it has no {MANIFEST}") from None
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}); {advice(folder)}") from None

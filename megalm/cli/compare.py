@@ -84,6 +84,7 @@ _LINES: dict[str, _Line] = {
     "validation loss, last": _Line(lambda it: it.final_validation_loss, _as(".4f"), per_token=True, validation=True),
     "  over tokens": _Line(lambda it: it.validation_targets, whole=True),
     "  standard error": _Line(lambda it: it.validation_stderr, _as(".4f"), per_token=True),
+    "  averaged weights": _Line(lambda it: it.validation_ema_loss, _as(".4f"), per_token=True, validation=True),
     "  perplexity": _Line(lambda it: it.final_perplexity, _as(".2f"), per_token=True, validation=True),
     "  bits per byte": _Line(lambda it: it.bits_per_byte, _as(".4f"), validation=True),
     "validation loss, best": _Line(lambda it: it.best_validation_loss, _as(".4f"), per_token=True, validation=True),

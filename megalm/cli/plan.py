@@ -28,7 +28,7 @@ from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vo
 from megalm.planning.run_plan import ASSUMED_RATE, Plan, Rate, draw_rates, make_plan
 from megalm.runs.run_settings import Arguments, ConfigFiles, read_settings
 from megalm.tracking.measured_rate import measured_rate
-from megalm.train.resume.compatibility import with_last_step, with_schedule
+from megalm.train.resume.compatibility import grid_notes, with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
 from megalm.utils.atomic_files import refuse_overwriting_inputs, writing_to
 from megalm.utils.formatting import parse_bytes
@@ -336,6 +336,7 @@ def _after(checkpoint: Path, more: int | None, run: ResolvedRun) -> tuple[Resolv
     manifest = read_manifest(folder)
     require_training_state(folder, manifest)
     schedule = with_schedule(run, manifest, more)
+    run = replace(run, notices=(*run.notices, *grid_notes(manifest, run)))
     return with_last_step(run, schedule), schedule.segments
 
 

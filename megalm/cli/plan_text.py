@@ -371,8 +371,12 @@ def _tokens(plan: Plan) -> str:
             *_recomputed(plan),
             ["total FLOPs", f"{plan.total_flops:.3e}"],
             ["checkpoint size", format_bytes(plan.checkpoint_bytes)],
+            *([["passes of a validation", _VALIDATED_TWICE]] if run.config.evaluates_ema else []),
         ],
     )
+
+
+_VALIDATED_TWICE = "2: with the weights and with their average (evaluate.ema)"
 
 
 def _recomputed(plan: Plan) -> list[list[object]]:

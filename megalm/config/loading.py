@@ -215,21 +215,19 @@ class ConfigLayers:
         """The configuration of a new run."""
         return _combine(self._preset, [*self._layers, self._overrides])
 
-    def resumed_run(self, own: Path, name: str | None = None, dropped: Sequence[str] = ()) -> LoadedConfig:
+    def resumed_run(self, own: Path, name: str | None = None) -> LoadedConfig:
         """The configuration of a resumed run.
 
         Args:
             own: its config.yaml, which has the values that the user does not give. If the user names a preset that is
                 not the run's, all its keys replace those of `own`.
             name: the run's; None: as configured.
-            dropped: sections of `own` that are ignored.
 
         Raises:
             ConfigError: a file that cannot be read.
         """
         preset, layers = self._file_layers(str(own))
-        left_out = (*_NOT_INHERITED, *dropped)
-        leaves = {key: value for key, value in layers[-1].leaves.items() if key.partition(".")[0] not in left_out}
+        leaves = {key: value for key, value in layers[-1].leaves.items() if key.partition(".")[0] not in _NOT_INHERITED}
         layers[-1] = replace(layers[-1], origin=SAVED_CONFIG, leaves=leaves, by_user=False)
         if self._config is not None:
             given = self._layers if self._preset != preset else [layer for layer in self._layers if layer.by_user]

@@ -573,6 +573,11 @@ class EvaluateSection(Section):
     max_samples: PositiveInt | None = Field(
         default=None, description="samples of each set while training; the validation at the end uses all"
     )
+    ema: bool | None = Field(
+        default=None,
+        description="validate the average of the weights (train.ema_decay) too, by a second pass over the samples; "
+        "null: where there is one",
+    )
     tasks: tuple[UserPath, ...] = Field(
         default=(),
         description="files of multiple-choice questions: JSON lines of context, choices and answer (0, 1, ...)",
@@ -710,3 +715,8 @@ class RunConfig(Section):
         default="auto", description="torch.compile for blocks and loss; auto: on a GPU where it can, not on a CPU"
     )
     documented: DocumentedSection = DocumentedSection()
+
+    @property
+    def evaluates_ema(self) -> bool:
+        """Whether validation has a second pass, with the average of the weights."""
+        return self.train.ema_decay is not None and self.evaluate.ema is not False

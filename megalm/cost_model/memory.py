@@ -1,23 +1,23 @@
 """The memory of a rank, part by part, as DeepSpeed 0.19.8 lays it out: no torch.
 
 Weights, gradients, master weights and moments are exact, padding included: a test compares them with a running engine.
-Buckets, activations and the loss are formulas for the block of megalm/model.
+Buckets are formulas, and so is what activations.py adds: activations and the loss.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate, chain, groupby
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
 from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
+from megalm.cost_model.activations import fullest_moment, offloaded_inputs
 from megalm.cost_model.pipeline_balance import balanced_by_parameters
-from megalm.cost_model.pipeline_simulation import most_kept
 from megalm.cost_model.start_memory import start_moments
-from megalm.model.model_config import ModelConfig, kept_probabilities, lowest_block
+from megalm.model.model_config import ModelConfig
 from megalm.model.parameter_groups import MOMENTS, NO_GROUP, GroupKey, frozen_parameters, group_keys, optimizer_groups
 from megalm.parallel.pipeline_schedules import PipelineSchedule
 from megalm.topology import AXES, Axis, PipelineScheduleName, Topology
@@ -284,8 +284,9 @@ class MemoryPlan:
         moments: Adam's two, Muon's one.
         buckets: communication buffers beyond what the backward pass has freed by then, and under ZeRO 3 the weights
             gathered at one time; or what an update of Muon needs beyond that, if it is more.
-        activations: kept by the forward pass for the backward pass.
-        loss: the chunk of logits and the gradients of head and hidden states.
+        activations: at the fullest moment of forward and backward pass, kept and computed again, with the gradients
+            in work; less what accumulated gradients take later.
+        loss: at the same moment: logits and gradients of head and hidden states, or what is left of them by then.
         runtime: on a GPU, an allowance for CUDA's context, cuBLAS and NCCL.
         host: part -> bytes that offload and checkpoints keep in the CPU's memory.
         start: the most that the device holds before the first step, with `runtime`; on a CPU with what `start_host` is
@@ -348,16 +349,15 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
     for share in shares(case.shape, case.topology, case.sequence_parallel, case.schedule.stage_ranks):
         kinds.setdefault(share.kind, []).append(share)
     for alike in kinds.values():
-        share = max(alike, key=lambda it: activation_bytes(case, it)) if len(alike) > 1 else alike[0]
+        share = max(alike, key=lambda it: sum(fullest_moment(case, it, 0))) if len(alike) > 1 else alike[0]
         by_key = parameter_groups(case, share)
         groups, frozen = list(by_key.values()), frozen_counts(case, share)
         device, host = _states(case, by_key, frozen)
-        host |= _offloaded_inputs(case, share)
+        host |= offloaded_inputs(case, share)
         secondary = secondary_bytes(case, share)
         moments = list(start_moments(case, share, groups, sum(frozen), secondary))
         runtime = _runtime_bytes(case)
-        activations = activation_bytes(case, share)
-        loss = loss_bytes(case, share.tensor) if share.is_last else 0
+        activations, loss = fullest_moment(case, share, device["gradients"])
         yield MemoryPlan(
             **device,
             buckets=max(
@@ -408,206 +408,6 @@ def checkpoint_bytes(
         4 * (1 + len(MOMENTS[keys[name].algorithm]) + (ema and not keys[name].frozen)) * math.prod(size)
         for name, size in sizes.items()
     )
-
-
-# Activations and loss by formula, for the block of megalm/model: pre-norm, separate query, key and value projections,
-# attention, GELU or SwiGLU. The formulas count the tensors that PyTorch's autograd saves; residual sums save none.
-
-
-def activation_bytes(case: MemoryCase, share: Share) -> int:
-    """Bytes that a rank keeps from forward to backward, for all micro-batches in flight in its stages."""
-    stream = case.tokens * case.shape.hidden_size // share.slices
-    hidden = stream * case.element_bytes
-    kept: dict[int, int] = {}
-    again = [0]
-    for stage, numbers in zip(share.stages, share.stage_blocks, strict=True):
-        whole = _whole_blocks(case, numbers)
-        # Of each block, what it keeps, and what its recomputation holds again for a time.
-        blocks = [
-            block_bytes(case, share, "full" if layer in whole else case.recompute, layer)
-            for layer in _trained_blocks(case, numbers)
-        ]
-        again += [held for _, held in blocks]
-        # The last stage keeps its final norm and the head's input; another stage keeps the output that it sends on.
-        end = hidden
-        if stage == share.last_stage:
-            end += stream * _norm_bytes(case, case.shape.normalization == "rms_norm")
-        # Document numbers; attention builds its masks block by block.
-        mask = case.micro_batch * case.sequence_length * 4 if case.document_mask else 0
-        kept[stage] = sum(kept for kept, _ in blocks) + end + mask
-        if case.offload_activations:
-            # One of them on its way; a stage holds what it receives.
-            kept[stage] += (0 if stage == 0 else hidden) - len(whole) * hidden
-    working = 2 * hidden + max(again)  # gradients, and what one block recomputes
-    working += _float8_bytes(case, share) + _context_bytes(case, share)
-    if case.offload_activations:
-        working += min(2, len(_whole_blocks(case, share.blocks))) * hidden
-    return _most_kept(case, share, kept) + working
-
-
-def _most_kept(case: MemoryCase, share: Share, sizes: Mapping[int, int]) -> int:
-    """Of all micro-batches in flight at once, given what one keeps in each stage of the rank."""
-    return int(most_kept(case.schedule.actions(share.stage), sizes))
-
-
-def _whole_blocks(case: MemoryCase, blocks: Sequence[int]) -> list[int]:
-    """Of these blocks those that are recomputed whole."""
-    every = 1 if case.recompute == "full" else case.checkpoint_activations_every
-    return [index for index in _trained_blocks(case, blocks) if every and index % every == 0]
-
-
-def _trained_blocks(case: MemoryCase, blocks: Sequence[int]) -> list[int]:
-    """Of these blocks those with a backward pass: those below every parameter that trains keep nothing."""
-    lowest = lowest_block(case.shape, case.frozen)
-    return [index for index in blocks if index >= lowest]
-
-
-def _offloaded_inputs(case: MemoryCase, share: Share) -> dict[str, int]:
-    """The block inputs in the CPU's memory."""
-    if not case.offload_activations:
-        return {}
-    each = case.tokens * case.shape.hidden_size // share.slices * case.element_bytes
-    if not case.on_cpu:
-        each = 1 << (each - 1).bit_length()  # torch allocates page-locked memory in powers of two
-    counts = [len(_whole_blocks(case, blocks)) for blocks in share.stage_blocks]
-    sizes = {stage: each * count for stage, count in zip(share.stages, counts, strict=True)}
-    return {"block inputs": _most_kept(case, share, sizes)}
-
-
-def _float8_bytes(case: MemoryCase, share: Share) -> int:
-    """Rounded copies of both factors of the largest product: one byte an element, and a CPU's in fp32 beside them."""
-    hidden, inner = case.shape.hidden_size, case.shape.intermediate_size // share.tensor
-    elements = max(case.tokens * (hidden + inner), case.tokens * max(hidden, inner) + hidden * inner)
-    return elements * (5 if case.on_cpu else 1) if case.float8 else 0
-
-
-def block_bytes(case: MemoryCase, share: Share, recompute: Recompute, layer: int = 0) -> tuple[int, int]:
-    """Bytes that the block `layer` keeps, and those that it holds again while it is recomputed."""
-    shape, size, tokens = case.shape, case.element_bytes, case.tokens
-    stream, inner = tokens * shape.hidden_size // share.slices, tokens * shape.intermediate_size // share.tensor
-    queries, keys = tokens * share.heads * shape.head_dim, tokens * share.key_value_heads * shape.head_dim
-    context = case.topology.context
-    # Attention of a context group reads whole sequences of fewer heads, of which each rank needs a key/value head.
-    read = keys if case.ring else max(keys, tokens * context * shape.head_dim)
-    # Before attention and MLP or after them, the input of one norm is kept; that of the layer's projections is too.
-    norm = (2 if shape.norm_placement == "both" else 1) * stream * _norm_bytes(case, shape.normalization == "rms_norm")
-    dropout_mask = stream if shape.dropout > 0 else 0  # one byte each
-    # The norm and its output, the projections' input; queries, keys, values and attention's output.
-    attention = norm + dropout_mask + (stream + 2 * queries + 2 * (queries if case.repeats_keys else read)) * size
-    if context > 1:  # and gives back its output
-        attention += queries * size
-    if shape.qk_norm:
-        attention += (queries + keys) * _norm_bytes(case, True)
-    if case.on_cpu and not case.ring:
-        heads = case.micro_batch * share.heads // context
-        attention += heads * kept_probabilities(shape, layer, case.sequence_length) * size
-    # The same of the MLP, and up, gelu | gate, silu, up, product.
-    mlp = norm + dropout_mask + (stream + (4 if shape.gated_mlp else 2) * inner) * size
-    if layer in shape.moe_layers:
-        mlp = norm + dropout_mask + _expert_bytes(case, share)
-    hidden, tile = stream * size, 0
-    widened = case.on_cpu and size < 4 and shape.normalization == "rms_norm"  # each norm keeps an fp32 copy
-    if shape.parallel_residual and not widened:  # both norms, or projections, have one input
-        mlp -= hidden
-    if case.mlp_chunk_tokens is not None:
-        tile, mlp = _tile_bytes(case, share, mlp - dropout_mask), hidden + dropout_mask
-    match recompute:
-        case "none":
-            return attention + mlp, tile
-        case "norms":
-            spared = _recomputed_norm_bytes(case, stream)
-            return attention + mlp - (1 if tile else 2) * spared, max(spared + hidden, tile)
-        case "attention":
-            return hidden + mlp, max(attention, tile)
-        case "mlp":
-            return attention + hidden, mlp
-        case "full":
-            return hidden, attention + mlp + tile
-
-
-def _expert_bytes(case: MemoryCase, share: Share) -> int:
-    """Bytes that a router, its experts and the shared ones keep, which read a whole sequence."""
-    shape, size = case.shape, case.element_bytes
-    expert, count = shape.moe_intermediate_size or 0, shape.num_experts or 0
-    rows, inner = case.tokens * shape.num_experts_per_token, 4 if shape.gated_mlp else 2
-    stream = case.tokens * shape.hidden_size
-    # The router's input in fp32 too, its logits, scores and their normalised form; of each row order and place.
-    router = stream * (4 if size < 4 else 0) + 3 * 4 * case.tokens * count + 2 * 8 * rows
-    # Rows sorted by expert, up, gelu | gate, silu, up, product, and outputs in the tokens' order.
-    routed = rows * (2 * shape.hidden_size + inner * expert // share.tensor) * size
-    shared = case.tokens * inner * shape.num_shared_experts * expert // share.tensor * size
-    return stream // share.slices * size + (stream * size if share.slices > 1 else 0) + router + routed + shared
-
-
-_RING_TILE = 1024  # queries, and keys, of ring_attention.py
-
-
-def _context_bytes(case: MemoryCase, share: Share) -> int:
-    """What attention of a context group holds for a time, beyond what the MLP behind it has freed in a backward pass.
-
-    Messages; in a ring also sums in fp32, and a tile's scores.
-    """
-    if case.topology.context == 1:
-        return 0
-    inner = case.tokens * case.shape.intermediate_size // share.tensor
-    freed = 0 if case.mlp_chunk_tokens else (4 if case.shape.gated_mlp else 2) * inner * case.element_bytes
-    tokens, width = case.tokens, case.shape.head_dim
-    queries = tokens * share.heads * width
-    keys = (
-        2 * tokens * (share.key_value_heads if case.ring else max(share.key_value_heads, case.topology.context)) * width
-    )
-    if not case.ring:
-        return max(0, 2 * (queries + keys) * case.element_bytes - freed)
-    tile = min(_RING_TILE, case.sequence_length // case.topology.context // 2)
-    scores = case.micro_batch * share.heads * tile**2 * (8 + 2 * case.element_bytes)
-    return max(0, scores + 4 * (queries + 3 * keys) + 2 * keys * case.element_bytes - freed)
-
-
-def _tile_bytes(case: MemoryCase, share: Share, mlp: int) -> int:
-    """Bytes that the backward pass of an MLP in tiles holds for a time.
-
-    Args:
-        mlp: bytes that the whole MLP would keep.
-    """
-    tokens, gated = min(case.tokens, case.mlp_chunk_tokens or case.tokens), case.shape.gated_mlp
-    # Beside what a tile keeps, gradients: of gelu and up | of product, silu and up, less the product.
-    gradients = (2 if gated else 1) * case.shape.intermediate_size // share.tensor * case.element_bytes
-    name = f"layers.{share.blocks[0]}.mlp."
-    weights = sum(math.prod(size) for own, size in share.parameters().items() if own.startswith(name))
-    # Gradients of the weights are summed in fp32, beside those of a tile.
-    return mlp * tokens // case.tokens + tokens * gradients + (4 + case.element_bytes) * weights
-
-
-def _recomputed_norm_bytes(case: MemoryCase, stream: int) -> int:
-    """What the recomputation of a norm before attention or MLP spares, which a block may lack."""
-    return (
-        0 if case.shape.norm_placement == "post" else stream * _norm_bytes(case, case.shape.normalization == "rms_norm")
-    )
-
-
-def _norm_bytes(case: MemoryCase, rms: bool) -> int:
-    """Bytes per element that a norm saves: its input, or input and result in fp32 without a fused RMS norm."""
-    return 8 if case.on_cpu and rms else case.element_bytes
-
-
-def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
-    """Bytes of the chunked cross-entropy at its largest: a chunk's logits several times over, and two gradients.
-
-    Args:
-        tensor: ranks that divide the vocabulary.
-    """
-    vocabulary, hidden = math.ceil(case.shape.vocab_size / tensor), case.shape.hidden_size
-    chunk = min(case.tokens, case.loss_chunk_tokens)
-    logits = chunk * vocabulary * (2 * case.element_bytes + 4)  # logits, their gradient; probabilities in fp32
-    # The weight's gradient is summed in fp32. A CPU holds a chunk's product beside it; the backward pass a narrow copy
-    # and the scaled gradient of the hidden states.
-    head = "embedding.tokens.weight" if case.shape.tie_word_embeddings else "head.weight"
-    weight = vocabulary * hidden if head not in case.frozen else 0
-    narrow = weight * case.element_bytes if case.element_bytes < 4 else 0
-    hidden_gradient = case.tokens * hidden * case.element_bytes
-    forward, backward = logits + (narrow if case.on_cpu else 0), narrow + hidden_gradient
-    scaled = hidden_gradient if case.shape.width_multiplier != 1 else 0  # beside the hidden states that the head gets
-    return hidden_gradient + 4 * weight + max(forward + scaled, backward)
 
 
 def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]]:

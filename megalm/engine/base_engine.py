@@ -9,7 +9,7 @@ import resource
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -428,6 +428,16 @@ class EngineBase(ABC):
         """
         missing = -tokens.shape[1] % self._multiple
         return self._sequence.cut(torch.from_numpy(np.pad(tokens, ((0, 0), (0, missing)))).to(self._device))
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        self._exchange_average()
+        yield
+        self._exchange_average()  # not after an error, which ends the run: other ranks would not join
+
+    def _exchange_average(self) -> None:
+        self._state.exchange_average()
+        self._frozen.forget_second_copies()
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:

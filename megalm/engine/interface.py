@@ -6,6 +6,7 @@ Imports neither deepspeed nor torch.distributed; only train/setup.py knows the c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -158,6 +159,9 @@ class Engine(Protocol):
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
         """Return the sum of losses in nats over the micro-batches of all data-parallel ranks."""
+
+    def averaged_weights(self) -> AbstractContextManager[None]:
+        """Inside, the model has the moving average of its weights; for evaluation. The run needs train.ema_decay."""
 
     def row_losses(self, batch: MicroBatch) -> npt.NDArray[np.float64]:
         """Return the sum of losses in nats of each row [B]; all ranks pass the same rows, which are single texts."""

@@ -42,8 +42,8 @@ class ZeroEngine(EngineBase):
             # block.
             set_z3_leaf_modules(model, [Block])
             # Where no input of a block has a gradient, its hooks would run before its backward pass, not after it.
-            lowest = lowest_block(context.shape, frozen_parameters(context.shape, train.parameter_groups))
-            model.gradient_down_to = lowest if lowest > 0 else None
+            frozen = frozen_parameters(context.shape, train.parameter_groups)
+            model.gradient_down_to = lowest_block(context.shape, frozen)
         super().__init__(model, model, context, model.head.output)
         if context.run.deepspeed["zero_optimization"].get("offload_param"):
             for parameter in model.parameters():

@@ -179,8 +179,6 @@ class Card:
         return name, sizes.pop() if len(sizes) == 1 == len(orders) else None
 
     def _validation(self) -> Iterator[Fact]:
-        if self.ema:
-            return
         rows = self._validations()
         for row in rows:
             words = [_loss(row["loss"])]
@@ -192,18 +190,21 @@ class Card:
         loss, count = manifest.whole_validation_loss, manifest.whole_validation_tokens
         if loss is None:
             loss, count = manifest.validation_loss, manifest.validation_tokens
-        if loss is not None and not rows:
+        if loss is not None and not rows and not self.ema:
             tokens = f" ({count:,} tokens)" if count else ""
             yield "validation", f"{_loss(loss)}{tokens}"
 
     def _validations(self) -> list[Row]:
-        """The last validation of each dataset at this step and attempt, from metrics.jsonl; none of an average."""
-        if self._metrics is None or self.ema:
+        """The last validation of each dataset at this step and attempt, from metrics.jsonl; of an average its loss."""
+        if self._metrics is None:
             return []
         step, attempt = self.manifest.step, self.manifest.attempt
         rows = [row for row in live_rows(read_metrics(self._metrics)) if row["kind"] == "eval" and row["step"] == step]
-        rows = [row for row in rows if row.get("attempt", 1) == attempt and isinstance(row.get("loss"), float)]
-        return list({row.get("dataset"): row for row in rows if math.isfinite(row["loss"])}.values())
+        rows = [row for row in rows if row.get("attempt", 1) == attempt]
+        if self.ema:  # the other columns are of the weights themselves
+            rows = [{**row, "loss": row.get("ema_loss"), "perplexity": None, "bits_per_byte": None} for row in rows]
+        rows = [row for row in rows if isinstance(row.get("loss"), float) and math.isfinite(row["loss"])]
+        return list({row.get("dataset"): row for row in rows}.values())
 
     def _settings(self) -> Iterator[Fact]:
         manifest = self.manifest

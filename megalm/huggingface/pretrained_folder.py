@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import is_finite
+from megalm.checkpoint.manifest import refuse_adapter
 from megalm.errors import DataError
 from megalm.huggingface.config_json import family_of_config, to_shape
 from megalm.huggingface.export_weights import INDEX, WEIGHTS, from_hf
@@ -146,12 +147,8 @@ def is_buffer(name: str) -> bool:
 def _config(folder: Path, ignored_keys: Collection[str]) -> dict[str, Any]:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give a local folder with config.json and {WEIGHTS}")
-    if not (folder / "config.json").is_file() and (folder / "adapter_config.json").is_file():
-        raise DataError(
-            f"{folder} has an adapter (adapter_config.json), not a whole model; merge it into its model and save that "
-            "(peft: merge_and_unload, docs/after-training.md)"
-        )
     if not (folder / "config.json").is_file():
+        refuse_adapter(folder)
         raise DataError(f"{folder} has no config.json; give the folder of a Hugging Face model")
     return read_config(folder / "config.json", ignored_keys)
 

@@ -109,7 +109,7 @@ class Attention(nn.Module):
         if new < known:  # the keys of a cache come first
             seen = self.rule.seen(new, known, query.device)
             return dense_attention(query, key, value, self.rule, seen, sinks)
-        if mask is not None and mask.blocks:
+        if mask is not None and self.rule.window in mask.blocks:
             return flex(query, key, value, self.rule, mask.blocks[self.rule.window], sinks)
         if query.device.type == "cpu":
             return blockwise_attention(query, key, value, mask.documents if mask else None, self.rule, sinks)

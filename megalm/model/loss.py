@@ -61,7 +61,7 @@ def chunk_loss(products: Tensor, labels: Tensor, gradient: bool, rule: LogitRule
     targets = labels.clamp(min=0).unsqueeze(1)
     # Exponentials are taken once, for their sum and for the gradient: a log-softmax takes them twice.
     highest = logits.amax(-1, keepdim=True).float()
-    shifted = logits.float().sub(highest)
+    shifted = logits.sub(highest).float()  # in fp32, without an fp32 copy of the logits beside it
     target = shifted.gather(1, targets)
     exponentials = shifted.exp_()
     total = exponentials.sum(-1, keepdim=True)
@@ -131,6 +131,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 torch.mm(logits_grad, weight, out=hidden_grad[rows])
             if weight_grad is not None:
                 _add_product(weight_grad, logits_grad.t(), hidden[rows])
+            del logits_grad  # it would stay beside the next chunk's logits
         if observe is not None:
             observe(torch.cat(parts))
         ctx.save_for_backward(hidden_grad, weight_grad)

@@ -417,7 +417,7 @@ class LanguageModel(nn.Module):
         hidden = self.embedding(tokens, documents, len(caches[0]) if caches else 0)
         for index, block in enumerate(self.layers):
             assert isinstance(block, Block)
-            if index == self.gradient_down_to and torch.is_grad_enabled():
+            if index == self.gradient_down_to and torch.is_grad_enabled() and not hidden.requires_grad:
                 hidden = hidden.detach().requires_grad_()
             hidden = block.run(hidden, mask, caches[index] if caches else None)
         hidden = self.final_norm(hidden)

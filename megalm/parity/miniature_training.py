@@ -16,7 +16,7 @@ import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
-from megalm.data.sampling.batch_loader import BatchLoader
+from megalm.data.sampling.batch_loader import BatchLoader, GlobalBatch
 from megalm.data.sampling.samples import IGNORE_INDEX, Samples
 from megalm.engine.build import build_engine
 from megalm.engine.distributed import DistributedCommunicator
@@ -107,7 +107,7 @@ def train_and_resume(
         say()
         second = steps(engine, loader, run, SAVED + 1, STEPS)
         trained = Trace([*first.losses, *second.losses], [*first.norms, *second.norms], second.fragments)
-        validation = engine.evaluate(loader.batch(run.stages.samples(STEPS)).micro_batches)
+        validation = validation_losses(engine, run, loader.batch(run.stages.samples(STEPS)))
         texts = np.random.default_rng(3).integers(0, VOCABULARY, (2, run.config.data.sample_length))
         logits = engine.next_token_logits(texts, np.array([3, run.config.data.sample_length - 1]))
         choices = engine.row_losses(some_choices(VOCABULARY, run.config.data.sample_length - 1))
@@ -159,6 +159,15 @@ def steps(engine: Engine, loader: BatchLoader, run: ResolvedRun, first: int, las
         losses.append(result.loss)
         norms.append(result.grad_norm)
     return Trace(losses, norms, snapshot(engine))
+
+
+def validation_losses(engine: Engine, run: ResolvedRun, batch: GlobalBatch) -> list[float]:
+    """Return the sum of losses in nats, and where the run validates it, that with the average of the weights."""
+    losses = [engine.evaluate(batch.micro_batches)]
+    if run.config.evaluates_ema:
+        with engine.averaged_weights():
+            losses.append(engine.evaluate(batch.micro_batches))
+    return losses
 
 
 def snapshot(engine: Any) -> Fragments:

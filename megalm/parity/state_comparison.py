@@ -30,15 +30,16 @@ class Trace:
 
 @dataclass
 class Outcome:
-    """What one rank shows of a layout: its first state, its steps, the next batch's validation loss, [B, V] logits.
+    """What one rank shows of a layout: its first state, its steps, the next batch's validation losses, [B, V] logits.
 
     Attributes:
+        validation: the loss, and where the run keeps an average of the weights, the loss with that.
         choices: [B] the losses of some rows, as of the choices of a question.
     """
 
     initial: Trace
     trained: Trace
-    validation: float
+    validation: list[float]
     logits: Array
     choices: npt.NDArray[np.float64]
 
@@ -99,7 +100,7 @@ def difference(ranks: Sequence[Outcome], reference: Outcome) -> Difference:
     return Difference(
         initial_weights=differing(initial, first),
         loss=max(
-            relative([*rank.trained.losses, rank.validation], [*reference.trained.losses, reference.validation])
+            relative([*rank.trained.losses, *rank.validation], [*reference.trained.losses, *reference.validation])
             for rank in ranks
         ),
         norm=max(relative(rank.trained.norms, reference.trained.norms) for rank in ranks),

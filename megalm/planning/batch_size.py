@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings
@@ -15,6 +16,7 @@ from megalm.planning.memory_fit import USABLE_MEMORY
 from megalm.topology import Topology
 
 _CHOICE = f"the largest that divides the batch and fits into {USABLE_MEMORY:.0%} of the memory by the estimate"
+_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,16 @@ class BatchPlan:
 
     def __post_init__(self) -> None:
         assert self.global_batch == self.micro_batch * self.accumulation * self.data_parallel, self
+
+    @staticmethod
+    def of_json(settings: Mapping[str, Any]) -> BatchPlan | None:
+        """Return the batch of a DeepSpeed JSON that has all three sizes; None: it has not."""
+        sizes = [size for size in map(settings.get, _SIZES) if isinstance(size, int) and size > 0]
+        if len(sizes) < len(_SIZES):
+            return None
+        total, micro, accumulation = sizes
+        ranks, rest = divmod(total, micro * accumulation)
+        return None if rest else BatchPlan(total, micro, accumulation, ranks)
 
     def of(self, sequences: int) -> BatchPlan:
         """Return the plan of another global batch, which differs in its accumulation alone."""
@@ -50,6 +62,7 @@ class RunBatch:
         asked_for: the JSON's train_batch_size is "auto": it applies if it divides.
         key: the key that sets it.
         later: the later stages of `schedule.batch`.
+        largest_micro_batch: that the run takes where the device's memory decides; None: any.
     """
 
     sequences: int | None = None
@@ -58,17 +71,19 @@ class RunBatch:
     asked_for: bool = False
     key: str = "batch.global_sequences"
     later: tuple[BatchStage, ...] = ()
+    largest_micro_batch: int | None = None
 
     @staticmethod
     def of(loaded: LoadedConfig, ds: DeepSpeedConfig) -> RunBatch:
         """Return the value for a run with this JSON."""
         key, stages = "batch.global_sequences", loaded.config.schedule.batch
         auto = any(outcome.key == "train_batch_size" and outcome.value == "auto" for outcome in ds.outcomes)
+        most = ds.largest_micro_batch
         if stages and stages[0].from_step <= 1:
             key = "schedule.batch"
-            return RunBatch(stages[0].sequences, loaded.sources[key], True, auto, key, stages[1:])
+            return RunBatch(stages[0].sequences, loaded.sources[key], True, auto, key, stages[1:], most)
         sequences = loaded.config.batch.global_sequences
-        return RunBatch(sequences, loaded.sources[key], key in loaded.explicit_keys, auto, key, stages)
+        return RunBatch(sequences, loaded.sources[key], key in loaded.explicit_keys, auto, key, stages, most)
 
 
 def plan_batch(
@@ -112,18 +127,18 @@ def plan_batch(
                 "batch.global_sequences in the run configuration"
             )
         total = micro * (steps or 1) * ranks
-        notices = [f"train_batch_size is missing: {total}, which changes with the number of ranks"]
+        notices = [f"train_batch_size is missing: {total}, by the number of ranks; a resumed run keeps it"]
     for name, size in ((f"{where}: {named}", total), *_later_batches(run_batch.later)):
         if size % ranks:
             raise ConfigError(
                 f"{name}={size} does not divide over {ranks} data-parallel ranks; "
-                f"use {_nearest_multiples(size, ranks)}, or {_words(_divisors(size))} ranks"
+                f"use {_nearest_multiples(size, ranks)}, or {_words(divisors(size))} ranks"
             )
     per_rank, later = total // ranks, [stage.sequences for stage in run_batch.later]
     if not isinstance(micro, int):
         if chooses_micro_batch(settings):
             given = "missing" if micro is None else '"auto"'
-            micro, chosen = _largest_that_fits([total, *later], ranks, fits, given)
+            micro, chosen = _largest_that_fits([total, *later], ranks, fits, given, run_batch.largest_micro_batch)
             notices += chosen
         else:
             micro = max(1, per_rank // (steps or 1))
@@ -136,7 +151,7 @@ def plan_batch(
             raise ConfigError(
                 f"{name}={size} is not a multiple of train_micro_batch_size_per_gpu={micro} x {ranks} data-parallel "
                 f"ranks = {micro * ranks}; use {_nearest_multiples(size, micro * ranks)}, or a micro-batch of "
-                f"{_words(_divisors(math.gcd(per_rank, *(batch // ranks for batch in later))))}"
+                f"{_words(divisors(math.gcd(per_rank, *(batch // ranks for batch in later))))}"
             )
     return BatchPlan(total, micro, steps, ranks), notices
 
@@ -154,16 +169,18 @@ def takes_run_batch(settings: DeepSpeedSettings, ranks: int, run_batch: RunBatch
 
 
 def _largest_that_fits(
-    batches: Sequence[int], ranks: int, fits: Callable[[BatchPlan], bool], given: str
+    batches: Sequence[int], ranks: int, fits: Callable[[BatchPlan], bool], given: str, limit: int | None
 ) -> tuple[int, list[str]]:
     most, common = max(batches), math.gcd(*(batch // ranks for batch in batches))
-    plans = (BatchPlan(most, micro, most // ranks // micro, ranks) for micro in reversed(_divisors(common)))
+    sizes = [size for size in reversed(divisors(common)) if size <= (limit or size)]
+    plans = (BatchPlan(most, micro, most // ranks // micro, ranks) for micro in sizes)
     micro = next((plan.micro_batch for plan in plans if fits(plan)), None)
     if micro is None:
         return 1, [
             f"train_micro_batch_size_per_gpu ({given}): 1; even that needs more than {USABLE_MEMORY:.0%} of the memory"
         ]
-    return micro, [f"train_micro_batch_size_per_gpu ({given}): {micro}, {_CHOICE}"]
+    no_more = "" if limit is None else f"; a resumed run takes no more than before, {limit}"
+    return micro, [f"train_micro_batch_size_per_gpu ({given}): {micro}, {_CHOICE}{no_more}"]
 
 
 def _contradiction(named: str, total: int, micro: int, steps: int, topology: Topology, explicit_steps: bool) -> str:
@@ -178,8 +195,8 @@ def _contradiction(named: str, total: int, micro: int, steps: int, topology: Top
             f"gradient_accumulation_steps={steps} x {ranks} data-parallel ranks = {micro * steps * ranks}; "
             f"{fits}remove gradient_accumulation_steps{also}"
         )
-    near = sorted(sorted(_divisors(total // ranks), key=lambda size: abs(size - micro))[:2])
-    fits = f", or {_words(_divisors(fitting))} data-parallel ranks" if not remainder else ""
+    near = sorted(sorted(divisors(total // ranks), key=lambda size: abs(size - micro))[:2])
+    fits = f", or {_words(divisors(fitting))} data-parallel ranks" if not remainder else ""
     return (
         f"{named}={total} is not a multiple of train_micro_batch_size_per_gpu={micro} x {ranks} data-parallel "
         f"ranks = {micro * ranks}; use a batch of {_nearest_multiples(total, micro * ranks)}, "
@@ -192,7 +209,8 @@ def _nearest_multiples(value: int, step: int) -> str:
     return f"{below} or {below + step}" if below else str(step)
 
 
-def _divisors(value: int) -> list[int]:
+def divisors(value: int) -> list[int]:
+    """Return the divisors of a number, the smallest first."""
     small = [size for size in range(1, int(value**0.5) + 1) if value % size == 0]
     return sorted({*small, *(value // size for size in small)})
 

@@ -342,6 +342,14 @@ def one_source_of_validation(case: CheckContext) -> None:
         raise ConfigError(f"data.validation={named} and data.split={data.split} both choose validation data; keep one")
 
 
+def average_exists(case: CheckContext) -> None:
+    if case.config.evaluate.ema and case.config.train.ema_decay is None:
+        raise ConfigError(
+            "evaluate.ema=true validates an average of the weights, but the run keeps none; set train.ema_decay=0.999, "
+            "or remove it"
+        )
+
+
 def validation_sets_have_names(case: CheckContext) -> None:
     data = case.config.data
     if isinstance(data.validation, dict):
@@ -690,6 +698,7 @@ RULES: tuple[Rule, ...] = (
     input_belongs_to_one_dataset,
     one_source_of_validation,
     validation_sets_have_names,
+    average_exists,
     split_is_two_weights,
     one_length_of_training,
     warmup_ends_before_training,

@@ -28,6 +28,8 @@ def install(capability: tuple[int, int], sequence_length: int, watcher: Watcher)
     """Replace them for the rest of the process."""
     for owner, name, value in (*_of_torch(watcher), *_kernels(capability), *_of_deepspeed(sequence_length)):
         setattr(owner, name, value)
+    # Without a kernel for "cuda" autograd would take it apart, and hold each of five results.
+    torch.library.impl("aten::silu_backward", "cuda", lambda gradient, _: torch.empty_like(gradient))
 
 
 def _of_torch(watcher: Watcher) -> Iterator[Replacement]:

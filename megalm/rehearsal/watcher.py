@@ -44,6 +44,7 @@ _KINDS = {  # beginning of an operator's name -> how it is watched
     "aten._unique2": "dynamic",
     "aten._to_copy": "convert",
     "aten.copy_": "copy",
+    "aten._scaled_dot_product_flash_attention_backward": "flash_backward",
     "c10d": "collective",
     "aten.lift_fresh": "lift",
     "prim": "other",
@@ -110,6 +111,11 @@ class DeviceMemory:
         if self.live > self.peak:
             self.peak, self.peak_place = self.live, place_of(sys._getframe(1))
 
+    def borrow(self, size: int) -> None:
+        """Count bytes that an operation has allocated and freed again."""
+        if self.live + size > self.peak:
+            self.peak, self.peak_place = self.live + size, place_of(sys._getframe(1))
+
     def restart_peak(self) -> None:
         self.peak, self.peak_place = self.live, "before"
 
@@ -171,7 +177,9 @@ class Watcher(TorchDispatchMode):
                 memory.see(tensor)
             if kwargs.get("pin_memory") or (kind == "lift" and self._is_pinned(args[0])):
                 self._pinned.add(tensor.untyped_storage())
-        if kind == "convert":
+        if kind == "flash_backward":
+            self.memory["cuda"].borrow(_flash_scratch(*args[1:3]))
+        elif kind == "convert":
             self._copied(inputs[0], outputs[0], kwargs.get("non_blocking", False))
         elif kind == "copy":
             self._copied(args[1], args[0], kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
@@ -221,6 +229,13 @@ class Watcher(TorchDispatchMode):
         kinds = {_is_on_gpu(tensor) for tensor in inputs if tensor.ndim or _is_on_gpu(tensor)}
         if len(kinds) > 1:
             self.note("mixed")
+
+
+def _flash_scratch(query: Tensor, key: Tensor) -> int:
+    """Bytes that torch's flash attention holds beside its gradients: the sum of the queries' gradients in fp32, and
+    where query heads share keys, the keys' and values' gradients of each query head."""
+    shares_keys = key.shape[1] != query.shape[1]
+    return query.numel() * (4 + (2 * query.element_size() if shares_keys else 0))
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:

@@ -10,7 +10,8 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   emptiest expert of any layer, 1: its equal share), router_entropy (nats, the mean over tokens and layers),
   router_aux_loss and router_z_loss (without their coefficients, the mean over sequences and layers)
 - `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and if known
-  bits_per_byte, and loss_stderr, the standard error of the loss by the choice of the samples)
+  bits_per_byte, and loss_stderr, the standard error of the loss by the choice of the samples; with evaluate.ema also
+  ema_loss, with the moving average of the weights)
 - `task`: step, tokens, task and dataset (name and path of a file of evaluate.tasks), questions, accuracy, byte_accuracy
   (by log-likelihood per byte of a choice), their standard errors, answer_bits_per_byte (of the right choices), chance,
   cut_contexts, whole (all questions), attempt
@@ -320,7 +321,7 @@ _COLUMNS: dict[str, _Kind] = {
     **dict.fromkeys(("time", "loss", "lr", "grad_norm", "loss_scale", "tokens_per_second", "step_seconds"), _NUMBER),
     **dict.fromkeys(("mfu", "perplexity", "bits_per_byte", "seconds", "stall_seconds", "startup_seconds"), _NUMBER),
     **dict.fromkeys(("low", "high", "median", "best_loss", "loss_stderr", "own_seconds", "median_seconds"), _NUMBER),
-    **dict.fromkeys(("lasted_seconds", "temperature", "expert_load_max", "expert_load_min"), _NUMBER),
+    **dict.fromkeys(("lasted_seconds", "temperature", "expert_load_max", "expert_load_min", "ema_loss"), _NUMBER),
     **dict.fromkeys(("router_entropy", "router_aux_loss", "router_z_loss"), _NUMBER),
     **dict.fromkeys(("lasted_seconds", "temperature", "accuracy", "accuracy_error", "byte_accuracy"), _NUMBER),
     **dict.fromkeys(("byte_accuracy_error", "answer_bits_per_byte", "chance"), _NUMBER),

@@ -21,12 +21,14 @@ from typing import Any
 from megalm.checkpoint.discovery import BEST, LATEST, complete_checkpoints, list_checkpoints
 from megalm.checkpoint.manifest import read_manifest
 from megalm.checkpoint.shard_spec import WEIGHTS
-from megalm.config.deepspeed.json_reader import parse_deepspeed_json
-from megalm.config.schema import RunSection
+from megalm.config.deepspeed.json_reader import open_deepspeed_json, parse_deepspeed_json
+from megalm.config.schema import RunConfig, RunSection
 from megalm.config.validation import parse_yaml
 from megalm.errors import ConfigError
+from megalm.planning.batch_size import BatchPlan
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import job_and_restarts, submit_options
+from megalm.runs.elastic import EarlierStarts
 from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
 from megalm.utils.addresses import hide_credentials_in_word
 from megalm.utils.atomic_files import is_stranger, write_bytes_atomically, write_json
@@ -179,6 +181,27 @@ class RunFolder:
         for path in (self.metrics, self.log):
             if path.exists() and not os.access(path, os.W_OK):
                 raise ConfigError(f"{path} cannot be written; check its owner and permissions")
+
+    def earlier_starts(self, config: RunConfig) -> EarlierStarts:
+        """Return what the folder records of the run's starts.
+
+        Args:
+            config: of its config.yaml.
+
+        Raises:
+            ConfigError: a DeepSpeed JSON of the last start is damaged.
+        """
+        ranks = None
+        with contextlib.suppress(ConfigError):  # whoever needs the rest of the file reports it
+            ranks = read_mapping(self.environment_json).get("world_size")
+        last = self.resolved_deepspeed_json
+        batches = [BatchPlan.of_json(read_mapping(last))]
+        for path in last.parent.glob(_old_name(last, "*").name):
+            with contextlib.suppress(ConfigError, OSError):
+                batches.append(BatchPlan.of_json(read_mapping(path)))
+        known = tuple(batch for batch in batches if batch is not None) if batches[0] is not None else ()
+        given = open_deepspeed_json(self.deepspeed_json).settings if self.deepspeed_json.is_file() else None
+        return EarlierStarts(config, ranks if isinstance(ranks, int) else None, known, given)
 
     @property
     def is_empty(self) -> bool:

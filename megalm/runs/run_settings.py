@@ -26,6 +26,7 @@ from megalm.errors import ConfigError
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_checks import check_run
 from megalm.rank_environment import job_and_restarts
+from megalm.runs.elastic import fit_to_ranks
 from megalm.runs.run_folder import CONFIG_FILE, RunFolder, command_line, newest_run, read_mapping
 from megalm.utils.formatting import flatten_mapping
 from megalm.utils.remote_files import check_address
@@ -160,8 +161,8 @@ def read_settings(
 ) -> ConfigFiles:
     """Read both configuration files of a new run, or of an existing one with `resume` or in a restart of its job.
 
-    Without a given DeepSpeed JSON, use that of a recipe named now, else the run's own, else the default. A checkpoint
-    can be resumed in any parallel layout: if the run's own does not divide `ranks`, and none is given, use the default.
+    Without a given DeepSpeed JSON, use that of a recipe named now, else the run's own, else the default. A resumed run
+    keeps its global batch; see `fit_to_ranks`.
 
     Args:
         device, data_needed: of `check_run`, which tells all else that is wrong beside a file; None: of any device.
@@ -180,11 +181,6 @@ def read_settings(
     if own is not None:
         # By its name: another job may begin a newer unnamed run at any moment.
         loaded, saved = given.resumed_run(own.config_yaml, own.name), given.saved_config(own.config_yaml)
-        degrees = loaded.config.parallel
-        if ranks % (degrees.tensor * degrees.context * degrees.pipeline) and not any(
-            key.startswith("parallel.") for key in loaded.explicit_keys
-        ):
-            loaded = given.resumed_run(own.config_yaml, own.name, dropped=("parallel",))
     default = named_json(_DEFAULT_DEEPSPEED_CONFIG) if own is None else own.deepspeed_json
     named = named_json(deepspeed_config) if deepspeed_config else _recipe_json(loaded) or default
     try:
@@ -196,6 +192,9 @@ def read_settings(
     ):  # saved values, like those of config.yaml: the user's replace them
         implied = {key: value for key, value in deepspeed.run_settings.items() if key not in loaded.explicit_keys}
         deepspeed = replace(deepspeed, run_settings=implied)
+    if own is not None and saved is not None and not (loaded.problems or deepspeed.problems):
+        earlier = own.earlier_starts(saved)
+        loaded, deepspeed = fit_to_ranks(loaded, deepspeed, ranks, device or _ANY_DEVICE, earlier)
     if loaded.problems or deepspeed.problems:
         check_run(loaded, deepspeed, ranks, device or _ANY_DEVICE, data_needed)
     return ConfigFiles(loaded, deepspeed, saved)

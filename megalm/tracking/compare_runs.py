@@ -42,6 +42,7 @@ class Results:
         validation_targets, best_validation_targets: tokens that the last and the best validation loss are means of; the
             two do not compare where these differ.
         validation_stderr: standard error of the last validation loss by the choice of the samples.
+        validation_ema_loss: the last validation loss with the moving average of the weights.
         attempts: number of attempts begun, including those of rollbacks.
         scatter: name -> median absolute deviation of a per-step number; for the training loss, over the last tenth of
             the steps.
@@ -57,6 +58,7 @@ class Results:
     final_validation_loss: float | None
     validation_targets: int | None
     validation_stderr: float | None
+    validation_ema_loss: float | None
     best_validation_loss: float | None
     best_validation_step: int | None
     best_validation_targets: int | None
@@ -176,6 +178,7 @@ def results(run: RunRecord) -> Results:
         final_validation_loss=end_row.get("loss"),
         validation_targets=end_row.get("targets"),
         validation_stderr=end_row.get("loss_stderr"),
+        validation_ema_loss=end_row.get("ema_loss"),
         best_validation_loss=best["loss"] if best else None,
         best_validation_step=best.get("step") if best else None,
         best_validation_targets=best.get("targets") if best else None,

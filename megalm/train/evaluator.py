@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +32,7 @@ class Evaluation:
         parts: the single sets' evaluations, for a total over several sets.
         stderr: standard error of the loss by the sample that was drawn, from the scatter of the batches around it; None
             for a set of one batch.
+        ema_loss: with the moving average of the weights, if that was evaluated too.
     """
 
     dataset: str
@@ -39,6 +41,7 @@ class Evaluation:
     bits_per_byte: float | None
     parts: tuple[Evaluation, ...] = ()
     stderr: float | None = None
+    ema_loss: float | None = None
 
     @property
     def perplexity(self) -> float:
@@ -46,7 +49,8 @@ class Evaluation:
 
     def __str__(self) -> str:
         bits = f", {self.bits_per_byte:.3f} bits per byte" if self.bits_per_byte is not None else ""
-        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits} ({self.targets:,} tokens)"
+        average = f", loss of the EMA {self.ema_loss:.4f}" if self.ema_loss is not None else ""
+        return f"loss {self.loss:.4f}, perplexity {self.perplexity:.2f}{bits} ({self.targets:,} tokens){average}"
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,7 @@ class Evaluator:
         token_bytes: [V] UTF-8 bytes that each token decodes to.
         replicas: number of ranks that read the same samples (tensor, context and pipeline neighbors).
         heartbeat: called after every batch.
+        averaged_weights: the engine's, where the moving average of the weights is evaluated too, in a second pass.
     """
 
     sets: Mapping[str, tuple[Iterable[GlobalBatch], Iterable[GlobalBatch]]]
@@ -94,9 +99,20 @@ class Evaluator:
     comm: Communicator
     replicas: int = 1
     heartbeat: Callable[[], None] = lambda: None
+    averaged_weights: Callable[[], AbstractContextManager[None]] | None = None
 
     def evaluate(self, engine: Evaluable, whole: bool) -> Evaluation | None:
         """Evaluate all sets, complete or in part. Collective; returns None without a validation set."""
+        found = self._evaluate(engine, whole)
+        if found is None or self.averaged_weights is None:
+            return found
+        with self.averaged_weights():
+            average = self._evaluate(engine, whole)
+        assert average is not None
+        pairs = zip(found.parts, average.parts, strict=True)
+        return replace(found, ema_loss=average.loss, parts=tuple(replace(one, ema_loss=it.loss) for one, it in pairs))
+
+    def _evaluate(self, engine: Evaluable, whole: bool) -> Evaluation | None:
         sums = {name: self._sums(engine, loaders[whole]) for name, loaders in self.sets.items()}
         if not sums:
             return None
@@ -112,7 +128,8 @@ class Evaluator:
     def preflight(self, engine: Evaluable) -> None:
         """Preflight: evaluate one batch, to find out whether memory suffices."""
         for _, whole in list(self.sets.values())[:1]:
-            engine.evaluate(next(iter(whole)).micro_batches)
+            with self.averaged_weights() if self.averaged_weights is not None else nullcontext():
+                engine.evaluate(next(iter(whole)).micro_batches)
 
     def _sums(self, engine: Evaluable, loader: Iterable[GlobalBatch]) -> _Sums:
         batches, local_bytes = [], 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ class RunCheckpointer:
 
     def _facts(self, counters: dict[str, Any], position: TrainingProgress) -> dict[str, Any]:
         run, evaluation = self._run, position.evaluation
-        topology = run.topology
+        topology, batch = run.topology, run.batch.of(run.stages.at(max(1, position.step)).sequences)
         return {
             "step": position.step,
             "tokens": position.tokens,
@@ -213,13 +214,12 @@ class RunCheckpointer:
             "data_position": position.data_json(self.order_at(position.samples)),
             "schedule": position.schedule.as_json(),
             "topology": {
-                "world_size": topology.world_size,
+                **asdict(topology),
                 "data": topology.data,
-                "context": topology.context,
-                "tensor": topology.tensor,
-                "pipeline": topology.pipeline,
                 "zero_stage": run.zero_stage,
                 "precision": run.precision,
+                "micro_batch": batch.micro_batch,
+                "accumulation": batch.accumulation,
             },
             **identity_of(run, self._shape, self._data, position.samples),
             "tokenizer": self._tokenizer.spec,  # its path at the time; the fingerprint identifies it

@@ -437,6 +437,7 @@ def _components(
             comm,
             replicas=run.topology.copy_ranks,
             heartbeat=limits.heartbeat,
+            averaged_weights=engine.averaged_weights if config.evaluates_ema else None,
         ),
         checkpoints=checkpoints,
         sampler=SampleWriter(folder.samples, config.sample, length, config.train.seed, data.tokenizer, comm, console),

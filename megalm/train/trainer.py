@@ -184,6 +184,7 @@ class MetricsRecorder:
                 targets=result.targets,
                 whole=whole,
                 attempt=position.attempt,
+                **({} if result.ema_loss is None else {"ema_loss": result.ema_loss}),
             )
         of_set = "" if result.dataset == TOTAL else f" on {result.dataset}"
         parts.reporter.info(f"step {position.step}: validation{of_set} {result}")

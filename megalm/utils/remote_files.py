@@ -101,7 +101,11 @@ def put_file(
 
     class Counter(Callback):  # type: ignore[misc]
         def relative_update(self, inc: int = 1) -> None:
+            self.value += inc
             on_bytes(inc)
+
+        def absolute_update(self, value: int) -> None:  # of gcsfs
+            self.relative_update(value - self.value)
 
     options = {"max_concurrency": 2} if "s3" in filesystem.protocol else {}  # each part in work is in memory
     filesystem.put_file(str(path), place, callback=Counter(), chunksize=part_bytes, **options)

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests
+from megalm.parity.miniature_training import validation_losses
 from megalm.parity.state_comparison import TOLERANCES, Outcome, Tolerance, some_choices
 from megalm.planning.engine_checks import ALLOW_CPU_FP16
 from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps
@@ -24,6 +25,7 @@ STEPS = 5
 # Adam moves a weight by a whole step however small its gradient is, down to about epsilon. At the usual 1e-8 it would
 # make steps of gradients that are rounding alone; gradients here are about 1e-4.
 EPSILON = 1e-6
+AVERAGED = "train.ema_decay=0.6"
 # A row with moments in fewer bytes is compared with one rank whose moments are fp32: what differs is their rounding.
 STATES_TOLERANCES = {
     "bf16": Tolerance(loss=2e-5, norm=1e-4, weights=5e-3, moments=2e-2, logits=5e-3),
@@ -224,6 +226,7 @@ class Row:
             (
                 *(word for word in MODELS[self.model] if word not in self._left_out),
                 f"model.num_hidden_layers={self._blocks}",
+                AVERAGED,
                 *overrides,
             ),
             {
@@ -306,7 +309,14 @@ def train(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Pat
     engine, run, loader = start(comm, device, case, prefix, folder)
     initial = Trace([], [], snapshot(engine))
     trained = steps(engine, run, loader, 1, step_count)
-    validation = engine.evaluate(loader.batch(run.stages.samples(step_count)).micro_batches)
+    batch = loader.batch(run.stages.samples(step_count))
+    validation = validation_losses(engine, run, batch)
+    if len(validation) > 1:  # the weights are the trained ones again, in the optimizer and in the model
+        assert all(
+            key == other and np.array_equal(before, after)
+            for (key, before), (other, after) in zip(trained.fragments, snapshot(engine), strict=True)
+        )
+        assert engine.evaluate(batch.micro_batches) == validation[0] != validation[1]
     texts = np.random.default_rng(3).integers(0, VOCAB, (2, 24))
     logits = engine.next_token_logits(texts, np.array([3, 23]))
     choices = engine.row_losses(some_choices(VOCAB, 23))

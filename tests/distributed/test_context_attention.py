@@ -144,7 +144,7 @@ def test_the_planned_peak_is_what_is_alive() -> None:
             shape=shape,
             sequence_length=length,
             micro_batch=1,
-            accumulation=1,
+            accumulation=2,
             precision="bf16",
             gradient_precision="fp32",
             communication_precision="fp32",
@@ -157,8 +157,8 @@ def test_the_planned_peak_is_what_is_alive() -> None:
         plan = estimate_memory(case)
         planned = plan.activations + plan.loss + gradients
         for rank in ranks:
-            # A ring's sums are added to the plan, though the loss has gone when they are there.
-            assert 1.0 <= planned / rank[method] <= (1.2 if method == "ring" else 1.1), (method, planned, rank)
+            # All gradients are added to the plan, of which some come after the peak.
+            assert 0.95 <= planned / rank[method] <= 1.08, (method, planned, rank)
 
 
 def test_every_rule_of_scores_is_compared() -> None:

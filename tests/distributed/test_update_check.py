@@ -26,17 +26,17 @@ NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}
 SMALL_SUB_GROUPS = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 2000}}
 AVERAGED = ("train.ema_decay=0.9",)
 CASES = {
-    "zero0": Case("zero1.json", settings={"zero_optimization": {"stage": 0}}),
+    "zero0": Case("zero1.json", overrides=AVERAGED, settings={"zero_optimization": {"stage": 0}}),
     "zero1": Case("zero1.json", settings={"train_micro_batch_size_per_gpu": 4}),
     "zero2": Case("zero2.json", overrides=AVERAGED),
     "zero3": Case("zero3.json", overrides=AVERAGED, settings=SMALL_SUB_GROUPS),
-    "zero1 bf16": Case("zero1.json", "bf16"),
+    "zero1 bf16": Case("zero1.json", "bf16", AVERAGED),
     "zero2 bf16": Case("zero2.json", "bf16", settings={"train_micro_batch_size_per_gpu": 4}),  # whole gradients
-    "zero3 bf16": Case("zero3.json", "bf16", settings=NO_PERSISTENCE),
+    "zero3 bf16": Case("zero3.json", "bf16", AVERAGED, NO_PERSISTENCE),
     "zero2 offload": Case("zero2_offload.json", overrides=AVERAGED),
 }
 # One data-parallel rank of two tensor-parallel ones: what each owns is a part of every parameter.
-TENSOR = {"zero1 tp2": Case("zero1.json", overrides=("parallel.tensor=2",))}
+TENSOR = {"zero1 tp2": Case("zero1.json", overrides=("parallel.tensor=2", *AVERAGED))}
 CASES_ON = {1: CASES, 2: CASES | TENSOR}
 EVERY = [(name, world_size) for world_size, cases in CASES_ON.items() for name in cases]
 STEPS, REFUSED = 5, 3
@@ -67,6 +67,9 @@ def refuse_and_leave_out(comm: Any, device: torch.device, case: Case, prefix: Pa
     for step in range(1, STEPS + 1):
         if step == REFUSED:
             around["before"] = _everything(engine)
+            if run.config.evaluates_ema:
+                with engine.averaged_weights():
+                    around["averaged"] = _everything(engine)
         refuses = step == REFUSED
         take(step)
         if step == REFUSED:
@@ -90,6 +93,7 @@ def refuse_and_leave_out(comm: Any, device: torch.device, case: Case, prefix: Pa
         "asked": asked_for,
         "answers": answers,
         **around,
+        "averages": run.config.evaluates_ema,
         "with refusal": with_refusal,
         "never seen": _everything(engine),
         "not a number": _poisoned(comm, engine, loader),
@@ -134,8 +138,18 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
         assert np.array_equal(values, others)
 
 
+def assert_exchanged(before: dict[str, Any], inside: dict[str, Any]) -> None:
+    """The average is where the weights were, and the model computes with it."""
+    states = [{(key.name, key.kind): values for key, values in found["state"]} for found in (before, inside)]
+    for name in {name for name, _ in states[0]}:
+        for kind, other in (("master", "ema"), ("ema", "master"), ("exp_avg", "exp_avg")):
+            assert np.array_equal(states[1][name, kind], states[0][name, other]), (name, kind)
+    assert not all(np.array_equal(values, others) for values, others in zip(before["low"], inside["low"], strict=True))
+
+
 @pytest.mark.parametrize(("name", "world_size"), EVERY)
 def test_a_refused_step_leaves_no_trace(ranks: Any, name: str, world_size: int) -> None:
+    """Nor does a validation of the average of the weights before it."""
     for found in (rank[name] for rank in ranks[world_size]):
         assert_same(found["before"], found["after"])
         assert_same(found["with refusal"], found["never seen"])
@@ -143,6 +157,8 @@ def test_a_refused_step_leaves_no_trace(ranks: Any, name: str, world_size: int) 
         assert [answer.refused for answer in found["answers"]] == [step == REFUSED for step in range(1, STEPS + 1)]
         # Asked once a step, though the optimizer is stepped for every group, with what the step then reports.
         assert found["asked"] == [(answer.loss, answer.grad_norm) for answer in found["answers"]]
+        if found["averages"]:
+            assert_exchanged(found["before"], found["averaged"])
     # Each rank keeps what it found itself; the refusal is everybody's.
     findings = [rank[name]["answers"][REFUSED - 1].verdict.finding for rank in ranks[world_size]]
     assert [finding is not None for finding in findings] == [rank == 0 for rank in range(world_size)]

@@ -20,6 +20,9 @@ from tests.e2e.jobs import Finished, finish, job, megalm, pretrain, rows, train_
 pytestmark = pytest.mark.e2e
 
 
+AVERAGED = "train.ema_decay=0.8"
+
+
 def evaluate(folder: Path, *words: object) -> Finished:
     return finish(folder, megalm("evaluate", *words))
 
@@ -32,7 +35,7 @@ def results(folder: Path, *words: object) -> list[dict[str, Any]]:
 
 
 def train(folder: Path, small_data: SmallData, *words: str, json_file: str | Path = "fp32.json") -> None:
-    intervals = ("evaluate.interval_steps=4", "checkpoint.interval_steps=4", "evaluate.max_samples=null")
+    intervals = ("evaluate.interval_steps=4", "checkpoint.interval_steps=4", "evaluate.max_samples=null", AVERAGED)
     own = small_data.changed(*intervals, "train.steps=12", "run.name=mine", *words)
     finished = finish(folder, pretrain(*own, json_file=json_file))
     assert finished.code == 0, finished.explain()
@@ -70,6 +73,14 @@ def test_every_checkpoint_is_what_training_said_of_it(folder: Path) -> None:
     recorded = [json.loads(line) for line in (folder / "runs/mine/evaluations.jsonl").read_text().splitlines()]
     assert [row["loss"] for row in recorded] == [row["loss"] for row in (*found, newest)]
     assert (folder / "runs/mine/metrics.jsonl").read_bytes() == before
+
+
+def test_the_average_of_the_weights_is_what_training_said_of_it(folder: Path) -> None:
+    (found,) = results(folder, "mine", "--ema")
+    said = said_in_training(folder, 12)
+    assert said["ema_loss"] != pytest.approx(said["loss"], rel=1e-3)
+    assert found["targets"] == said["targets"]
+    assert found["loss"] == pytest.approx(said["ema_loss"], rel=1e-6)
 
 
 def test_questions_have_the_answers_of_training(folder: Path) -> None:

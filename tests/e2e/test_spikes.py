@@ -26,6 +26,7 @@ RUN = (
     "checkpoint.interval_steps=5",
     "schedule.kind=constant",
     "run.name=mine",
+    "train.ema_decay=0.8",
     # A run of eighteen steps has no hundred to learn from what is usual.
     "guard.window=8",
     "guard.warmup_steps=8",
@@ -68,6 +69,14 @@ def events(folder: Path, name: str) -> list[dict[str, Any]]:
 def statuses(folder: Path) -> dict[int, str]:
     found = sorted((run_folder(folder) / "checkpoints").glob("step-*"))
     return {int(path.name[5:]): read_manifest(path).status for path in found}
+
+
+def state_files(folder: Path) -> dict[str, str]:
+    """Name -> SHA-256 of the last checkpoint's files of fragments."""
+    manifest = read_manifest(run_folder(folder) / "checkpoints" / f"step-{STEPS:08d}")
+    fragments = [fragment for entry in manifest.tensors.values() for fragment in entry.fragments]
+    assert "ema" in {fragment.kind for fragment in fragments}
+    return {name: manifest.files[name].sha256 for name in {fragment.file for fragment in fragments}}
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +135,7 @@ def test_rollback_is_the_run_that_never_saw_that_data(
     assert not events(tmp_path, "spike")
     assert len(numbers(tmp_path)) == 8
     assert numbers(attempt_after_rollback, first=11) == numbers(tmp_path)
+    assert state_files(attempt_after_rollback) == state_files(tmp_path)  # moments and averages of the weights as well
 
 
 def test_a_resume_passes_over_the_same_data(poisoned: tuple[str, ...], attempt_after_rollback: Path) -> None:

@@ -1,4 +1,4 @@
-"""The command over tensor and context groups is the run of one process, which goes on where they stopped."""
+"""The command over tensor and context groups is the run of one process; other ranks go on as a pipeline."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import finish, losses, pretrain, rows, run_folder
+from tests.e2e.jobs import Finished, finish, losses, pretrain, rows, run_folder, write_json
+from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
 
@@ -22,20 +23,31 @@ GROUP = (
 )
 
 
-def _train(folder: Path, data: SmallData, steps: int, *words: str, ranks: int) -> Path:
+def _train(
+    folder: Path, data: SmallData, steps: int, *words: str, ranks: int, using: str = "forked", stage: int = 2
+) -> Finished:
     folder.mkdir(exist_ok=True)
-    command = pretrain(*data.changed("train.rehearse=true", *WORDS), f"train.steps={steps}", *words, ranks=ranks)
+    json_file = write_json(folder / "ds.json", zero_optimization={"stage": stage})
+    own = (*data.changed("train.rehearse=true", *WORDS), f"train.steps={steps}")
+    command = pretrain(*own, *words, using=using, ranks=ranks, json_file=json_file)
     finished = finish(folder, command)
     assert finished.code == 0, finished.explain()
-    return folder
+    return finished
 
 
-def test_one_process_goes_on_where_a_group_stopped(small_data: SmallData, tmp_path: Path) -> None:
-    alone = _train(tmp_path / "alone", small_data, STEPS, ranks=1)
-    group = _train(tmp_path / "group", small_data, HALF, *GROUP, ranks=4)
+def test_half_the_ranks_go_on_as_a_pipeline(small_data: SmallData, tmp_path: Path) -> None:
+    """The groups and what belongs to them give way to what is said now."""
+    alone, group = tmp_path / "alone", tmp_path / "group"
+    _train(alone, small_data, STEPS, ranks=1)
+    _train(group, small_data, HALF, *GROUP, ranks=4)
     assert list((run_folder(group) / "samples").iterdir())
     assert len(_validations(group)) == 1
-    _train(group, small_data, STEPS, "--resume", "auto", ranks=1)
+    resumed = ("parallel.pipeline=2", "--resume", "auto")
+    plan = _train(group, small_data, STEPS, *resumed, "--dry-run", "--world-size", "2", ranks=1, stage=1)
+    told = _train(group, small_data, STEPS, *resumed, ranks=2, using="deepspeed", stage=1)
+    for finished in (plan, told):
+        (line,) = (line for line in finished.stdout.splitlines() if " grid was " in line)
+        assert_names(line, "tensor 2", "context 2", "pipeline 2", "ZeRO 1")
     np.testing.assert_allclose(list(losses(group).values()), list(losses(alone).values()), rtol=1e-5)
     np.testing.assert_allclose(_validations(group)[-1], _validations(alone)[-1], rtol=1e-5)
 

@@ -102,7 +102,15 @@ LAYOUTS: dict[str, Layout] = {
     "tiles, offloaded inputs": Layout("zero3.json", 8, 3, keys=_LONG),
     "document mask, composed": Layout("zero2.json", 8, 2, keys={"data.document_mask": True, **_COMPOSED}),
     "grouped queries, untied": Layout(
-        "zero2.json", 8, 2, keys={"model.num_key_value_heads": 2, "model.tie_word_embeddings": False}
+        "zero2.json",
+        8,
+        2,
+        keys={
+            "model.num_key_value_heads": 2,
+            "model.tie_word_embeddings": False,
+            "model.sliding_window": 8,  # beside whole attention without a mask
+            "model.full_attention_layers": 2,
+        },
     ),
     "tensor, zero 1": Layout("zero1.json", 8, 1, rank=3, keys=_TENSOR),
     "tensor, muon": Layout("muon.json", 8, 1, rank=3, keys=_TENSOR),
@@ -116,6 +124,14 @@ LAYOUTS: dict[str, Layout] = {
     "stage of a context group": Layout("pipeline.json", 8, 1, rank=6, keys={**_STAGES, **_CONTEXT}),
     "8-bit states, zero 3": Layout("zero3.json", 8, 3, rank=7, keys={"train.optimizer_state": "8bit"}),
     "bf16 states, tensor": Layout("zero1.json", 8, 1, rank=3, keys={**_TENSOR, "train.optimizer_state": "bf16"}),
+    "second copies, 8-bit states": Layout(
+        "zero3.json",
+        16,
+        23,
+        rank=11,
+        keys={"train.optimizer_state": "8bit", "train.ema_decay": 0.9},
+        settings={"zero_optimization": {"zero_hpz_partition_size": 8}},
+    ),
     "first stage": Layout("pipeline.json", 8, 1, rank=1, keys=_STAGES),
     "last stage": Layout("pipeline.json", 8, 1, rank=7, keys=_STAGES),
     "middle stage": Layout("pipeline.json", 8, 1, rank=4, keys=_MIDDLE),
@@ -129,10 +145,12 @@ LAYOUTS: dict[str, Layout] = {
 _NORM = "the norm of the gradient decides whether an update is applied, and comes with the loss"
 _OVERFLOW = "a loss scale needs to know of overflows before the update"
 _OFFLOAD = "the CPU updates: gradients, weights and parts of the norm pass between the memories"
+_COPIES = "DeepSpeed waits for the second copy of each parameter"
 _STREAMS = "DeepSpeed waits for its reduction before it uses the gradients"
 REASONS: dict[tuple[EventKind, str], str] = {
     ("read", "deepspeed/runtime/zero/stage_1_and_2.py:update_offload_overflow_tracker"): _OVERFLOW,
     ("read", "megalm/engine/base_engine.py:__torch_function__"): _OFFLOAD,
+    ("synchronize", "deepspeed/runtime/zero/partition_parameters.py:_partition_param_sec"): _COPIES,
     ("synchronize", "deepspeed/runtime/zero/stage3.py:independent_gradient_partition_epilogue"): _STREAMS,
     ("synchronize", "deepspeed/runtime/zero/stage_1_and_2.py:_wait_for_offload_copies"): _OFFLOAD,
     ("synchronize", "deepspeed/runtime/zero/stage_1_and_2.py:independent_gradient_partition_epilogue"): _STREAMS,

@@ -55,7 +55,18 @@ class Size:
 SIZES = {
     "360m, zero 1": Size("360m", "zero1.json", 8, 8, {"train.recompute": "attention"}),
     "360m, zero 2": Size("360m", "zero2.json", 8, 8, {"train.recompute": "mlp"}),
-    "360m, zero 3": Size("360m", "zero3.json", 8, 8),
+    "360m, zero 3": Size(
+        "360m",
+        "zero3.json",
+        8,
+        8,
+        {
+            "train.recompute": "full",
+            "train.mlp_chunk_tokens": 4096,
+            "train.offload_activations": True,
+            "compile": False,
+        },
+    ),
     "360m, offload": Size("360m", "zero2_offload.json", 8, 8),
     "1.3b, zero 2": Size("1.3b", "zero2.json", 64, 4),
     "1.3b, zero 3": Size("1.3b", "zero3.json", 8, 4),

@@ -32,6 +32,7 @@ class DeepSpeedConfig:
         problems: one line for each refused key or group of keys; a run starts only without problems.
         run_settings: dotted key of the run configuration -> the value that the file implies.
         outcomes: the fate of each key of the file.
+        largest_micro_batch: that a resumed run takes where the device's memory decides; None: any.
     """
 
     path: str
@@ -41,6 +42,7 @@ class DeepSpeedConfig:
     problems: tuple[str, ...] = ()
     run_settings: dict[str, Any] = field(default_factory=dict)
     outcomes: tuple[Outcome, ...] = ()
+    largest_micro_batch: int | None = None
 
     @staticmethod
     def of(path: str, translation: Translation) -> DeepSpeedConfig:

@@ -105,8 +105,7 @@ class OptimizerState:
 
         Collective: every rank calls it.
         """
-        if hasattr(self._outer, "checkpoint_event_prologue"):
-            self._outer.checkpoint_event_prologue()
+        self._before_rewriting()
         for flat, pieces in self._owned_by_flat():
             with self._present(flat, changes=True):
                 flat.data.zero_()  # its padding stays zero
@@ -120,6 +119,13 @@ class OptimizerState:
                             self._values(owned, kind).copy_(values)
         if self._is_cpu_adam:
             self._replay_bias_correction(optimizer_step)
+        self._refresh_low_precision()
+
+    @torch.no_grad()
+    def exchange_average(self) -> None:
+        """Put the average where the weights are, and the weights where it was; a second call undoes it. Collective."""
+        self._before_rewriting()
+        self.ema.exchange()
         self._refresh_low_precision()
 
     @torch.no_grad()
@@ -240,6 +246,11 @@ class OptimizerState:
             inner.ds_opt_adam.adam_update(
                 inner.opt_id, step, 0.0, *options["betas"], options["eps"], 0.0, options["bias_correction"], *dummy
             )
+
+    def _before_rewriting(self) -> None:
+        """Call before the masters get other values; `_refresh_low_precision` is the end of it."""
+        if hasattr(self._outer, "checkpoint_event_prologue"):
+            self._outer.checkpoint_event_prologue()
 
     def _refresh_low_precision(self) -> None:
         outer = self._outer

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+_EXCHANGED_AT_ONCE = 1 << 20  # elements, so that nothing as large as the weights is held beside them
+
 
 class WeightEma:
     """average = decay * average + (1 - decay) * weights, after each applied update; it begins with the weights.
@@ -35,6 +37,16 @@ class WeightEma:
         """Call after an update that was applied."""
         for flat in self._flats:
             self.of(flat).lerp_(flat.data, self._share)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Put the average where the weights are, and the weights where it was; twice changes nothing."""
+        for flat in self._flats:
+            average = self.of(flat).view(-1).split(_EXCHANGED_AT_ONCE)
+            for weights, averaged in zip(flat.data.view(-1).split(_EXCHANGED_AT_ONCE), average, strict=True):
+                kept = weights.clone()
+                weights.copy_(averaged)
+                averaged.copy_(kept)
 
     @torch.no_grad()
     def restart(self) -> None:

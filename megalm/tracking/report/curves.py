@@ -91,8 +91,8 @@ def charts(history: History) -> list[Chart]:
 
 def _loss_chart(history: History, across: Scale) -> Chart | None:
     step, loss = history.column("step"), history.column("loss")
-    sets = _validation_sets(history.evaluations)
-    validations = [[point for stretch in stretches for point in stretch] for stretches in sets.values()]
+    curves = _validation_curves(history.evaluations)
+    validations = [[point for stretch in stretches for point in stretch] for *_, stretches in curves]
     up = robust_scale(loss, running_median(step, loss, _MEDIAN_POINTS)[1], validations)
     if up is None:
         return None
@@ -100,11 +100,11 @@ def _loss_chart(history: History, across: Scale) -> Chart | None:
     _draw_training(chart, history, _LOSS)
     looks = {line.look for line in chart.lines}
     chart.legend = [(f"line {look}", name) for look, name in _OF_TRAINING.items() if look in looks]
-    for number, (name, stretches) in enumerate(sets.items()):
-        look = "validation" if name == TOTAL else f"set-{number % _MOST_SETS}"
+    for (look, name, stretches), points in zip(curves, validations, strict=True):
         chart.draw(stretches, look)
-        chart.dot([point for points in stretches for point in points], look, name)
-        chart.legend.append((f"line {look}", "validation" if name == TOTAL else f"validation on {name}"))
+        chart.dot(points, look, name)
+        of_set = "" if look == "validation" else f" on {name}" if look != "ema" else f", {name}"
+        chart.legend.append((f"line {look}", f"validation{of_set}"))
     chart.notes = _above(step, loss, up)
     return chart
 
@@ -214,14 +214,17 @@ def event_step(row: Row) -> int:
     return step if isinstance(step, int) else 0
 
 
-def _validation_sets(rows: Sequence[Row]) -> dict[str, list[list[Point]]]:
-    """Return name -> (step, loss) points, the total of all sets first; losses that are not finite are left out.
+def _validation_curves(rows: Sequence[Row]) -> list[tuple[str, str, list[list[Point]]]]:
+    """Return look, name and (step, loss) points: of all sets together, of each, and with the average of the weights.
 
     The points are in stretches over the same number of tokens: a loss over others is not on the same line.
     """
     sets = _by_name(rows, "dataset", "loss", "targets")
-    names = sorted(sets, key=lambda name: name != TOTAL)
-    return {name: sets[name] for name in names[: _MOST_SETS + 1]}
+    average = _by_name(rows, "dataset", "ema_loss", "targets").get(TOTAL)
+    names = sorted(sets, key=lambda name: name != TOTAL)[: _MOST_SETS + 1]
+    looks = ["validation" if name == TOTAL else f"set-{number % _MOST_SETS}" for number, name in enumerate(names)]
+    curves = [(look, name, sets[name]) for look, name in zip(looks, names, strict=True)]
+    return [*curves, ("ema", "average of the weights", average)] if average else curves
 
 
 def _by_name(rows: Sequence[Row], named: str, column: str, over: str) -> dict[str, list[list[Point]]]:

@@ -28,6 +28,8 @@ def numbers(run: ReportData) -> list[Number]:
         last = evaluations[-1]
         noise = f", standard error {found.validation_stderr:.4f}" if found.validation_stderr is not None else ""
         shown.append(Number("Validation loss", f"{last['loss']:.4f}", f"last, {_where(last)}{noise}"))
+        if found.validation_ema_loss is not None:
+            shown.append(Number("With averaged weights", f"{found.validation_ema_loss:.4f}", "last, the same tokens"))
         if found.best_validation_loss is not None:
             like = f"step {found.best_validation_step:,}" if found.best_validation_step is not None else ""
             if found.best_validation_targets != found.validation_targets and found.best_validation_targets:

@@ -303,7 +303,7 @@ def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning)
 def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRun) -> list[str]:
     """Return the changes from here on, one line each."""
     last = manifest.data_position.segments[-1]
-    lines = []
+    lines = grid_notes(manifest, run)
     if last.global_batch != run.stages.at(manifest.step).samples:
         lines.append(f"the batch was {last.global_batch} samples, is {position.stage.samples}")
     if last.sequence_length != run.config.data.sample_length:
@@ -316,6 +316,24 @@ def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRu
     if len(schedule) > len(manifest.schedule.segments) and not _same_rates(schedule):
         lines.append(f"the learning rate changes {schedule[-1]}")
     return lines
+
+
+def grid_notes(manifest: Manifest, run: ResolvedRun) -> list[str]:
+    """Return a line on both grids if the checkpoint was saved on another one, or with another micro-batch."""
+    stored, batch = manifest.topology, run.batch.of(run.stages.at(manifest.step + 1).sequences)
+    if stored is None:
+        return []
+    before, now = (
+        (stored.grid, stored.zero_stage, stored.micro_batch),
+        (run.topology, run.zero_stage, batch.micro_batch),
+    )
+    if before == now or (before[:2] == now[:2] and stored.micro_batch is None):
+        return []
+    sizes = "" if stored.micro_batch is None else f", micro-batch {stored.micro_batch} x {stored.accumulation}"
+    return [
+        f"the grid was {before[0]} (ZeRO {before[1]}{sizes}), is {now[0]} (ZeRO {now[1]}, micro-batch "
+        f"{batch.micro_batch} x {batch.accumulation})"
+    ]
 
 
 def frozen_notes(manifest: Manifest, run: ResolvedRun, shape: ModelConfig) -> list[str]:

@@ -30,6 +30,7 @@ from megalm.train.resume.compatibility import (
     ema_notes,
     first_sample_of,
     frozen_notes,
+    grid_notes,
     identity_of,
     incompatibilities,
     lengths_of_order,
@@ -160,7 +161,8 @@ def _continued(found: ResumeCheckpoint | None, options: ResumeOptions) -> Manife
 def planned_start(run: ResolvedRun, resume: ResumeOptions) -> tuple[ResolvedRun, tuple[ScheduleSegment, ...]]:
     """For `--dry-run` with `--resume`: return the run with its last step, and all segments of its schedule.
 
-    Needs no process group. Hashes the checkpoint's files like a real start.
+    A change of the grid is one of the run's notices. Needs no process group. Hashes the checkpoint's files like a real
+    start.
 
     Raises:
         CheckpointError, ConfigError: as at a real start.
@@ -168,7 +170,9 @@ def planned_start(run: ResolvedRun, resume: ResumeOptions) -> tuple[ResolvedRun,
     section = run.config.run
     folder = RunFolder(Path(section.root) / (section.name or "-"))
     point = find_resume_checkpoint(run, folder, resume, SingleProcessCommunicator())
-    return point.run, point.schedule.segments
+    manifest = _continued(point.found, point.options)
+    notes = () if manifest is None else grid_notes(manifest, point.run)
+    return replace(point.run, notices=(*point.run.notices, *notes)), point.schedule.segments
 
 
 # --- check that the run can continue it -------------------------------------------------------------------------------

@@ -191,10 +191,12 @@ def test_keys_of_a_configuration(checkpoint: Path, tmp_path: Path, capsys: pytes
     assert_names(error, "--ignore-key", "my_won", "config.json")
 
 
-def test_an_adapter_is_no_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("command", ["import", "export", "generate", "evaluate"])
+def test_an_adapter_is_no_model(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter/adapter_config.json").write_text("{}")
-    code, _, error = run(capsys, "import", tmp_path / "adapter", tmp_path / "back")
+    more = {"generate": ["--prompt", "Once"], "evaluate": []}.get(command, [tmp_path / "back"])
+    code, _, error = run(capsys, command, tmp_path / "adapter", *more)
     assert code == 2
     assert_names(error, "adapter_config.json", "merge_and_unload")
 

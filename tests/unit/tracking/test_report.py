@@ -219,7 +219,14 @@ def test_several_validation_sets_each_have_a_curve(tmp_path: Path) -> None:
     page = page_of(write_run(tmp_path / "mine", [START, *STEPS, *rows, END]))
     assert_names(page.items("numbers")[0], "Validation loss", "3.0000")
     assert_names(" ".join(page.items("legend")), "code", "news")
-    assert [len(page.lines(look)) for look in ("validation", "set-1", "set-2")] == [2, 2, 2]  # a line and its dots
+    looks = ("validation", "set-1", "set-2", "ema")
+    assert [len(page.lines(look)) for look in looks] == [2, 2, 2, 0]  # a line and its dots
+
+
+def test_the_average_of_the_weights_has_a_number_and_a_curve(tmp_path: Path) -> None:
+    page = page_of(write_run(tmp_path / "mine", [START, *STEPS, validation(10, 3.0, ema_loss=2.5), END]))
+    assert_names(page.items("numbers")[1], "2.5000")
+    assert [len(page.lines(look)) for look in ("validation", "ema")] == [2, 2]
 
 
 def test_slow_stretches_and_where_the_time_went(tmp_path: Path) -> None:

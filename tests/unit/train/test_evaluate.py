@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,19 @@ LAYOUT = BatchLayout(4, 2, 0, 1)
 
 
 class Engine:
-    """Every target costs its own number in nats."""
+    """Every target costs its own number in nats, and a tenth with the average of the weights."""
+
+    def __init__(self) -> None:
+        self.factor = 1.0
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
-        return float(sum(batch.labels[batch.labels != IGNORE_INDEX].sum() for batch in micro_batches))
+        return self.factor * float(sum(batch.labels[batch.labels != IGNORE_INDEX].sum() for batch in micro_batches))
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        self.factor = 0.1
+        yield
+        self.factor = 1.0
 
 
 class Alone:
@@ -55,6 +66,19 @@ def test_one_set_is_the_total(loader: Callable[[str, Sequence[int]], ValidationL
     assert found is not None
     assert (found.dataset, found.loss, found.targets, found.parts) == ("validation", 2.0, 3, ())
     assert evaluator({}).evaluate(Engine(), whole=True) is None  # type: ignore[arg-type]
+
+
+def test_the_average_has_losses_over_the_same_samples(loader: Callable[[str, Sequence[int]], ValidationLoader]) -> None:
+    sets = {name: (loader(name, tokens),) * 2 for name, tokens in (("a", [0, 1, 2, 3]), ("b", [0, 8]))}
+    engine, plain = Engine(), evaluator(sets)
+    found = plain.evaluate(engine, whole=True)
+    both = replace(plain, averaged_weights=engine.averaged_weights).evaluate(engine, whole=True)
+    assert found is not None
+    assert both is not None
+    assert (found.ema_loss, both.ema_loss) == (None, pytest.approx(found.loss / 10))
+    assert [part.ema_loss for part in both.parts] == pytest.approx([part.loss / 10 for part in found.parts])
+    parts = tuple(replace(part, ema_loss=None) for part in both.parts)
+    assert replace(both, ema_loss=None, parts=parts) == found
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
