@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
 
 import pytest
 
 # In /usr/sbin, which an ordinary user's PATH may lack.
 _SLURM_PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged")
 _SLURM_INSTALL = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
+
+_MEGALM = f"{Path(__file__).resolve().parents[1] / 'megalm'}{os.sep}"
+_LAST_LOOK_SECONDS = 5.0  # of a thread that has been told to end
 
 
 def require(name: str, present: object, reason: str) -> None:
@@ -48,3 +56,23 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (*mlflow, "RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_thread_is_left() -> Iterator[None]:
+    """A thread of megalm that outlives its tests meets what others replace, and may end the process of all."""
+    before = set(threading.enumerate())
+    yield
+    deadline = time.monotonic() + _LAST_LOOK_SECONDS
+    while left := [thread.name for thread in set(threading.enumerate()) - before if _runs_megalm(thread)]:
+        assert time.monotonic() < deadline, f"threads of megalm are left: {', '.join(sorted(left))}"
+        time.sleep(0.01)
+
+
+def _runs_megalm(thread: threading.Thread) -> bool:
+    frame: FrameType | None = sys._current_frames().get(thread.ident or 0)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(_MEGALM):
+            return True
+        frame = frame.f_back
+    return False

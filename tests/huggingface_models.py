@@ -42,6 +42,7 @@ _GEMMA = ModelSection(
     **_DEEP,
 )
 _OLMO = {"norm_placement": "post", "qk_norm": "whole"}
+_MOE = {"num_experts": 5, "num_experts_per_token": 2}
 _YARN = RopeScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=12)
 # Of the other families, by the `model_type` that they are exported as.
 FAMILIES = {
@@ -49,6 +50,9 @@ FAMILIES = {
     "mistral": ModelSection(num_key_value_heads=2, sliding_window=8, **SIZES),
     "olmo2": ModelSection(**_OLMO, num_key_value_heads=2, **SIZES),
     "olmo3": ModelSection(**_OLMO, sliding_window=8, full_attention_layers=4, rope_scaling=_YARN, **_DEEP),
+    "mixtral": ModelSection(num_key_value_heads=2, **_MOE, **SIZES),
+    "qwen3_moe": ModelSection(qk_norm=True, head_dim=16, moe_intermediate_size=24, **_MOE, **SIZES),
+    "olmoe": ModelSection(qk_norm="whole", norm_topk_prob=False, **_MOE, **SIZES),
     "smollm3": ModelSection(no_rope_layers=4, tie_word_embeddings=True, **_DEEP),
     "gemma2": _GEMMA.model_copy(
         update={"full_attention_layers": 2, "attn_logit_softcapping": 3.0, "final_logit_softcapping": 5.0}

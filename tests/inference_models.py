@@ -19,6 +19,7 @@ from megalm.model.transformer import LanguageModel, initialize
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "initializer_range": 0.2}
 LLAMA = ModelSection(style="llama", num_key_value_heads=2, qk_norm=True, **SIZES)
+EXPERTS = ModelSection(num_experts=4, moe_intermediate_size=24, router_scores="sigmoid", expert_bias=True, **SIZES)
 GPT2 = ModelSection(style="gpt2", **SIZES)
 
 
@@ -50,6 +51,9 @@ def write_run(
         parts.append(Fragment(FragmentKey(name, "master", size, 0, parameter.numel()), values.flatten()))
         if average is not None:
             parts.append(Fragment(FragmentKey(name, "ema", size, 0, parameter.numel()), average * values.flatten()))
+    for name, size in shape.expert_biases().items():
+        values = torch.linspace(-1, 1, size[0])
+        parts.append(Fragment(FragmentKey(name, "master", size, 0, size[0]), values))
     data = {"data.sequence_length": length, "data.document_mask": facts.pop("document_mask", False)}
     known = {
         "attempt": 1,

@@ -115,19 +115,27 @@ class CheckpointReader:
         """Return all fp32 parameters by canonical name."""
         return {name: self.read_parameter(name, shape) for name, shape in self.shapes().items()}
 
-    def read_parameter(self, name: str, shape: tuple[int, ...], kind: FragmentKind | None = None) -> Tensor:
-        """Read a full parameter, or another kind of its state, in its shape; errors as for `read`."""
-        return self.read(FragmentKey(name, kind or ("ema" if self.ema else "master"), shape, 0, math.prod(shape))).view(
-            shape
-        )
+    def read_parameter(
+        self, name: str, shape: tuple[int, ...], kind: FragmentKind | None = None, row: int | None = None
+    ) -> Tensor:
+        """Read a full parameter, or another kind of its state, in its shape; errors as for `read`.
 
-    def read_finite(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        Args:
+            row: read this index of the first dimension alone.
+        """
+        kind = kind or ("ema" if self.ema else "master")
+        if row is None:
+            return self.read(FragmentKey(name, kind, shape, 0, math.prod(shape))).view(shape)
+        rectangle = ((row, row + 1), *((0, size) for size in shape[1:]))
+        return self.read(FragmentKey(name, kind, shape, 0, math.prod(shape[1:]), rectangle)).view(shape[1:])
+
+    def read_finite(self, name: str, shape: tuple[int, ...], row: int | None = None) -> Tensor:
         """As `read_parameter`, but refuse NaN and infinity: a model with them fails elsewhere, or is wrong in silence.
 
         Raises:
             CheckpointError: as `read`, or the parameter has NaN or infinity.
         """
-        found = self.read_parameter(name, shape)
+        found = self.read_parameter(name, shape, row=row)
         if not is_finite(found):
             raise CheckpointError(
                 f"{self.path}: {name} has NaN or infinite values; choose a checkpoint from before the run diverged"

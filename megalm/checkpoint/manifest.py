@@ -34,7 +34,7 @@ from pydantic import (
 from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.config.schema import ScheduleKind, StepConvention, WarmupKind
 from megalm.errors import CheckpointError, ConfigError
-from megalm.model.model_config import ModelConfig, completed_settings
+from megalm.model.model_config import EXPERT_BIAS, ModelConfig, completed_settings
 from megalm.topology import Topology
 from megalm.utils.atomic_files import write_durably
 
@@ -335,7 +335,7 @@ class Manifest(_Part):
             shape = _SHAPE.validate_python(self.model)
             if shape.num_hidden_layers > len(self.tensors):  # too many, perhaps, to list their tensors
                 raise ValueError(f"{len(self.tensors)} tensors are too few for num_hidden_layers")
-            expected = shape.parameters()
+            expected = shape.parameters() | shape.expert_biases()
             found = {name: tensor.shape for name, tensor in self.tensors.items()}
             for name in [*expected, *found]:
                 if expected.get(name) != found.get(name):
@@ -368,12 +368,17 @@ class Manifest(_Part):
         """Whether it has a moving average of the weights."""
         return any("ema" in tensor.kinds for tensor in self.tensors.values())
 
+    @property
+    def parameter_tensors(self) -> dict[str, StoredTensor]:
+        """Without the biases of experts, which are no parameters."""
+        return {name: tensor for name, tensor in self.tensors.items() if not name.endswith(EXPERT_BIAS)}
+
     @cached_property
     def frozen(self) -> frozenset[str]:
         """Names of the parameters that did not train: of them the complete state of a run has the weights alone."""
         if self.holds is not None:
             return frozenset()
-        return frozenset(name for name, tensor in self.tensors.items() if tensor.kinds == ("master",))
+        return frozenset(name for name, tensor in self.parameter_tensors.items() if tensor.kinds == ("master",))
 
     def amended(self, **changes: Any) -> Manifest:
         """Return a copy with some keys changed (JSON values); new keys come last."""

@@ -227,6 +227,11 @@ class ModelSection(Section):
     routed_scaling_factor: PositiveFloat = Field(
         default=1.0, description="multiplies the weights of a token's experts (DeepSeek)"
     )
+    expert_bias: bool = Field(
+        default=False,
+        description="a bias of each expert is added to its score when experts are chosen, and follows the load "
+        "(DeepSeek-V3)",
+    )
     parallel_residual: bool = Field(
         default=False, description="attention and MLP both read the block's input (GPT-NeoX)"
     )
@@ -477,6 +482,16 @@ class TrainSection(Section):
     router_z_loss: NonNegativeFloat = Field(
         default=0.0,
         description="coefficient of log(Z)^2 of the router's logits, which keeps them small; usual is 1e-3",
+    )
+    expert_bias_rate: NonNegativeFloat | None = Field(
+        default=None,
+        description="what a step adds to the bias of each expert with less than its share of tokens, and takes from "
+        "that of others (model.expert_bias); null: 1e-3, 0: biases stay",
+    )
+    expert_capacity_factor: PositiveFloat | None = Field(
+        default=None,
+        description="in training an expert takes so many times its equal share of a sequence's tokens, the first ones, "
+        "and drops the others; null: it drops none",
     )
     loss_chunk_tokens: PositiveInt | None = Field(
         default=None,

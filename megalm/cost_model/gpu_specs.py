@@ -20,6 +20,7 @@ class _Gpu:
         float8: of float8 with fp32 sums; None where the chip has no such products.
         memory_gib: of the usual card; the data sheets' GB, which are close to what CUDA reports in GiB.
         capability: compute capability of the chip, major and minor.
+        inline_ecc: ECC, on by default, keeps its bits in the memory itself (GDDR6), a sixteenth of it.
     """
 
     name: str
@@ -28,6 +29,7 @@ class _Gpu:
     memory_gib: float
     capability: tuple[int, int]
     float8: float | None = None
+    inline_ecc: bool = False
 
 
 # Compute capabilities from which on a chip computes in these types.
@@ -50,23 +52,24 @@ _GPUS = (
     _Gpu("H20", 148, 44, 96, (9, 0), 296),
     _Gpu("A100", 312, 19.5, 80, (8, 0)),
     _Gpu("A800", 312, 19.5, 80, (8, 0)),
-    _Gpu("L40S", 362, 91.6, 48, (8, 9), 733),
-    _Gpu("L40", 181, 90.5, 48, (8, 9), 362),
-    _Gpu("L4", 121, 30.3, 24, (8, 9), 242.5),
-    _Gpu("A40", 149.7, 37.4, 48, (8, 6)),
-    _Gpu("A10", 125, 31.2, 24, (8, 6)),
+    _Gpu("L40S", 362, 91.6, 48, (8, 9), 733, inline_ecc=True),
+    _Gpu("L40", 181, 90.5, 48, (8, 9), 362, inline_ecc=True),
+    _Gpu("L4", 121, 30.3, 24, (8, 9), 242.5, inline_ecc=True),
+    _Gpu("A40", 149.7, 37.4, 48, (8, 6), inline_ecc=True),
+    _Gpu("A10", 125, 31.2, 24, (8, 6), inline_ecc=True),
     _Gpu("RTX A6000", 154.8, 38.7, 48, (8, 6)),
     _Gpu("RTX 5090", 209.5, 104.8, 32, (12, 0), 419),
     _Gpu("RTX 4090", 165.2, 82.6, 24, (8, 9), 330.3),
     _Gpu("RTX 3090", 71, 35.6, 24, (8, 6)),
     _Gpu("V100 PCIe", 112, 14, 32, (7, 0)),
     _Gpu("V100", 125, 15.7, 32, (7, 0)),
-    _Gpu("T4", 65, 8.1, 16, (7, 5)),
+    _Gpu("T4", 65, 8.1, 16, (7, 5), inline_ecc=True),
 )
 # A name matches whole, because a laptop or another card of a similar name has other speeds. These suffixes, form factor
 # and memory, do not change the speed; GH200 has the memory of its CPU there.
 _SAME_CHIP = r"(-?(SXM\d?|PCIE|\d+GB?|HBM\w*)| )*$"
 _GIB = 2**30
+_BESIDE_ECC = 15 / 16
 
 
 def data_sheet_peak(device_name: str, low_precision: bool, float8_share: float = 0.0) -> tuple[float, str] | None:
@@ -120,7 +123,7 @@ def gpu_by_name(name: str) -> DeviceFacts:
         memory = ""  # as CUDA names it: 480 GB of the CPU's memory
     full_name = f"{gpu.name}-{memory}GB" if memory else gpu.name
     bf16, float8 = gpu.capability >= BF16_CAPABILITY, gpu.capability >= FLOAT8_CAPABILITY
-    capacity = int(float(memory or gpu.memory_gib) * _GIB)
+    capacity = int(float(memory or gpu.memory_gib) * _GIB * (_BESIDE_ECC if gpu.inline_ecc else 1.0))
     return DeviceFacts("cuda", bf16, capacity, name=full_name, float8=float8)
 
 

@@ -32,7 +32,7 @@ from megalm.data.sampling.samples import IGNORE_INDEX
 from megalm.engine.cpp_extensions import load_async_io
 from megalm.engine.dataset_losses import DatasetLosses
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
-from megalm.engine.expert_loads import ExpertLoads
+from megalm.engine.expert_loads import ExpertBiases, ExpertLoads
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer.build_optimizer import build_optimizer, group_without_parameters, parameter_groups
@@ -293,7 +293,20 @@ class EngineBase(ABC):
         self._multiple: int = model.slices * context.sequence.multiple  # type: ignore[assignment, operator]
         self._output = output if self._reports_loss else None
         self._by_dataset = DatasetLosses(self._output, context.device)
-        self._loads = ExpertLoads(part, context.shape, context.device, counts=groups.tensor.index == 0)
+        self._loads = ExpertLoads(
+            part,
+            context.shape,
+            context.device,
+            counts=groups.tensor.index == 0,
+            drops=run.config.train.expert_capacity_factor is not None,
+        )
+        self._biases = ExpertBiases(
+            part,
+            context.shape,
+            context.device,
+            run.config.train.expert_bias_rate,
+            saves=groups.tensor.index == self._copies.index == 0,
+        )
         self._stage = int(settings["zero_optimization"]["stage"])
         self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
         parameters = dict(part.named_parameters())
@@ -317,7 +330,7 @@ class EngineBase(ABC):
             offload["nvme_path"] = str(self._swap_folder.path)
         self._frozen = FrozenWeights(frozen, shards, groups.data_context)
         inner = build_optimizer(weight_groups, run, offload["device"] != "none")
-        self._last_norm = 0.0
+        self._last_norm = self._learning_rate = 0.0
         self._step_sums, self._divisor = HostCopy(context.device), 1
         self._check = UpdateCheck(context.comm, context.judge)
         self._check.install(inner)
@@ -332,8 +345,7 @@ class EngineBase(ABC):
                 dist_init_required=False,
             )
         self._phase_seconds: dict[str, float] = {}
-        is_first_copy = self._copies.index == 0
-        self._state = OptimizerState(self._engine, trained, shards, is_first_copy, run.config.train.ema_decay)
+        self._state = OptimizerState(self._engine, trained, shards, self._copies.index == 0, run.config.train.ema_decay)
         if isinstance(inner, Muon):
             units = self._state.units_of("momentum_buffer", self._copies.size)
             inner.lay_out(units, groups, is_copied=self._stage == 0)
@@ -343,6 +355,7 @@ class EngineBase(ABC):
     def fragments(self) -> Iterator[HasFragment]:
         yield from self._state.fragments()
         yield from self._frozen.fragments()
+        yield from self._biases.fragments()
 
     def counters(self) -> dict[str, Any]:
         # Without ZeRO, a pipeline stage whose parameters are all frozen counts no updates.
@@ -360,6 +373,7 @@ class EngineBase(ABC):
         self._frozen.load(read)
         self._state.load(read, counters["optimizer_step"])
         self._frozen.forget_second_copies()
+        self._biases.load(read)
         self._count_from(counters, step)
 
     def reset(self) -> None:
@@ -394,6 +408,7 @@ class EngineBase(ABC):
         return nullcontext() if self._phases is None else self._phases(name)
 
     def _set_learning_rate(self, rate: float) -> None:
+        self._learning_rate = rate
         for group in self._engine.optimizer.param_groups:
             group["lr"] = rate * group["learning_rate_scale"]
 
@@ -519,10 +534,12 @@ class EngineBase(ABC):
         if verdict is None and not (self._scales_loss and math.isfinite(loss)):
             # DeepSpeed found an overflow and did not call `step`: normal with a loss scale, a fault without one.
             verdict = replace(self._check.judge(loss, self._last_norm), refuses=True)
-        if verdict is not None and not verdict.refuses:
-            self._state.ema.update()
         sums = self._step_sums.read()
         routing = self._loads.statistics(sums[1 if self._stage else 2 :])
+        if verdict is not None and not verdict.refuses:
+            self._state.ema.update()
+            if routing is not None and self._learning_rate > 0:  # as weights, biases stay at rate zero
+                self._biases.follow(routing)
         by_dataset = self._by_dataset.means(sums)
         return StepResult(loss, self._last_norm, self._state.loss_scale(), verdict, by_dataset, routing)
 

@@ -87,6 +87,7 @@ def build_engine(
         how = run.config.parallel.sequence, run.compiled, float8, run.tensor_chunks
         layers = TensorLayers(clock, groups.tensor, *how, train.z_loss, sequence)
     layers.router_losses = RouterLosses(train.router_aux_loss, train.router_z_loss)
+    layers.expert_capacity_factor = train.expert_capacity_factor
     if run.compiled:
         # A graph for each length and kind of layer, in training and in validation, and the loss's last chunk.
         graphs = 4 * len(set(run.config.data.sequence_lengths)) * shape.kinds_of_layers

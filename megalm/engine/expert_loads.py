@@ -1,18 +1,19 @@
-"""Where the routers send tokens in a training step, added up over micro-batches and ranks.
+"""Where the routers send tokens in a training step, added up over micro-batches and ranks, and the biases that follow.
 
 Shapes: L layers with experts, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey, HasFragment
 from megalm.engine.interface import RoutingStatistics
 from megalm.model.model_config import ModelConfig
-from megalm.model.moe import STATISTICS, MixtureOfExperts
+from megalm.model.moe import STATISTICS, MixtureOfExperts, routers
 
 
 class ExpertLoads:
@@ -21,9 +22,10 @@ class ExpertLoads:
     Args:
         part: the modules on this rank, under their paths in the model.
         counts: whether this rank counts its tokens: one rank of a tensor group, which all see the same.
+        drops: whether experts have a capacity.
     """
 
-    def __init__(self, part: nn.Module, shape: ModelConfig, device: torch.device, counts: bool) -> None:
+    def __init__(self, part: nn.Module, shape: ModelConfig, device: torch.device, counts: bool, drops: bool) -> None:
         self._experts = shape.num_experts or 0
         self._top = shape.num_experts_per_token
         self._layers = shape.moe_layers
@@ -32,7 +34,7 @@ class ExpertLoads:
             for name, module in part.named_modules()
             if isinstance(module, MixtureOfExperts)
         }
-        self._device, self._counts = device, counts
+        self._device, self._counts, self._drops = device, counts, drops
         self._sequences = 0
 
     def begin(self, sequences: int, losses_factor: float) -> None:
@@ -69,11 +71,57 @@ class ExpertLoads:
             return None
         rows = [sums[start : start + self._width] for start in range(0, self.size, self._width)]
         counts = tuple(tuple(map(int, row[: self._experts])) for row in rows)
-        entropy, balance, z = (sum(row[self._experts + place] for row in rows) for place in range(len(STATISTICS)))
+        dropped, entropy, balance, z = (
+            sum(row[self._experts + place] for row in rows) for place in range(len(STATISTICS))
+        )
         sequences = self._sequences * len(rows)
-        tokens = sum(map(sum, counts)) / self._top
-        return RoutingStatistics(self._layers, counts, entropy / tokens, balance / sequences, z / sequences)
+        choices = sum(map(sum, counts))
+        means = entropy * self._top / choices, balance / sequences, z / sequences
+        return RoutingStatistics(self._layers, counts, *means, dropped / choices if self._drops else None)
 
     @property
     def _width(self) -> int:
         return self._experts + len(STATISTICS)
+
+
+class ExpertBiases:
+    """The biases of the experts of this rank's layers, which balance their load without a loss (DeepSeek-V3).
+
+    Each rank that holds a layer has the same, for all know the load of the whole global batch.
+
+    Args:
+        part: the modules on this rank, under their paths in the model.
+        rate: what a step changes a bias by.
+        saves: whether this rank saves them: one of those that hold the same layers.
+    """
+
+    def __init__(
+        self, part: nn.Module, shape: ModelConfig, device: torch.device, rate: float | None, saves: bool
+    ) -> None:
+        names, found = list(shape.expert_biases()), routers(part)
+        self._names = [name for name in names if name in found]
+        self._rows = [names.index(name) for name in self._names]
+        self._rate = 1e-3 if rate is None else rate
+        self._saves = saves
+        self._values = torch.zeros(len(self._names), shape.num_experts or 0, device=device)  # fp32 [held layers, E]
+        for name, values in zip(self._names, self._values, strict=True):
+            found[name].expert_bias = values
+
+    def follow(self, routing: RoutingStatistics) -> None:
+        """After an update: raise the biases of experts that had less than their share of tokens, lower the others."""
+        if self._names:
+            counts = torch.tensor([routing.counts[row] for row in self._rows])
+            signs = (counts.sum(1, keepdim=True) - counts * counts.shape[1]).sign()  # of integers, exact
+            self._values.add_(signs.to(self._values), alpha=self._rate)
+
+    def fragments(self) -> Iterator[HasFragment]:
+        for name, values in zip(self._names, self._values, strict=True) if self._saves else ():
+            yield Fragment(self._key(name), values)
+
+    def load(self, read: Callable[[FragmentKey], Tensor]) -> None:
+        for name, values in zip(self._names, self._values, strict=True):
+            values.copy_(read(self._key(name)))
+
+    def _key(self, name: str) -> FragmentKey:
+        count = self._values.shape[1]
+        return FragmentKey(name, "master", (count,), 0, count)

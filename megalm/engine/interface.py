@@ -73,6 +73,7 @@ class RoutingStatistics:
         counts: by layer, the tokens of each expert.
         entropy: nats, of the routers' probabilities, the mean over tokens and layers; log(experts) if all are equal.
         balance_loss, z_loss: of the routers, without their coefficients, the mean over sequences and layers.
+        dropped: the share of choices beyond the experts' capacity; None: they have none.
     """
 
     layers: tuple[int, ...]
@@ -80,6 +81,7 @@ class RoutingStatistics:
     entropy: float
     balance_loss: float
     z_loss: float
+    dropped: float | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from megalm.model.modules import rotary_frequencies
 from megalm.utils.process_setup import require_extra
 
 GGUF_FILE = "model.gguf"
+_ROUTER = "ffn_gate_inp"
 # Canonical names of a block, without `.weight` and `.bias` -> llama.cpp's.
 _BLOCK = {
     "attention_norm": "attn_norm",
@@ -42,6 +43,7 @@ _BLOCK = {
     "mlp.gate": "ffn_gate",
     "mlp.up": "ffn_up",
     "mlp.down": "ffn_down",
+    "mlp.router": _ROUTER,
     "mlp_output_norm": "post_ffw_norm",
 }
 _OUTSIDE = {
@@ -91,6 +93,9 @@ _LLAMA = _Architecture("llama", _SILU, ("linear", "llama3", "yarn"), rotates_nei
 _ARCHITECTURES = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
+    "mixtral": _LLAMA,
+    "qwen3_moe": _Architecture("qwen3moe", {**_SILU, **_NO_BIAS, "norm_topk_prob": (True,)}),
+    "olmoe": _Architecture("olmoe", {**_SILU, **_NO_BIAS, "norm_topk_prob": (False,), "tie_word_embeddings": (False,)}),
     "qwen2": _Architecture("qwen2", _SILU),
     "qwen3": _Architecture("qwen3", {**_SILU, **_NO_BIAS}),
     "olmo2": _Architecture("olmo2", {**_SILU, **_NO_BIAS, "tie_word_embeddings": (False,)}),
@@ -137,7 +142,9 @@ def gguf_tensors(shape: ModelConfig) -> dict[str, tuple[str, ...]]:
             found[f"{_OUTSIDE[whole]}.{kind}"] = (name,)
             continue
         _, layer, part = whole.split(".", 2)
-        if fused and part in _QKV:
+        if part == "mlp.experts":
+            found[f"blk.{layer}.ffn_{kind}_exps.weight"] = (name,)
+        elif fused and part in _QKV:
             parts = tuple(f"layers.{layer}.{each}.{kind}" for each in _QKV)
             found[f"blk.{layer}.attn_qkv.{kind}"] = parts
         else:
@@ -151,6 +158,10 @@ def _obstacles(shape: ModelConfig) -> Iterator[str]:
     for field, values in architecture.needs.items():
         if getattr(shape, field) not in values:
             yield f"model.{field}={shown(getattr(shape, field))}"
+    if shape.moe_layers and len(shape.moe_layers) < len(layers):
+        yield f"model.moe_layers={shown(list(shape.moe_layers))}"
+    if architecture.name == "olmoe" and shape.num_key_value_heads != shape.num_attention_heads:
+        yield f"model.num_key_value_heads={shape.num_key_value_heads}"
     windowed = [layer for layer in layers if shape.window(layer) is not None]
     if windowed != _others(architecture.window_every, layers) and (windowed or architecture.needs_window):
         yield f"model.sliding_window={shown(shape.sliding_window)} on layers {shown(windowed)}"
@@ -224,10 +235,13 @@ def export_gguf(plan: ExportPlan, tokenizer: GGUFTokenizer, name: str, advance: 
 
 def gguf_bytes(plan: ExportPlan) -> int:
     """The bytes of all tensors."""
-    return sum(
-        math.prod(size) * (plan.dtype if len(size) > 1 else torch.float32).itemsize
-        for size in _sizes(plan.shape).values()
-    )
+    sizes = _sizes(plan.shape).items()
+    return sum(math.prod(size) * _stored_dtype(name, size, plan.dtype).itemsize for name, size in sizes)
+
+
+def _stored_dtype(name: str, size: tuple[int, ...], dtype: torch.dtype) -> torch.dtype:
+    """Of llama.cpp's tensor: that of matrices, fp32 for vectors and routers."""
+    return dtype if len(size) > 1 and _ROUTER not in name else torch.float32
 
 
 def _sizes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -251,7 +265,7 @@ def write_gguf(
     """Write the file, one tensor in memory at a time; return the bytes of all tensors.
 
     Args:
-        dtype: of the matrices, fp32 (exact) or bf16; vectors are always fp32.
+        dtype: of the matrices, fp32 (exact) or bf16; vectors and routers are always fp32.
         name: of the model.
         advance: called after each tensor is written.
 
@@ -273,7 +287,7 @@ def write_gguf(
     if factors is not None:
         writer.add_tensor_info(_ROPE_FACTORS, tuple(factors.shape), _as_numpy(factors).dtype, factors.nbytes)
     for target, size in _sizes(shape).items():
-        stored = dtype if len(size) > 1 else torch.float32
+        stored = _stored_dtype(target, size, dtype)
         count = math.prod(size) * stored.itemsize
         kind = gguf.GGMLQuantizationType.BF16 if stored == torch.bfloat16 else gguf.GGMLQuantizationType.F32
         writer.add_tensor_info(target, size, _as_numpy(torch.empty(0, dtype=stored)).dtype, count, raw_dtype=kind)
@@ -283,9 +297,10 @@ def write_gguf(
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(_as_numpy(factors))
-    for parts in tensors.values():
+    for target, parts in tensors.items():
         whole = torch.cat([_rows(reader.read_finite(part, sizes[part]), part, shape) for part in parts])
-        writer.write_tensor_data(_as_numpy(whole.to(dtype if whole.dim() > 1 else torch.float32).contiguous()))
+        stored = _stored_dtype(target, tuple(whole.shape), dtype)
+        writer.write_tensor_data(_as_numpy(whole.to(stored).contiguous()))
         advance()
     writer.close()
     return total
@@ -325,7 +340,11 @@ def _describe_model(writer: Any, gguf: ModuleType, shape: ModelConfig, name: str
     writer.add_context_length(shape.max_position_embeddings)
     writer.add_embedding_length(shape.hidden_size)
     writer.add_block_count(shape.num_hidden_layers)
-    writer.add_feed_forward_length(shape.intermediate_size)
+    writer.add_feed_forward_length(shape.moe_intermediate_size or shape.intermediate_size)
+    if shape.num_experts is not None:
+        writer.add_expert_count(shape.num_experts)
+        writer.add_expert_used_count(shape.num_experts_per_token)
+        writer.add_expert_feed_forward_length(shape.moe_intermediate_size)
     writer.add_head_count(shape.num_attention_heads)
     if shape.normalization == "layer_norm":
         writer.add_layer_norm_eps(shape.norm_epsilon)

@@ -26,18 +26,18 @@ _WITHOUT_EFFECT_WORDS = (
     "_attn_implementation_autoset _name_or_path _num_labels architectures bos_token_id chunk_size_feed_forward "
     "do_sample dtype eos_token_id gradient_checkpointing id2label is_decoder is_llama_config label2id max_length "
     "max_window_layers min_length model_type num_beams num_labels output_attentions output_hidden_states output_past "
-    "pad_token_id predict_special_tokens problem_type repetition_penalty return_dict summary_activation "
-    "summary_first_dropout summary_proj_to_labels summary_type summary_use_proj task_specific_params temperature "
-    "tokenizer_class top_k top_p torch_dtype torchscript transformers_version use_bfloat16 use_cache"
+    "output_router_logits pad_token_id predict_special_tokens problem_type repetition_penalty return_dict "
+    "router_aux_loss_coef summary_activation summary_first_dropout summary_proj_to_labels summary_type "
+    "summary_use_proj task_specific_params temperature tokenizer_class top_k top_p torch_dtype torchscript "
+    "transformers_version use_bfloat16 use_cache"
 )
 _WITHOUT_EFFECT = frozenset(_WITHOUT_EFFECT_WORDS.split())
 # Keys that change what some model of transformers computes: none of them may be ignored.
 _ELSEWHERE = (
-    "alibi attention_chunk_size attention_multiplier attn_type clip_qkv embedding_multiplier expert_layer_offset "
-    "expert_layer_period first_k_dense_replace kv_lora_rank logit_scale logits_scaling moe_intermediate_size "
-    "n_routed_experts n_shared_experts norm_topk_prob num_experts num_experts_per_tok num_local_experts "
-    "original_max_position_embeddings parallel_attn q_lora_rank qk_norm quantization_config residual_multiplier "
-    "use_qk_norm"
+    "alibi attention_chunk_size attention_multiplier attn_type embedding_multiplier expert_layer_offset "
+    "expert_layer_period first_k_dense_replace kv_lora_rank logit_scale logits_scaling n_routed_experts "
+    "n_shared_experts original_max_position_embeddings parallel_attn q_lora_rank qk_norm quantization_config "
+    "residual_multiplier use_qk_norm"
 )
 _DECISIVE = frozenset(_ELSEWHERE.split()).union(*(family.keys for family in FAMILIES.values()))
 # What acts in training only, and what only names the choices.
@@ -79,13 +79,15 @@ def family_of(shape: ModelConfig) -> Family:
 def _obstacles(shape: ModelConfig, family: Family) -> list[str]:
     """The choices of the model that do not come back from the family's config.json."""
     plain = _without_idle_choices(shape)
+    # An MLP that no layer has keeps its size: some families have a key for it.
+    idle = (*_NOT_COMPUTED, *(["intermediate_size"] if len(shape.moe_layers) == shape.num_hidden_layers else []))
     values, problems = _read(_written(plain, family), family)
     # A choice that no rule knows has to be the one that models are made with otherwise.
     values = {name: ModelSection.model_fields[name].default for name in vars(plain).keys() - values.keys()} | values
     obstacles = [
         f"model.{name}={shown(getattr(shape, name))}"
         for name, value in values.items()
-        if name not in _NOT_COMPUTED and not _is_same(value, getattr(plain, name))
+        if name not in idle and not _is_same(value, getattr(plain, name))
     ]
     if family.heads_divide_hidden and shape.hidden_size % shape.num_attention_heads:
         obstacles.append(f"model.num_attention_heads={shape.num_attention_heads} of hidden_size={shape.hidden_size}")

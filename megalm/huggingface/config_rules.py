@@ -45,6 +45,7 @@ class Key:
         default: of the transformers class for a key that is missing or null; a function computes it from the fields.
         nullable: null is a value of its own.
         also: further keys with the same number, which may not contradict it.
+        spelling: the key's name in other versions of transformers, which is read in its place and written beside it.
     """
 
     name: str
@@ -52,13 +53,20 @@ class Key:
     default: Any = REQUIRED
     nullable: bool = False
     also: tuple[str, ...] = ()
+    spelling: str | None = None
 
     @property
     def keys(self) -> frozenset[str]:
-        return frozenset((self.name, *self.also))
+        return frozenset(self._written)
+
+    @property
+    def _written(self) -> tuple[str, ...]:
+        return (self.name, *self.also, *([self.spelling] if self.spelling else []))
 
     def read(self, config: Config, values: Values, problems: list[str]) -> None:
         value = config.get(self.name)
+        if self.spelling:
+            value = _one({key: config.get(key) for key in (self.name, self.spelling)}, {}, self.name, problems)
         is_missing = value is None and not (self.nullable and self.name in config)
         if is_missing and self.default is REQUIRED:
             problems.append(f"{self.name} is missing")
@@ -71,7 +79,7 @@ class Key:
         values |= dict.fromkeys(self.fields or (self.name,), value)
 
     def write(self, shape: ModelConfig) -> Values:
-        return dict.fromkeys((self.name, *self.also), getattr(shape, (self.fields or (self.name,))[0]))
+        return dict.fromkeys(self._written, getattr(shape, (self.fields or (self.name,))[0]))
 
 
 def computed(function: Callable[[Values], Any], values: Values) -> Any:
@@ -216,6 +224,30 @@ def layer_count(values: Values) -> int:
 
 
 @dataclass(frozen=True)
+class ExpertLayers:
+    """Qwen3-MoE: every n-th layer has experts, but for the listed ones."""
+
+    @property
+    def keys(self) -> frozenset[str]:
+        return frozenset(("decoder_sparse_step", "mlp_only_layers"))
+
+    def read(self, config: Config, values: Values, problems: list[str]) -> None:
+        every, dense = config.get("decoder_sparse_step"), config.get("mlp_only_layers")
+        every, dense = 1 if every is None else every, dense or []
+        if not isinstance(every, int) or every < 1:
+            problems.append(f"decoder_sparse_step={every!r}")
+        elif not isinstance(dense, list):
+            problems.append(f"mlp_only_layers={dense!r}")
+        else:
+            layers = range(every - 1, layer_count(values), every)
+            values["moe_layers"] = tuple(layer for layer in layers if layer not in dense)
+
+    def write(self, shape: ModelConfig) -> Values:
+        layers = range(shape.num_hidden_layers)
+        return {"decoder_sparse_step": 1, "mlp_only_layers": [n for n in layers if n not in shape.moe_layers]}
+
+
+@dataclass(frozen=True)
 class WindowOfAllLayers:
     """Mistral: one window, null for none.
 
@@ -223,7 +255,7 @@ class WindowOfAllLayers:
         missing: the window of a file that has no such key.
     """
 
-    missing: int = 4096
+    missing: int | None = 4096
 
     @property
     def keys(self) -> frozenset[str]:

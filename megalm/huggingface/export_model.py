@@ -68,8 +68,8 @@ class FoldedReader(CheckpointReader):
         self._offset = 1.0 if shape.norm_zero_centered else 0.0  # of a norm's stored gain
         self.shape = replace(shape, mup_base_width=None, attention_scale=None)
 
-    def read_finite(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        values = super().read_finite(name, shape)
+    def read_finite(self, name: str, shape: tuple[int, ...], row: int | None = None) -> Tensor:
+        values = super().read_finite(name, shape, row)
         if name.startswith("final_norm."):
             factor = self._logits
         elif name.endswith(self._scaled):

@@ -38,8 +38,9 @@ def write_model(
         CheckpointError: the checkpoint's parameters are not the model's, are incomplete or are not finite.
         OSError: the folder cannot be written.
     """
-    if reader.shapes() != shape.parameters():
-        different = sorted(set(reader.shapes().items()) ^ set(shape.parameters().items()))
+    sizes = shape.parameters()
+    if reader.shapes() != sizes:
+        different = sorted(set(reader.shapes().items()) ^ set(sizes.items()))
         raise CheckpointError(
             f"{reader.path}: {different[0][0]} does not match the model section of its manifest; use another checkpoint"
         )
@@ -48,7 +49,7 @@ def write_model(
 
     def values(members: Sequence[HFTensor]) -> Iterator[Tensor]:
         for tensor in members:
-            yield to_hf(tensor, [reader.read_finite(name, size) for name, size in tensor.parts])
+            yield to_hf(tensor, [reader.read_finite(name, sizes[name], tensor.expert) for name, _ in tensor.parts])
             advance()
 
     for name, members in files.items():
@@ -93,6 +94,18 @@ def from_hf(tensor: HFTensor, whole: Tensor, part: str) -> Tensor:
             return rows[:, start : start + size].flatten(0, 1)
         start += size
     raise AssertionError(part)
+
+
+def read_part(tensors: Sequence[HFTensor], part: str, load: Callable[[HFTensor], Tensor]) -> Tensor:
+    """One of megalm's parameters, fp32, of the tensors that hold it; experts are stacked one after the other."""
+    first = from_hf(tensors[0], load(tensors[0]), part).float()
+    if tensors[0].expert is None:
+        return first
+    stacked = first.new_empty(len(tensors), *first.shape)
+    stacked[0] = first
+    for row, tensor in enumerate(tensors[1:], 1):
+        stacked[row] = load(tensor)
+    return stacked
 
 
 def _split(tensors: Sequence[HFTensor], dtype: torch.dtype, largest: int) -> dict[str, list[HFTensor]]:

@@ -7,7 +7,7 @@ its tensors. Source: the configuration and modelling files of transformers 4.46,
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from megalm.config.schema import ModelStyle
@@ -15,6 +15,7 @@ from megalm.huggingface.config_rules import (
     REQUIRED,
     ActivationKey,
     Derived,
+    ExpertLayers,
     Key,
     LayerTypes,
     NoRopeLayers,
@@ -23,6 +24,7 @@ from megalm.huggingface.config_rules import (
     Rule,
     WindowOfAllLayers,
     divided_heads,
+    layer_count,
 )
 
 Accepts = Callable[[Any], bool]
@@ -38,6 +40,7 @@ class TensorNames:
         block: a tensor of a block -> megalm's parameters that it concatenates along their output dimension.
         transposed: those whose matrices are stored as [in, out].
         by_head: those that concatenate the parameters within each head: [head, parameter, dimension].
+        experts: a tensor of an expert, whose number stands for the braces -> megalm's parameter that stacks them.
     """
 
     prefix: str
@@ -49,6 +52,7 @@ class TensorNames:
     positions: str = ""
     transposed: frozenset[str] = frozenset()
     by_head: frozenset[str] = frozenset()
+    experts: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def head_weight(self) -> str:
@@ -107,6 +111,20 @@ _PROJECTIONS = {
     "mlp.down_proj": "mlp.down",
 }
 _LLAMA_NAMES = _names("model.", **_PROJECTIONS, input_layernorm="attention_norm", post_attention_layernorm="mlp_norm")
+# transformers 5 stacks experts in memory, and takes them apart when it saves: files are those of every version.
+_MOE_NAMES = replace(
+    _LLAMA_NAMES,
+    block={**_LLAMA_NAMES.block, "mlp.gate": ("mlp.router",)},
+    experts={f"mlp.experts.{{}}.{kind}_proj": f"mlp.experts.{kind}" for kind in ("gate", "up", "down")},
+)
+_MIXTRAL_NAMES = replace(
+    _LLAMA_NAMES,
+    block={**_LLAMA_NAMES.block, "block_sparse_moe.gate": ("mlp.router",)},
+    experts={
+        f"block_sparse_moe.experts.{{}}.{name}": f"mlp.experts.{kind}"
+        for name, kind in (("w1", "gate"), ("w3", "up"), ("w2", "down"))
+    },
+)
 _OLMO_NAMES = _names(
     "model.",
     **_PROJECTIONS,
@@ -170,10 +188,10 @@ _PLAIN: dict[str, Any] = {
     "parallel_residual": False,
     "embedding_scale": None,
     "final_logit_softcapping": None,
-    "num_experts": None,
-    "moe_layers": (),
 }
-_LLAMA = {**_PLAIN, "normalization": "rms_norm", "position_embedding_type": "rope", "gated_mlp": True}
+_DENSE: dict[str, Any] = {"num_experts": None, "moe_layers": ()}
+_RMS = {**_PLAIN, "normalization": "rms_norm", "position_embedding_type": "rope", "gated_mlp": True}
+_LLAMA = {**_RMS, **_DENSE}
 _NO_BIAS = {"qkv_bias": False, "attention_output_bias": False, "mlp_bias": False}
 _NO_MLP_BIAS = {"mlp_bias": False}
 _OLMO = {**_LLAMA, **_NO_MLP_BIAS, "norm_placement": "post", "qk_norm": "whole"}
@@ -181,6 +199,7 @@ _GEMMA = {**_LLAMA, **_NO_MLP_BIAS, "norm_placement": "both", "norm_zero_centere
 _BIASED = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
 _GPT2 = {
     **_PLAIN,
+    **_DENSE,
     **_BIASED,
     "normalization": "layer_norm",
     "position_embedding_type": "learned_absolute",
@@ -191,6 +210,7 @@ _GPT2 = {
 }
 _NEOX = {
     **_PLAIN,
+    **_DENSE,
     "normalization": "layer_norm",
     "position_embedding_type": "rope",
     "gated_mlp": False,
@@ -206,9 +226,17 @@ _HEAD_DIM = Key("head_dim", default=divided_heads)
 # Their classes have defaults of their own.
 _OWN_GROUPS, _OWN_HEAD_DIM = Key("num_key_value_heads"), Key("head_dim")
 _DIVIDED_HEADS = Derived("head_dim", divided_heads, key="head_dim")
-_RMS_SIZES = (*_SIZES, Key("intermediate_size"), Key("attention_dropout", default=0.0))
+_DROPOUT = Key("attention_dropout", default=0.0)
+_RMS_SIZES = (*_SIZES, Key("intermediate_size"), _DROPOUT)
 _ATTENTION_BIAS = Key("attention_bias", ("qkv_bias", "attention_output_bias"), default=False)
 _SILU = ActivationKey("hidden_act", default="silu")
+_EXPERTS = Key("num_experts_per_tok", ("num_experts_per_token",))
+# Of families whose layers all have experts: their size has the name of an MLP's.
+_ONLY_EXPERTS: tuple[Rule, ...] = (
+    Key("intermediate_size", ("moe_intermediate_size", "intermediate_size")),
+    Derived("moe_layers", lambda values: tuple(range(layer_count(values)))),
+    _EXPERTS,
+)
 _UNTIED, _TIED = Key("tie_word_embeddings", default=False), Key("tie_word_embeddings", default=True)
 
 
@@ -314,6 +342,77 @@ FAMILIES = {
             ),
             names=_LLAMA_NAMES,
             required={**_DECODER, "mlp_bias": _is(False)},
+        ),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            "MixtralModel",
+            "llama",
+            fixed={**_RMS, **_NO_BIAS, "norm_topk_prob": True},
+            rules=(
+                *_SIZES,
+                _DROPOUT,
+                Key("num_local_experts", ("num_experts",)),
+                *_ONLY_EXPERTS,
+                _OWN_GROUPS,
+                _HEAD_DIM,
+                _SILU,
+                _epsilon(1e-5),
+                _UNTIED,
+                WindowOfAllLayers(missing=None),
+                Rope(theta=1_000_000.0),
+            ),
+            names=_MIXTRAL_NAMES,
+            required={**_DECODER, "attention_bias": _is(False), "router_jitter_noise": _is(0)},
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            "Qwen3MoeModel",
+            "llama",
+            fixed={**_RMS, **_NO_MLP_BIAS, "qk_norm": True},
+            rules=(
+                *_RMS_SIZES,
+                Key("num_experts", spelling="num_local_experts"),
+                Key("moe_intermediate_size"),
+                ExpertLayers(),
+                _EXPERTS,
+                Key("norm_topk_prob", default=False),
+                _OWN_GROUPS,
+                _HEAD_DIM,
+                _ATTENTION_BIAS,
+                _SILU,
+                _epsilon(1e-6),
+                _UNTIED,
+                Rope(),
+            ),
+            names=_MOE_NAMES,
+            # Versions differ in the layers that have the window.
+            required={**_DECODER, "use_sliding_window": _is(False)},
+            ignored=frozenset(("sliding_window",)),
+        ),
+        Family(
+            "olmoe",
+            "OlmoeForCausalLM",
+            "OlmoeModel",
+            "llama",
+            fixed={**_RMS, **_NO_MLP_BIAS, "qk_norm": "whole"},
+            rules=(
+                *_SIZES,
+                _DROPOUT,
+                Key("num_experts", spelling="num_local_experts"),
+                *_ONLY_EXPERTS,
+                Key("norm_topk_prob", default=False),
+                _GROUPS,
+                _DIVIDED_HEADS,
+                _ATTENTION_BIAS,
+                _SILU,
+                _epsilon(1e-5),
+                _UNTIED,
+                Rope(),
+            ),
+            names=_MOE_NAMES,
+            required={**_DECODER, "clip_qkv": _is(None)},
         ),
         Family(
             "olmo2",

@@ -19,8 +19,8 @@ from megalm.checkpoint.checkpoint_reader import is_finite
 from megalm.checkpoint.manifest import refuse_adapter
 from megalm.errors import DataError
 from megalm.huggingface.config_json import family_of_config, to_shape
-from megalm.huggingface.export_weights import INDEX, WEIGHTS, from_hf
-from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head
+from megalm.huggingface.export_weights import INDEX, WEIGHTS, read_part
+from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head, tensors_by_part
 from megalm.model.model_config import ModelConfig
 from megalm.utils.atomic_files import read_json
 
@@ -69,7 +69,7 @@ class HuggingFaceFolder:
         self._files = {name: _opened(folder / name) for name in _weight_files(folder)}
         self._places: dict[str, tuple[str, str]] = {}  # full name -> file, name in the file
         self._find_tensors()
-        self._owner = {part: tensor for tensor in self._tensors.values() for part, _ in tensor.parts}
+        self._owners = tensors_by_part(self._tensors.values())
         self._check_tensors()
 
     def read(self, name: str) -> Tensor:
@@ -78,8 +78,10 @@ class HuggingFaceFolder:
         Raises:
             DataError: the tensor cannot be read, or is not finite.
         """
-        tensor = self._owner[name]
-        found = from_hf(tensor, self._load(tensor.name), name).float()
+        return read_part(self._owners[name], name, self._load_finite)
+
+    def _load_finite(self, tensor: HFTensor) -> Tensor:
+        found = self._load(tensor.name)
         if not is_finite(found):
             raise DataError(
                 f"{self.folder}: {tensor.name} has values that are not finite; download or save the model again"

@@ -25,11 +25,11 @@ from megalm.checkpoint.checkpoint_reader import is_finite
 from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.errors import CheckpointError, DataError
 from megalm.huggingface.config_json import family_of_config, to_shape
-from megalm.huggingface.export_weights import from_hf
+from megalm.huggingface.export_weights import read_part
 from megalm.huggingface.families import Family
 from megalm.huggingface.pretrained_folder import is_buffer, read_config
 from megalm.huggingface.torch_file import load_torch_file
-from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head
+from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head, tensors_by_part
 from megalm.model.model_config import ModelConfig
 
 MOMENTS: tuple[FragmentKind, ...] = ("exp_avg", "exp_avg_sq")
@@ -130,7 +130,7 @@ class UniversalCheckpoint:
         self._kinds: tuple[FragmentKind, ...] = ("master",) if weights_only else ("master", *MOMENTS)
         if problems := list(self._problems(tensors)):
             raise CheckpointError(f"{self.folder} is not the model of {file}: {_first(problems, '; ')}")
-        self._owner = {part: tensor for tensor in tensors for part, _ in tensor.parts}
+        self._owners = tensors_by_part(tensors)
         folders = [self._stored[tensor.name] for tensor in tensors]
         self.optimizer = None if weights_only else _optimizer(self.folder, folders)
 
@@ -140,12 +140,15 @@ class UniversalCheckpoint:
         Raises:
             CheckpointError: the file is damaged, or has values that are not finite.
         """
-        tensor = self._owner[name]
-        path = self._stored[tensor.name] / _file(kind)
-        found = _tensor(path, check_values=True)
-        if not is_finite(found):
-            raise CheckpointError(f"{path} has values that are not finite; use an earlier checkpoint")
-        return from_hf(tensor, found.reshape(tensor.shape), name)
+
+        def load(tensor: HFTensor) -> Tensor:
+            path = self._stored[tensor.name] / _file(kind)
+            found = _tensor(path, check_values=True)
+            if not is_finite(found):
+                raise CheckpointError(f"{path} has values that are not finite; use an earlier checkpoint")
+            return found.reshape(tensor.shape)
+
+        return read_part(self._owners[name], name, load)
 
     def _problems(self, tensors: list[HFTensor]) -> Iterator[str]:
         expected = {tensor.name: tensor for tensor in tensors}

@@ -7,7 +7,7 @@ as [in, out].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from megalm.huggingface.config_json import family_of
@@ -23,12 +23,14 @@ class HFTensor:
         parts: canonical names and shapes of the parameters that it concatenates.
         transposed: the tensor is their transpose.
         heads: it concatenates the parts of each of so many heads; 0: the parts as a whole.
+        expert: it is this row of its part, whose shape is that of a row; None: the part as a whole.
     """
 
     name: str
     parts: tuple[tuple[str, tuple[int, ...]], ...]
     transposed: bool = False
     heads: int = 0
+    expert: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -44,19 +46,30 @@ def own_head(name: str, names: TensorNames) -> str:
 
 
 def hf_tensors(shape: ModelConfig, family: Family | None = None) -> list[HFTensor]:
-    """Every tensor of the model in Hugging Face format, in the model's order; each parameter is in exactly one.
+    """Every tensor of the model in Hugging Face format; each parameter, of stacked experts each row, is in exactly one.
 
     Args:
         family: whose names; None: of the one that the model is exported as.
     """
     parameters = shape.parameters()
+    names = (family or family_of(shape)).names
     tensors = [
         HFTensor(name, tuple((part, parameters[part]) for part in parts), flip and len(parameters[parts[0]]) > 1, heads)
-        for name, parts, flip, heads in _sources((family or family_of(shape)).names, shape)
+        for name, parts, flip, heads in _sources(names, shape)
         if parts[0] in parameters
     ]
+    tensors += _experts(names, shape)
     assert {part for tensor in tensors for part, _ in tensor.parts} == set(parameters), shape
     return tensors
+
+
+def tensors_by_part(tensors: Iterable[HFTensor]) -> dict[str, list[HFTensor]]:
+    """Canonical name of a parameter -> the tensors that hold it: one, or one for each row of stacked experts."""
+    found: dict[str, list[HFTensor]] = {}
+    for tensor in tensors:
+        for part, _ in tensor.parts:
+            found.setdefault(part, []).append(tensor)
+    return found
 
 
 def _sources(names: TensorNames, shape: ModelConfig) -> Iterator[tuple[str, tuple[str, ...], bool, int]]:
@@ -74,3 +87,13 @@ def _sources(names: TensorNames, shape: ModelConfig) -> Iterator[tuple[str, tupl
     for kind in kinds:
         yield f"{names.prefix}{names.final_norm}.{kind}", (f"final_norm.{kind}",), False, 0
     yield names.head_weight, ("head.weight",), False, 0
+
+
+def _experts(names: TensorNames, shape: ModelConfig) -> Iterator[HFTensor]:
+    parameters = shape.parameters()
+    for layer in shape.moe_layers:
+        for name, part in names.experts.items():
+            stacked = f"layers.{layer}.{part}"
+            for expert, own in enumerate([parameters[stacked][1:]] * parameters[stacked][0]):
+                whole = f"{names.prefix}{names.layers}.{layer}.{name.format(expert)}.weight"
+                yield HFTensor(whole, ((stacked, own),), expert=expert)

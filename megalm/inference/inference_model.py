@@ -24,6 +24,7 @@ from megalm.errors import CheckpointError, DataError
 from megalm.huggingface.import_model import find_tokenizer, manifest_facts
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
 from megalm.model.model_config import ModelConfig
+from megalm.model.moe import routers
 from megalm.model.transformer import LanguageModel
 from megalm.train.multiple_choice import Encoding
 
@@ -135,15 +136,15 @@ class InferenceModel:
                 raise CheckpointError(f"{path} is in Hugging Face format, which has no average; leave out --ema")
             source = HuggingFaceFolder(path)
             self.facts = _pretrained_facts(source, tokenizer)
-            network = _load(lambda name, _: source.read(name), source.shape, watched)
+            network = _load(lambda name, _: source.read(name), source.shape, watched, self.device, dtype)
         else:
             reader = CheckpointReader(path, ema)
             verify(reader)
             self.facts = read_facts(path, tokenizer)
-            network = _load(reader.read_finite, self.facts.shape, watched)
+            network = _load(reader.read_finite, self.facts.shape, watched, self.device, dtype)
             reader.close()
         self.shape, self.tokenizer = self.facts.shape, self.facts.tokenizer
-        self.network = network.to(self.device, dtype).eval()
+        self.network = network
 
     @torch.inference_mode()
     def next_token_logits(
@@ -223,12 +224,18 @@ def _load(
     read: Callable[[str, tuple[int, ...]], Tensor],
     shape: ModelConfig,
     watched: Callable[[Sequence[str]], Iterable[str]],
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> LanguageModel:
-    """Load the fp32 model; only one parameter is in memory twice at a time."""
+    """Load the model, for evaluation; on the CPU one parameter at a time is in memory twice."""
     model = LanguageModel(shape)
     with torch.no_grad():
         parameters = dict(model.named_parameters())
         for name in watched(list(parameters)):
             parameter = parameters[name]
             parameter.copy_(read(name, tuple(parameter.shape)))
+    model = model.to(device, dtype).eval()
+    found = routers(model)
+    for name, size in shape.expert_biases().items():
+        found[name].expert_bias = read(name, size).to(device)
     return model

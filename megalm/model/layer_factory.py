@@ -155,6 +155,7 @@ class LayerFactory:
     Attributes:
         slices: number of slices of the residual stream's sequence, which must divide its length.
         router_losses: of layers with experts.
+        expert_capacity_factor: of an expert's equal share of a sequence, what it takes in training; None: everything.
     """
 
     def __init__(
@@ -171,6 +172,7 @@ class LayerFactory:
         self.compiled = compiled
         self.z_loss = z_loss
         self.router_losses = RouterLosses()
+        self.expert_capacity_factor: float | None = None
         self._linear = Float8Linear if float8 else nn.Linear
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:

@@ -43,6 +43,7 @@ STYLES: Mapping[ModelStyle, Mapping[str, Any]] = {
 }
 
 
+EXPERT_BIAS = "mlp.router.expert_bias"
 _STACKED = 3  # dimensions of a parameter that holds one matrix for each expert
 
 
@@ -96,6 +97,7 @@ class ModelConfig:
     router_scores: RouterScores
     norm_topk_prob: bool
     routed_scaling_factor: float
+    expert_bias: bool
     parallel_residual: bool
     embedding_scale: float | None
     final_logit_softcapping: float | None
@@ -139,6 +141,12 @@ class ModelConfig:
         if not self.tie_word_embeddings:
             shapes["head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
+
+    def expert_biases(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of what checkpoints hold beside parameters: no optimizer changes it."""
+        if not self.expert_bias or self.num_experts is None:
+            return {}
+        return {f"layers.{layer}.{EXPERT_BIAS}": (self.num_experts,) for layer in self.moe_layers}
 
     def parameter_count(self) -> int:
         return sum(math.prod(shape) for shape in self.parameters().values())
@@ -237,7 +245,7 @@ _CHOICES = (
     *("attention_scale", "attn_logit_softcapping", "attention_sinks", "qkv_bias", "attention_output_bias", "mlp_bias"),
     *("hidden_act", "gated_mlp", "parallel_residual", "embedding_scale", "final_logit_softcapping"),
     *("num_experts", "num_experts_per_token", "moe_intermediate_size", "num_shared_experts", "moe_layers"),
-    *("router_scores", "norm_topk_prob", "routed_scaling_factor"),
+    *("router_scores", "norm_topk_prob", "routed_scaling_factor", "expert_bias"),
     "mup_base_width",
 )
 

@@ -1,7 +1,8 @@
 """Experts: several MLPs in the place of one, of which a router gives each token a few (Shazeer et al., 2017).
 
-No token is dropped, whatever the experts' load: the rows of all tokens are sorted by expert, and one grouped product
-multiplies each stretch of them by its own expert's matrix.
+Whatever the experts' load, the rows of all tokens are sorted by expert, and one grouped product multiplies each stretch
+of them by its own expert's matrix. No token is dropped, unless training states a capacity: what an expert gets of a
+sequence beyond it then has the weight 0.
 
 Shapes: B batch, T sequence, N = B x T tokens, H hidden, E experts, K experts of a token, R = N x K rows, I the inner
 size of an expert, or the part of it that is held here.
@@ -9,6 +10,7 @@ size of an expert, or the part of it that is held here.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +23,14 @@ from megalm.model.model_config import ModelConfig
 from megalm.model.modules import ACTIVATIONS
 from megalm.model.recomputation import in_backward
 
-STATISTICS = ("entropy", "balance_loss", "z_loss")  # what `MixtureOfExperts.statistics` has behind the experts
+STATISTICS = (
+    "dropped",
+    "entropy",
+    "balance_loss",
+    "z_loss",
+)  # what `MixtureOfExperts.statistics` has behind the experts
 
+_ROUNDING = 1e-9  # of a product that would be whole
 _TINY = 1e-20  # a sum of sigmoids can be 0
 
 
@@ -48,6 +56,13 @@ class Routing:
         zeros = torch.zeros_like(self.probabilities[:, 0])
         return zeros.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=zeros.dtype))
 
+    def within_capacity(self, factor: float) -> Tensor:
+        """Whether each choice is among the first ceil(factor x K x T / E) of its expert in the sequence, [B, T, K]."""
+        length, count = self.probabilities.shape[1:]
+        capacity = math.ceil(factor * self.experts.shape[2] * length / count - _ROUNDING)
+        chosen = torch.zeros_like(self.probabilities, dtype=torch.int32).scatter_(2, self.experts, 1)
+        return chosen.cumsum(1).gather(2, self.experts) <= capacity
+
     def balance_losses(self, counts: Tensor) -> Tensor:
         """[B, E] -> [B]: E x the sum over experts of (share of tokens) x (mean probability), K at perfect balance.
 
@@ -67,7 +82,13 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Scores the experts for each token, in fp32, and takes the K best."""
+    """Scores the experts for each token, in fp32, and takes the K best.
+
+    Attributes:
+        expert_bias: fp32 [E], added to the scores when the best are chosen, not to the weights (Wang et al., 2024,
+            "Auxiliary-Loss-Free Load Balancing"); None: no bias. It is no buffer of torch's, which would be rounded to
+            the model's precision.
+    """
 
     def __init__(self, shape: ModelConfig) -> None:
         super().__init__()
@@ -77,15 +98,26 @@ class Router(nn.Module):
         self.sigmoid = shape.router_scores == "sigmoid"
         self.normalized = shape.norm_topk_prob
         self.scale = shape.routed_scaling_factor
+        self.expert_bias: Tensor | None = None
 
     def forward(self, hidden: Tensor) -> Routing:  # [B, T, H]
         logits = functional.linear(hidden.float(), self.weight.float())
         scores = logits.sigmoid() if self.sigmoid else logits.softmax(-1)
         probabilities = scores / (scores.sum(-1, keepdim=True) + _TINY) if self.sigmoid else scores
-        weights, experts = scores.topk(self.top, dim=-1)
+        if self.expert_bias is None:
+            weights, experts = scores.topk(self.top, dim=-1)
+        else:
+            experts = (scores.detach() + self.expert_bias).topk(self.top, dim=-1).indices
+            weights = scores.gather(-1, experts)
         if self.normalized:
             weights = weights / (weights.sum(-1, keepdim=True) + _TINY)
         return Routing(logits, probabilities, experts, weights * self.scale)
+
+
+def routers(model: nn.Module) -> dict[str, Router]:
+    """Canonical name of the expert bias -> router."""
+    named = model.named_modules()
+    return {f"{name}.expert_bias": module for name, module in named if isinstance(module, Router)}
 
 
 class Experts(nn.Module):
@@ -160,8 +192,8 @@ class MixtureOfExperts(nn.Module):
     Attributes:
         losses_factor: multiplies the gradient of the router's losses, which are summed over sequences; the engine makes
             it a mean over the sequences of the global batch.
-        statistics: fp64 [E + STATISTICS], to which each forward pass of training adds: tokens of each expert, the
-            entropies of tokens, and the balance and z losses of sequences. None: it adds nothing.
+        statistics: fp64 [E + STATISTICS], to which each forward pass of training adds: tokens of each expert, how many
+            of them are dropped, the entropies of tokens, and the balance and z losses of sequences. None: nothing.
     """
 
     def __init__(self, shape: ModelConfig, layers: LayerFactory, shared: nn.Module | None) -> None:
@@ -173,6 +205,7 @@ class MixtureOfExperts(nn.Module):
         self.statistics: Tensor | None = None
         self._stream = layers.stream()
         self._losses = layers.router_losses
+        self._capacity_factor = layers.expert_capacity_factor
 
     def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] of the residual stream -> the same
         # First, so that a recomputation, which ends with the last input that the backward pass reads, spares nothing.
@@ -182,18 +215,22 @@ class MixtureOfExperts(nn.Module):
         whole = self._stream.whole(hidden)
         routing = self.router(whole)
         counts = routing.counts()  # [B, E]
-        chosen = (routing.experts.flatten(0, 1), routing.weights.flatten(0, 1))
+        weights, dropped = routing.weights, counts.new_zeros(())
+        if self._capacity_factor is not None and self.training:
+            kept = routing.within_capacity(self._capacity_factor)
+            weights, dropped = weights * kept, (~kept).sum()
+        chosen = (routing.experts.flatten(0, 1), weights.flatten(0, 1))
         addend = self.experts(whole.flatten(0, 1), *chosen, counts.sum(0)).view_as(whole)
         if self.training and torch.is_grad_enabled():
-            addend = self._with_losses(addend, routing, counts)
+            addend = self._with_losses(addend, routing, counts, dropped)
         joined = self._stream.join(addend)
         return joined if shared is None else joined + shared
 
-    def _with_losses(self, addend: Tensor, routing: Routing, counts: Tensor) -> Tensor:
+    def _with_losses(self, addend: Tensor, routing: Routing, counts: Tensor, dropped: Tensor) -> Tensor:
         balance, z = routing.balance_losses(counts).sum(), routing.z_losses().sum()
         if self.statistics is not None and not in_backward():
             with torch.no_grad():
-                others = torch.stack([routing.entropies().sum(), balance, z])
+                others = torch.stack([dropped, routing.entropies().sum(), balance, z])
                 self.statistics += torch.cat([counts.sum(0), others])
         loss = self._losses.balance * balance + self._losses.z * z
         return _WithLoss.apply(addend, loss, self.losses_factor / self._stream.ranks)  # type: ignore[no-untyped-call]  # torch: untyped

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from megalm.checkpoint.shard_spec import FragmentKey, FragmentKind
 from megalm.data.sampling.batch_loader import MicroBatch
 from megalm.data.sampling.samples import IGNORE_INDEX
 from megalm.errors import TrainingError
+from megalm.model.model_config import EXPERT_BIAS
 
 Array = npt.NDArray[np.float32]
 Fragments = list[tuple[FragmentKey, Array]]
@@ -164,9 +166,13 @@ def relative(values: Sequence[float], expected: Sequence[float]) -> float:
 
 
 def state_difference(found: State, expected: State, kind: FragmentKind) -> float:
-    """The largest L2 difference of one parameter, relative to its own L2 norm; nan where one is."""
+    """The largest L2 difference of one parameter, relative to its own L2 norm; nan where one is.
+
+    Biases of experts are compared with scores of 1, to which they are added: a token that rounding sends elsewhere may
+    turn a step of theirs.
+    """
     shares = [
-        _l2(found[place] - values) / (_l2(values) or 1.0)
+        _l2(found[place] - values) / (math.sqrt(len(values)) if place[0].endswith(EXPERT_BIAS) else _l2(values) or 1.0)
         for place, values in expected.items()
         if place[1] == kind and not place[0].endswith(_WITHOUT_EFFECT)
     ]

@@ -76,12 +76,16 @@ def model_choices_fit(case: CheckContext) -> None:
 
 _OF_EXPERTS = (
     *("num_experts_per_token", "moe_intermediate_size", "num_shared_experts", "moe_layers", "num_dense_layers"),
-    *("router_scores", "norm_topk_prob", "routed_scaling_factor"),
+    *("router_scores", "norm_topk_prob", "routed_scaling_factor", "expert_bias"),
 )
 
 
 def experts_fit(case: CheckContext) -> None:
     model, shape = case.config.model, case.shape
+    if case.config.train.expert_bias_rate is not None and not model.expert_bias:
+        raise ConfigError("train.expert_bias_rate needs model.expert_bias=true")
+    if case.config.train.expert_capacity_factor is not None and model.num_experts is None:
+        raise ConfigError("train.expert_capacity_factor needs model.num_experts")
     if model.num_experts is None:
         defaults = {name: ModelSection.model_fields[name].default for name in _OF_EXPERTS}
         # A resolved model names the layers with experts, which may be none.

@@ -62,7 +62,7 @@ def _torch_folder() -> Path:
     if (folder / "lib" / "libtorch_cuda.so").exists():
         raise ConfigError(
             f"{folder} is a torch with CUDA, whose own devices a rehearsal cannot replace; rehearse in an environment "
-            "with the CPU build of torch (`make install` on a machine without a GPU)"
+            "with the CPU build (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install VENV=.venv-cpu)"
         )
     return folder
 

@@ -29,6 +29,7 @@ COLUMNS = (
     "mfu",
     "memory_bytes",
     "expert_load_max",
+    "dropped_tokens",
     "router_entropy",
     "attempt",
 )

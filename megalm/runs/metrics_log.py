@@ -8,7 +8,8 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   mixture loss_of_NAME of each dataset, nats per target of its samples in this step, null without one: weighted by their
   targets they add up to loss; of a model with experts expert_load_max and expert_load_min (the fullest and the
   emptiest expert of any layer, 1: its equal share), router_entropy (nats, the mean over tokens and layers),
-  router_aux_loss and router_z_loss (without their coefficients, the mean over sequences and layers)
+  router_aux_loss and router_z_loss (without their coefficients, the mean over sequences and layers), and with
+  train.expert_capacity_factor dropped_tokens (the share of the choices of experts that capacity drops)
 - `eval`: step, tokens, loss, perplexity, dataset, targets, whole (all samples of the sets), attempt (and if known
   bits_per_byte, and loss_stderr, the standard error of the loss by the choice of the samples; with evaluate.ema also
   ema_loss, with the moving average of the weights)
@@ -32,7 +33,8 @@ Rows have `kind` and `time` (unix seconds), and by kind:
   - `straggler`, a rank that is slower than the others (train.slow_factor, train.slow_seconds): rank, host, device,
     quantity (compute or data), own_seconds and median_seconds (a step's; on a GPU compute is of a fixed product),
     lasted_seconds, temperature
-  - `experts`, every guard.experts_interval_steps: first_step, last_step, and load: by layer that of each expert
+  - `experts`, every guard.experts_interval_steps: first_step, last_step, load: by layer that of each expert, and with
+    train.expert_capacity_factor dropped_tokens
   - `unbalanced_experts`, where other experts than before are dead (under 0.02 of their equal share) or overloaded
     (over 4 times, or nearly all tokens): first_step, last_step, dead and overloaded, as [layer, expert]
   - `end`: status = finished | failed | stopped (saved, asks to be restarted), exit_code; of a failure its
@@ -322,7 +324,7 @@ _COLUMNS: dict[str, _Kind] = {
     **dict.fromkeys(("mfu", "perplexity", "bits_per_byte", "seconds", "stall_seconds", "startup_seconds"), _NUMBER),
     **dict.fromkeys(("low", "high", "median", "best_loss", "loss_stderr", "own_seconds", "median_seconds"), _NUMBER),
     **dict.fromkeys(("lasted_seconds", "temperature", "expert_load_max", "expert_load_min", "ema_loss"), _NUMBER),
-    **dict.fromkeys(("router_entropy", "router_aux_loss", "router_z_loss"), _NUMBER),
+    **dict.fromkeys(("router_entropy", "router_aux_loss", "router_z_loss", "dropped_tokens"), _NUMBER),
     **dict.fromkeys(("lasted_seconds", "temperature", "accuracy", "accuracy_error", "byte_accuracy"), _NUMBER),
     **dict.fromkeys(("byte_accuracy_error", "answer_bits_per_byte", "chance"), _NUMBER),
     **dict.fromkeys(("kind", "event", "dataset", "path", "text", "quantity", "decided", "why", "reason"), _TEXT),

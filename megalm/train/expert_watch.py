@@ -22,6 +22,7 @@ class LoadReport:
     Attributes:
         load: by layer, of each expert.
         dead, overloaded: (layer, expert).
+        dropped: the share of choices beyond the experts' capacity; None: they have none.
         is_news: whether these are others than in the report before; the first report with none is no news.
     """
 
@@ -30,6 +31,7 @@ class LoadReport:
     load: dict[int, tuple[float, ...]]
     dead: tuple[tuple[int, int], ...]
     overloaded: tuple[tuple[int, int], ...]
+    dropped: float | None
     is_news: bool
 
     def fields(self) -> dict[str, Any]:
@@ -38,6 +40,7 @@ class LoadReport:
             "first_step": self.first_step,
             "last_step": self.last_step,
             "load": {str(layer): [round(load, 4) for load in loads] for layer, loads in self.load.items()},
+            **({} if self.dropped is None else {"dropped_tokens": round(self.dropped, 4)}),
         }
 
     def news(self) -> dict[str, Any]:
@@ -57,6 +60,7 @@ class ExpertWatch:
         self._interval = interval_steps
         self._counts: Any = None  # [L, E]
         self._steps = 0
+        self._dropped = 0.0
         self._known: tuple[tuple[tuple[int, int], ...], ...] = ((), ())
 
     def add(self, step: int, routing: RoutingStatistics, top: int) -> LoadReport | None:
@@ -68,6 +72,7 @@ class ExpertWatch:
         counts = np.array(routing.counts, dtype=np.float64)
         self._counts = counts if self._counts is None else self._counts + counts
         self._steps += 1
+        self._dropped += (routing.dropped or 0.0) * counts.sum()
         if self._steps < self._interval:
             return None
         loads = self._counts / self._counts.mean(axis=1, keepdims=True)
@@ -76,5 +81,6 @@ class ExpertWatch:
         dead, overloaded = (tuple((routing.layers[row], int(expert)) for row, expert in found) for found in places)
         is_news, self._known = (dead, overloaded) != self._known, (dead, overloaded)
         load = dict(zip(routing.layers, map(tuple, loads.tolist()), strict=True))
-        first, self._counts, self._steps = step - self._steps + 1, None, 0
-        return LoadReport(first, step, load, dead, overloaded, is_news)
+        dropped = None if routing.dropped is None else float(self._dropped / self._counts.sum())
+        first, self._counts, self._steps, self._dropped = step - self._steps + 1, None, 0, 0.0
+        return LoadReport(first, step, load, dead, overloaded, dropped, is_news)

@@ -88,6 +88,7 @@ def _routing_columns(routing: RoutingStatistics | None) -> dict[str, float]:
         "router_entropy": routing.entropy,
         "router_aux_loss": routing.balance_loss,
         "router_z_loss": routing.z_loss,
+        **({} if routing.dropped is None else {"dropped_tokens": routing.dropped}),
     }
 
 

@@ -221,10 +221,10 @@ class Watch:
 
 
 class Broken(Watch):
-    """While entered, the collectives under one site are skipped or doubled."""
+    """While entered, the collectives under some sites are skipped or doubled."""
 
-    def __init__(self, site: Site, fault: Fault) -> None:
-        super().__init__([site])
+    def __init__(self, sites: Sequence[Site], fault: Fault) -> None:
+        super().__init__(sites)
         self._fault = fault
 
     def do(self, name: str, original: Callable[..., Any], arguments: Any, options: Any, sites: Sequence[Site]) -> Any:

@@ -44,6 +44,9 @@ _EXPERTS = (
     "model.num_shared_experts=1",
     "model.num_dense_layers=1",
     "model.router_scores=sigmoid",
+    "model.expert_bias=true",
+    "train.expert_bias_rate=0.01",
+    "train.expert_capacity_factor=1",
     "train.router_aux_loss=0.1",
     "train.router_z_loss=0.01",
 )

@@ -56,7 +56,7 @@ def _train(comm: Any, device: torch.device, case: ParityCase, folder: Path) -> R
 def _train_broken(comm: Any, device: torch.device, case: ParityCase, folder: Path, other: Path) -> list[RankFindings]:
     found = []
     for name, site in BROKEN.items():
-        with Broken(site(), "skipped") as broken:
+        with Broken([site()], "skipped") as broken:
             found.append(train_and_resume(comm, device, case.run, case.shape, folder / name, other))
         assert broken.met, name
     return found

@@ -24,10 +24,11 @@ pytestmark = pytest.mark.distributed
 NO_PERSISTENCE = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 # Many sub-groups: each of them asks, and all must get the first one's answer.
 SMALL_SUB_GROUPS = {"zero_optimization": {"stage3_param_persistence_threshold": 0, "sub_group_size": 2000}}
+EXPERTS = ("model.num_experts=4", "model.moe_intermediate_size=24", "model.expert_bias=true")
 AVERAGED = ("train.ema_decay=0.9",)
 CASES = {
     "zero0": Case("zero1.json", overrides=AVERAGED, settings={"zero_optimization": {"stage": 0}}),
-    "zero1": Case("zero1.json", settings={"train_micro_batch_size_per_gpu": 4}),
+    "zero1": Case("zero1.json", overrides=EXPERTS, settings={"train_micro_batch_size_per_gpu": 4}),
     "zero2": Case("zero2.json", overrides=AVERAGED),
     "zero3": Case("zero3.json", overrides=AVERAGED, settings=SMALL_SUB_GROUPS),
     "zero1 bf16": Case("zero1.json", "bf16", AVERAGED),

@@ -144,6 +144,7 @@ def steps(engine: Any, run: ResolvedRun, loader: BatchLoader, first: int, last: 
         if result.routing is not None:
             routed = [token for counts in result.routing.counts for token in counts]
             by_dataset += [*routed, result.routing.entropy, result.routing.balance_loss, result.routing.z_loss]
+            by_dataset += [] if result.routing.dropped is None else [result.routing.dropped]
     return Trace(losses + by_dataset, norms, snapshot(engine))
 
 

@@ -1,11 +1,13 @@
 """docs/after-training.md: its files are written and its commands run as they stand there, and a tuned model stops.
 
 The model is tiny, so some options are added to the commands that train; lines that need more than this machine has are
-only read.
+only read. On every change the fine-tuning is that of `tune`, which takes a second; TRL's, with its packages, is slow.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -46,8 +48,20 @@ LM_EVAL = (
 )
 POSITIONS = 64
 # So few steps teach a random model of this size two answers by heart.
-TRAINING = ["--use_cpu", "--bf16", "false", "--save_strategy", "no", "--max_steps", "60", "--learning_rate", "1e-2"]
+STEPS = 60
+TRAINING = [
+    "--use_cpu",
+    "--bf16",
+    "false",
+    "--save_strategy",
+    "no",
+    "--max_steps",
+    str(STEPS),
+    "--learning_rate",
+    "1e-2",
+]
 CONVERSATION = [{"role": "user", "content": "Which colour?"}, {"role": "assistant", "content": "It is blue."}]
+BY_TRL = pytest.mark.parametrize("tutorial", ["TRL"], indirect=True)
 # Beside the page's task, for what it says of bits per byte.
 NOTES = """
 task: notes
@@ -129,6 +143,7 @@ class Tutorial:
 
     folder: Path
     packages: Callable[[str], Path]
+    by_trl: bool
 
     def follow(self, section: str) -> list[Finished]:
         """Write the section's files, and run its programs and commands in their order."""
@@ -197,20 +212,64 @@ def save_run(folder: Path, tokenizer: str, **section: Any) -> Path:
     return save_model(folder / "checkpoints", *random_model(made, rows, POSITIONS), tokenizer)
 
 
-@pytest.fixture(scope="module")
-def tutorial(pieces: Path, packages: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Tutorial:
-    """With the sections up to the fine-tuned model behind it."""
+@pytest.fixture(scope="module", params=["transformers", pytest.param("TRL", marks=pytest.mark.slow)])
+def tutorial(
+    request: pytest.FixtureRequest,
+    pieces: Path,
+    packages: Callable[[str], Path],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Tutorial:
+    """With the model of the section before the fine-tuning."""
     folder = tmp_path_factory.mktemp("after")
     save_run(folder / "runs/mine", str(pieces), style="llama", num_key_value_heads=2)
-    made = Tutorial(folder, packages)
+    made = Tutorial(folder, packages, request.param == "TRL")
     made.follow("Export")
     return made
+
+
+def tune(folder: Path, dataset: str) -> None:
+    """What TRL does with these conversations: the assistant's tokens are the labels."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / "published/mine")
+    model = AutoModelForCausalLM.from_pretrained(folder / "published/mine")
+    records = []
+    for line in dataset.splitlines():
+        row = tokenizer.apply_chat_template(
+            json.loads(line)["messages"], return_dict=True, return_assistant_tokens_mask=True, return_tensors="pt"
+        )
+        assert 0 < row["assistant_masks"].sum() < row["input_ids"].numel()
+        labels = row["input_ids"].where(row["assistant_masks"] == 1, torch.tensor(-100))
+        records.append((row["input_ids"], labels))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for step in range(STEPS):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / STEPS)
+        for ids, labels in records:
+            (model(ids, labels=labels).loss / len(records)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    for part in (model, tokenizer):
+        part.save_pretrained(folder / "tuned")
 
 
 @pytest.fixture(scope="module")
 def tuned(tutorial: Tutorial) -> str:
     """What the program after the fine-tuning writes."""
-    return tutorial.follow("Fine-tune with TRL")[-1].stdout
+    section = "Fine-tune with TRL"
+    if tutorial.by_trl:
+        return tutorial.follow(section)[-1].stdout
+    texts = {block.file or block.language: block.text for block in blocks() if block.section == section}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more wait for each other on a busy machine
+    try:
+        tune(tutorial.folder, texts["chats/train.jsonl"])
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()) as written:
+            patch.chdir(tutorial.folder)
+            exec(compile(texts["python"], section, "exec"), {})
+        return written.getvalue()
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_a_tuned_model_answers_and_stops(tuned: str) -> None:
@@ -232,6 +291,7 @@ def test_it_comes_back_and_trains_on(tutorial: Tutorial, tuned: str) -> None:
 
 
 @pytest.mark.slow  # test_lm_eval.py compares the harness with evaluate
+@BY_TRL
 def test_the_harness_has_the_figures_of_evaluate(tutorial: Tutorial, tuned: str) -> None:
     folder = tutorial.folder
     (folder / "tasks").mkdir(exist_ok=True)
@@ -254,6 +314,7 @@ def test_the_harness_has_the_figures_of_evaluate(tutorial: Tutorial, tuned: str)
 
 
 @pytest.mark.slow
+@BY_TRL
 def test_an_adapter_is_merged(tutorial: Tutorial, tuned: str) -> None:
     """Slow: the fine-tuning above is the same command."""
     tutorial.follow("Adapters")

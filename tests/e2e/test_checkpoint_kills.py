@@ -21,7 +21,8 @@ VALIDATION = (f"evaluate.interval_steps={INTERVAL}", "evaluate.max_samples=16", 
 LEFT = ["best", "latest", "step-00000006", "step-00000008"]  # 6 is the best on those samples, too
 ASYNC = "checkpoint.async=true"
 
-# Rank, save, call and how many of its kind come first; and whether training goes on meanwhile.
+# Rank, save, call and how many of its kind come first; and whether training goes on meanwhile. Two are slow:
+# tests/distributed/test_checkpoint_kills.py kills a save at each of its moments.
 MOMENTS = {
     "rank 1 in its own file": ("1:2:write:5", False),
     "rank 0 before the manifest": ("0:2:replace:3", False),
@@ -30,6 +31,8 @@ MOMENTS = {
     "rank 1 in its own file, behind training": ("1:2:write:5", True),
     "rank 0 before the rename, behind training": ("0:2:rename:0", True),
 }
+
+SELDOM = ("rank 0 before the manifest", "rank 0 before the rename")
 
 
 def _words(small_data: SmallData, behind: bool = False) -> tuple[str, ...]:
@@ -62,7 +65,9 @@ def straight(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) ->
     return folder
 
 
-@pytest.mark.parametrize("name", list(MOMENTS))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SELDOM else []) for name in MOMENTS]
+)
 def test_goes_on_as_if_nothing_had_happened(small_data: SmallData, straight: Path, tmp_path: Path, name: str) -> None:
     moment, behind = MOMENTS[name]
     words = _words(small_data, behind)

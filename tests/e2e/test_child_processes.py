@@ -87,6 +87,8 @@ def test_data_workers_run_the_code_of_the_tool(checkout: Checkout, tmp_path: Pat
     assert (tmp_path / "out.idx").is_file()
 
 
+# From outside the two cheaper tests here find the same.
+@pytest.mark.parametrize("checkout", [pytest.param("outside", marks=pytest.mark.slow), "inside"], indirect=True)
 def test_the_mirror_runs_the_code_of_the_training_process(checkout: Checkout, tmp_path: Path) -> None:
     run = tmp_path / "runs" / "mine"
     run.mkdir(parents=True)

@@ -161,7 +161,7 @@ def test_a_checkpoint_that_is_not_there(small_data: SmallData, copy: Path) -> No
 
 
 def test_nothing_is_left_of_a_refused_resume_under_a_new_name(small_data: SmallData, copy: Path) -> None:
-    command = pretrain(*small_data.words, "run.name=new", "--resume", "nowhere", using="torchrun", ranks=2)
+    command = pretrain(*small_data.words, "run.name=new", "--resume", "nowhere", ranks=2)
     finished = finish(copy, command)
     assert finished.code != 0
     assert finished.stderr.count("'nowhere'") == 1, finished.explain()

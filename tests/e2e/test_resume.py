@@ -21,8 +21,13 @@ pytestmark = pytest.mark.e2e
 HALF, STEPS = 6, 12
 # A rate that depends on `train.steps` would make six steps another run than the first half of twelve.
 WORDS = ("schedule.kind=constant", "run.name=mine", "model.dropout=0.1")
+# Of a layer with experts the routing follows from the state too; the first one is dense.
+EXPERTS = (
+    *("model.num_experts=4", "model.moe_intermediate_size=32", "model.num_dense_layers=1", "model.expert_bias=true"),
+    "train.expert_capacity_factor=1",
+)
 # What a run of twelve steps says at step 7 to 12; times differ.
-SAME = ("step", "tokens", "loss", "lr", "grad_norm", "loss_scale")
+SAME = ("step", "tokens", "loss", "lr", "grad_norm", "loss_scale", "expert_load_max", "dropped_tokens")
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ def runs(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Run
     folders = Runs(tmp_path_factory.mktemp("straight"), tmp_path_factory.mktemp("resumed"))
 
     def train(folder: Path, steps: int, *words: str) -> None:
-        command = pretrain(*small_data.words, *WORDS, f"train.steps={steps}", *words, ranks=2)
+        command = pretrain(*small_data.words, *WORDS, *EXPERTS, f"train.steps={steps}", *words, ranks=2)
         finished = finish(folder, command)
         assert finished.code == 0, finished.explain()
 
@@ -86,7 +91,7 @@ def test_the_files_of_the_first_attempt_are_kept(runs: Runs) -> None:
 
 def test_nothing_is_left_to_do(small_data: SmallData, runs: Runs) -> None:
     before = train_rows(runs.resumed)
-    command = pretrain(*small_data.words, *WORDS, f"train.steps={STEPS}", "--resume", "auto")
+    command = pretrain(*small_data.words, *WORDS, *EXPERTS, f"train.steps={STEPS}", "--resume", "auto")
     finished = finish(runs.resumed, command)
     assert finished.code == 0, finished.explain()
     assert f"step {STEPS} " in finished.stdout

@@ -34,7 +34,7 @@ def main() -> None:
     found: list[tuple[str, int, int]] = []
     _fake_gpu(capability, shared)
     _record(found)
-    for function, arguments in _functions():
+    for function, arguments in _functions(capability):
         _compile(function, arguments)
     print(json.dumps(found))  # noqa: T201
     sys.stdout.flush()
@@ -105,15 +105,15 @@ def _record(found: list[tuple[str, int, int]]) -> None:
     helpers.set_driver_to_gpu = lambda: None
 
 
-def _functions() -> Iterator[tuple[Callable[..., Any], list[Callable[[], Any]]]]:
+def _functions(capability: int) -> Iterator[tuple[Callable[..., Any], list[Callable[[], Any]]]]:
     """What a run compiles on a GPU: the loss of a chunk, attention under a document mask, a block."""
     import torch
 
     from megalm.model.attention_kernels import flex_blocks
     from megalm.model.loss import chunk_loss
 
-    bf16 = {"device": "cuda:0", "dtype": torch.bfloat16}
-    logits = lambda: torch.empty(_CHUNK, _VOCABULARY, **bf16)  # noqa: E731
+    low = {"device": "cuda:0", "dtype": torch.bfloat16 if capability >= 80 else torch.float16}
+    logits = lambda: torch.empty(_CHUNK, _VOCABULARY, **low)  # noqa: E731
     labels = lambda: torch.zeros(_CHUNK, device="cuda:0", dtype=torch.int64)  # noqa: E731
     yield lambda scores, targets: chunk_loss(scores, targets, True), [logits, labels]
 
@@ -126,7 +126,9 @@ def _functions() -> Iterator[tuple[Callable[..., Any], list[Callable[[], Any]]]]
 
         def mask(batch: Any, head: Any, row: Any, column: Any, documents: Any) -> Any:
             """The model's rule, with its documents as an argument, which the compiler makes of a closure."""
-            rule = FunctionType(allowed.__code__, allowed.__globals__, closure=(CellType(documents),))
+            cells = dict(zip(allowed.__code__.co_freevars, allowed.__closure__, strict=True))
+            closure = tuple({**cells, "documents": CellType(documents)}.values())
+            rule = FunctionType(allowed.__code__, allowed.__globals__, closure=closure)
             return rule(batch, head, row, column)
 
         scores = lambda score, *_: score  # noqa: E731
@@ -135,7 +137,7 @@ def _functions() -> Iterator[tuple[Callable[..., Any], list[Callable[[], Any]]]]
         return mixed, *torch.autograd.grad(mixed, (query, key, value), outer)
 
     for width in (64, 128):
-        heads = lambda width=width: torch.empty(2, _HEADS, _LENGTH, width, **bf16, requires_grad=True)  # noqa: E731
+        heads = lambda width=width: torch.empty(2, _HEADS, _LENGTH, width, **low, requires_grad=True)  # noqa: E731
         documents = lambda: torch.zeros(2, _LENGTH, device="cuda:0", dtype=torch.int32)  # noqa: E731
         yield attention, [heads, heads, heads, heads, documents]
 

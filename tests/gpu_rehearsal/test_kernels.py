@@ -18,7 +18,7 @@ _SCRIPT = Path(__file__).with_name("offline_kernels.py")
 _TRITON = "pip install --no-deps triton==3.7.1"
 
 # Capability -> bytes of shared memory that a block may have, by NVIDIA's CUDA C++ Programming Guide.
-_SHARED = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
+_SHARED = {70: 98_304, 75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 @pytest.mark.slow

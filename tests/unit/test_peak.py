@@ -117,3 +117,9 @@ def test_a_gpu_s_capability_says_what_it_computes_in() -> None:
         "L4": (True, True),
         "H100": (True, True),
     }
+
+
+def test_where_ecc_lies_in_the_memory_it_takes_a_sixteenth() -> None:
+    """As the driver reports these cards: 46,068 MiB of an L40S, 15,360 of a T4."""
+    sizes = {name: gpu_by_name(name).memory_bytes / 2**30 for name in ("L40S", "A40-48GB", "L4", "T4", "A6000", "A100")}
+    assert sizes == {"L40S": 45, "A40-48GB": 45, "L4": 22.5, "T4": 15, "A6000": 48, "A100": 80}

@@ -44,7 +44,8 @@ _NO_SERIES = {
 _SECTIONS = {"loss": "train", "tokens": "train"}
 _SECTIONS |= dict.fromkeys(("lr", "grad_norm", "loss_scale"), "train/optimizer")
 _SECTIONS |= dict.fromkeys(
-    ("expert_load_max", "expert_load_min", "router_entropy", "router_aux_loss", "router_z_loss"), "train/experts"
+    ("expert_load_max", "expert_load_min", "dropped_tokens", "router_entropy", "router_aux_loss", "router_z_loss"),
+    "train/experts",
 )
 _SECTION_OF_THE_REST = "train/speed"
 _EVENTS = "events.jsonl"

@@ -56,6 +56,7 @@ _CURVES = (
     _Curve("mfu", "MFU", "% of the measured or data-sheet peak", factor=100.0, median=True),
     _Curve("memory_bytes", "Memory", "GiB, highest of any rank so far", factor=1 / 2**30),
     _Curve("expert_load_max", "Fullest expert", "times its equal share, of any layer", median=True),
+    _Curve("dropped_tokens", "Dropped tokens", "share of the choices of experts", median=True),
     _Curve("router_entropy", "Router entropy", "nats, mean over tokens and layers", median=True),
     # A scale of 1 in every row means no loss scaling.
     _Curve("loss_scale", "Loss scale", "fp16, logarithmic", logarithmic=True, wanted=lambda it: bool((it != 1).any())),

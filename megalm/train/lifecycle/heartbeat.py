@@ -118,10 +118,9 @@ class Heartbeat:
         self._store_is_gone = False
         self._lost_since: dict[int, float] = {}
         self._next_notice = _FIRST_NOTICE_SECONDS
-        self._watches = threading.Event()
+        self._stopped = threading.Event()
 
     def start(self) -> None:
-        self._watches.set()
         for work in (self._exchange, self._watch):
             threading.Thread(target=work, name=f"heartbeat{work.__name__}", daemon=True).start()
 
@@ -132,8 +131,8 @@ class Heartbeat:
             self._listens.set()
 
     def stop(self) -> None:
-        """From here on ranks may leave."""
-        self._watches.clear()
+        """From here on ranks may leave; its threads end."""
+        self._stopped.set()
 
     def enter(self, stage: str) -> None:
         """Say at which stage of the start this rank is."""
@@ -152,7 +151,7 @@ class Heartbeat:
         number = 0
         silent = {place.rank for place in self._places}  # that have never said anything
         try:
-            while self._watches.is_set():
+            while not self._stopped.is_set():
                 number += 1
                 self._store.set(f"beat/{self.place.rank}", self._own_beat(number).as_text())
                 self._store.add("beats", 1)  # is answered, so that a server that stands still is noticed
@@ -161,7 +160,7 @@ class Heartbeat:
                     speaking = [place.rank for place in self._places if place.rank not in silent]
                     self._hear(speaking, self._store.multi_get([f"beat/{rank}" for rank in speaking]))
                 self._exchanged_at = time.monotonic()
-                time.sleep(BEAT_SECONDS)
+                self._stopped.wait(BEAT_SECONDS)
         except RuntimeError:  # of torch's store: its server has ended
             self._store_is_gone = True
 
@@ -273,8 +272,7 @@ class Heartbeat:
 
     def _watch(self) -> None:
         looked_at = time.monotonic()
-        while self._watches.is_set():
-            time.sleep(BEAT_SECONDS)
+        while not self._stopped.wait(BEAT_SECONDS):
             now = time.monotonic()
             if now - looked_at > _SUSPENDED_SECONDS:
                 self._forgive(now)  # this process was suspended, and the others with it perhaps
@@ -282,7 +280,7 @@ class Heartbeat:
             lost = self.lost()
             self._lost_since = {rank: self._lost_since.get(rank, now) for rank in lost}
             if fatal := [each for rank, each in lost.items() if self._is_fatal(each, now - self._lost_since[rank])]:
-                if self._watches.is_set():
+                if not self._stopped.is_set():
                     self._on_lost(fatal)
                 return
             self._give_notice(lost, now)

@@ -175,6 +175,7 @@ class RankSupervisor:
         self.place: RankPlace | None = None
         self.heartbeat: Heartbeat | None = None  # once the ranks have met
         self._hooks = RunHooks()
+        self._closed = threading.Event()
 
     def run(self, work: Callable[[], int]) -> NoReturn:
         try:
@@ -272,9 +273,14 @@ class RankSupervisor:
                 target=self._exit_with_others, args=(hooks.claim,), name="failure-watch", daemon=True
             ).start()
 
+    def close(self) -> None:
+        """No longer end this process with the others; for one that lives on after the run."""
+        self._closed.set()
+
     def _exit_with_others(self, claim: FailureClaim) -> None:
         while not claim.is_taken():
-            time.sleep(_CLAIM_POLL_SECONDS)
+            if self._closed.wait(_CLAIM_POLL_SECONDS):
+                return
         time.sleep(_FAILURE_GRACE_SECONDS)
         self._write_stacks()
         _leave(self._end_failed(EXIT_FAILED))

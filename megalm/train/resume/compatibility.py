@@ -84,7 +84,7 @@ _SHAPES = (
     *("style", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "intermediate_size", "tie_word_embeddings", "qk_norm", "normalization", "norm_placement"),
     *("position_embedding_type", "qkv_bias", "attention_output_bias", "mlp_bias", "gated_mlp", "attention_sinks"),
-    *("num_experts", "moe_intermediate_size", "num_shared_experts", "moe_layers"),
+    *("num_experts", "moe_intermediate_size", "num_shared_experts", "moe_layers", "expert_bias"),
     *_MEANINGS,
 )
 
@@ -244,10 +244,11 @@ def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed:
 def refuse_other_moments(path: Path, manifest: Manifest, run: ResolvedRun) -> None:
     """Raise CheckpointError if the checkpoint lacks a moment of this run's optimizer: another one trained it."""
     train = run.config.train
-    dimensions = {name: len(tensor.shape) for name, tensor in manifest.tensors.items()}
+    stored_tensors = manifest.parameter_tensors
+    dimensions = {name: len(tensor.shape) for name, tensor in stored_tensors.items()}
     keys = group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay, run.optimizer.muon is not None)
     for name, key in keys.items():
-        stored = manifest.tensors[name].kinds
+        stored = stored_tensors[name].kinds
         if name in manifest.frozen:
             continue  # `frozen_notes` says what becomes of it
         if lacking := [kind for kind in MOMENTS[key.algorithm] if kind not in stored]:

@@ -182,7 +182,8 @@ def test_memory_falls_with_every_degree(start: Start) -> None:
 
     def memory(*overrides: str) -> dict[str, int]:
         plan = make_plan(start(*BIG, *overrides, ranks=8, device=GPU, **stage_1), vocab_size=32_000)
-        return plan.memory.parts()
+        parts = plan.memory.parts()
+        return {**parts, "work": parts["activations"] + parts["loss"]}  # of one moment, which another grid changes
 
     data, tensor, sequence = (
         memory(),
@@ -193,7 +194,7 @@ def test_memory_falls_with_every_degree(start: Start) -> None:
     assert data["master"] / tensor["master"] == pytest.approx(1, rel=0.01)  # divided by 8 ranks either way
     assert data["weights"] / tensor["weights"] == pytest.approx(8, rel=0.01)
     assert data["weights"] / pipeline["weights"] == pytest.approx(8, rel=0.25)  # stages are not all equal
-    assert tensor["activations"] < data["activations"]
+    assert tensor["work"] < data["work"]
     assert sequence["activations"] < 0.25 * tensor["activations"]
     assert context["master"] == data["master"]  # ZeRO divides over context groups too
     assert context["weights"] == data["weights"]

@@ -43,6 +43,9 @@ PUBLISHED = {
     "pythia-2.8b": (2_775_208_960, "gpt_neox"),
     "pythia-6.9b": (6_857_302_016, "gpt_neox"),
     "olmo2-1b": (1_484_916_736, "olmo2"),
+    "mixtral-8x7b": (46_702_792_704, "mixtral"),
+    "qwen3-30b-a3b": (30_532_122_624, "qwen3_moe"),
+    "olmoe-1b-7b": (6_919_161_856, "olmoe"),
 }
 H200 = DeviceFacts("cuda", True, 141 * 2**30, name="H200")
 

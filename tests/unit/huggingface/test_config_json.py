@@ -175,7 +175,7 @@ def test_everything_wrong_is_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "names"),
     [
-        ({"model_type": "mixtral"}, ["model_type='mixtral'"]),
+        ({"model_type": "deepseek_v3"}, ["model_type='deepseek_v3'"]),
         ({"num_key_value_heads": 3}, ["num_key_value_heads=3", "num_attention_heads=4"]),
         ({"head_dim": 7}, ["head_dim=7"]),
         ({"num_hidden_layers": -1}, ["num_hidden_layers=-1"]),

@@ -51,7 +51,7 @@ def write(
 
 
 # Of the others transformers reads no GGUF file, or not these choices.
-@pytest.mark.parametrize("name", [*SECTIONS, "qwen2", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("name", [*SECTIONS, "qwen2", "qwen3_moe", "gemma2", "gemma3_text"])
 def test_transformers_reads_the_same_model(name: str, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     shape, model = write(name, tmp_path)
@@ -85,6 +85,10 @@ def test_transformers_reads_the_same_model(name: str, tmp_path: Path) -> None:
         ("gemma3_text", {"num_hidden_layers": 62}, ["model.attention_scale"]),
         ("gpt_neox", {"qkv_bias": False, "attention_output_bias": False}, ["model.qkv_bias=false"]),
         ("gpt2", {"hidden_act": "silu"}, ["model.hidden_act"]),
+        ("qwen3_moe", {"norm_topk_prob": False}, ["model.norm_topk_prob"]),
+        ("qwen3_moe", {"num_dense_layers": 1}, ["model.moe_layers=[1, 2]"]),
+        ("olmoe", {"norm_topk_prob": True}, ["model.norm_topk_prob=true"]),
+        ("olmoe", {"num_key_value_heads": 2}, ["model.num_key_value_heads=2"]),
     ],
 )
 def test_what_llama_cpp_computes_otherwise_is_refused(

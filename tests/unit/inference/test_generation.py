@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import ModelSection, SampleSection
@@ -13,8 +14,9 @@ from megalm.data.builder.stdlib_corpus import source_files
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
 from megalm.inference.generation import CachedModel, stream
 from megalm.inference.inference_model import InferenceModel
+from megalm.model.moe import routers
 from megalm.train.text_samples import generate
-from tests.inference_models import GPT2, LLAMA, SIZES, write_run
+from tests.inference_models import EXPERTS, GPT2, LLAMA, SIZES, write_run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,8 +26,8 @@ PROMPTS = ("def read(", "", "x" * 30, "class größer:\n" * 5)
 
 @pytest.fixture(
     scope="module",
-    params=[LLAMA, ModelSection(style="llama", tie_word_embeddings=True, **SIZES), GPT2],
-    ids=["llama-gqa-qk-norm", "llama-tied", "gpt2"],
+    params=[LLAMA, ModelSection(style="llama", tie_word_embeddings=True, **SIZES), GPT2, EXPERTS],
+    ids=["llama-gqa-qk-norm", "llama-tied", "gpt2", "experts"],
 )
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> InferenceModel:
     return InferenceModel(write_run(tmp_path_factory.mktemp("run"), ByteTokenizer(), request.param, LENGTH))
@@ -45,6 +47,21 @@ def test_the_same_texts(model: InferenceModel, temperature: float, seeds: int) -
         ]
         assert texts[0] == texts[1]
     assert max(len(text.encode()) for text in texts[0]) > LENGTH
+
+
+def test_a_bias_of_experts_is_read_in_fp32_and_chooses(tmp_path: Path) -> None:
+    place = write_run(tmp_path / "run", ByteTokenizer(), EXPERTS, LENGTH)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = InferenceModel(place, dtype=dtype)
+        found = routers(model.network)
+        assert len(found) == 2
+        assert all(torch.equal(router.expert_bias, torch.linspace(-1, 1, 4)) for router in found.values())
+    model = InferenceModel(place)
+    tokens, positions = np.arange(20)[None], np.array([19])
+    biased = model.next_token_logits(tokens, positions)
+    for router in routers(model.network).values():
+        router.expert_bias = torch.zeros(4)
+    assert not np.array_equal(model.next_token_logits(tokens, positions), biased)
 
 
 def test_the_same_logits_whatever_was_asked_before(model: InferenceModel) -> None:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from megalm.config.schema import ModelSection, Recompute
+from megalm.engine.expert_loads import ExpertBiases
 from megalm.engine.interface import RoutingStatistics
 from megalm.model.layer_factory import LayerFactory, RouterLosses
 from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token
 from megalm.model.modules import DropoutClock
-from megalm.model.moe import MixtureOfExperts
+from megalm.model.moe import STATISTICS, MixtureOfExperts
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import MLP, LanguageModel, initial_weight, initialize
 from megalm.train.expert_watch import ExpertWatch
@@ -54,7 +55,7 @@ def build(section: ModelSection, recompute: Recompute = "none") -> tuple[ModelCo
     initialize(model, shape, seed=3)
     for module in experts_of(model):
         module.losses_factor = 1.0
-        module.statistics = torch.zeros(shape.num_experts + 3, dtype=torch.float64)
+        module.statistics = torch.zeros(shape.num_experts + len(STATISTICS), dtype=torch.float64)
     return shape, model
 
 
@@ -228,6 +229,89 @@ def test_recomputation_changes_no_bit_and_counts_no_token_twice(recompute: Any) 
         other.compile_blocks(backend="aot_eager")
     for found, expected in zip(trained(other), trained(plain), strict=True):
         assert torch.equal(found, expected)
+
+
+def test_a_bias_chooses_experts_and_weighs_none_as_in_deepseek_v3() -> None:
+    library = pytest.importorskip("transformers.models.deepseek_v3.modeling_deepseek_v3")
+    from transformers import DeepseekV3Config
+
+    choices = {"router_scores": "sigmoid", "routed_scaling_factor": 2.5, "expert_bias": True}
+    layer = MixtureOfExperts(
+        build_model_config(ModelSection(**SIZES, **EXPERTS | choices), VOCAB, LENGTH),
+        LayerFactory(DropoutClock(seed=0)),
+        None,
+    )
+    config = DeepseekV3Config(
+        hidden_size=32, n_routed_experts=6, num_experts_per_tok=2, n_group=1, topk_group=1, norm_topk_prob=True
+    )
+    theirs = library.DeepseekV3TopkRouter(config)
+    bias = torch.tensor([0.0, 0.9, -0.3, 0.2, 0.0, -2.0])
+    with torch.no_grad():
+        layer.router.weight.normal_(generator=torch.Generator().manual_seed(2))
+        theirs.weight.copy_(layer.router.weight)
+        theirs.e_score_correction_bias.copy_(bias)
+    layer.router.expert_bias = bias
+    hidden = torch.randn(BATCH, LENGTH, 32, generator=torch.Generator().manual_seed(1))
+    routing = layer.router(hidden)
+    _, weights, experts = theirs(hidden)
+
+    def by_expert(experts: Tensor, weights: Tensor) -> Tensor:
+        return torch.zeros(BATCH * LENGTH, 6).scatter(1, experts, weights)
+
+    found = by_expert(routing.experts.flatten(0, 1), routing.weights.flatten(0, 1))
+    torch.testing.assert_close(found, by_expert(experts, weights))
+    assert not (found[:, 5] > 0).any(), "its bias is below all scores"
+    layer.router.expert_bias = None
+    assert (layer.router(hidden).experts != routing.experts).any()
+
+
+def test_biases_that_follow_the_load_balance_it() -> None:
+    shape, model = build(ModelSection(**SIZES, **EXPERTS, router_scores="sigmoid", expert_bias=True))
+    biases = ExpertBiases(model, shape, torch.device("cpu"), rate=0.01, saves=True)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(8, 64, 32, generator=generator) + torch.randn(32, generator=generator)
+    fullest = []
+    for _ in range(100):
+        counts = [module.router(hidden).counts().sum(0) for module in experts_of(model)]
+        fullest.append(max(float(load.max() / load.mean()) for load in counts))
+        biases.follow(
+            RoutingStatistics(shape.moe_layers, tuple(tuple(map(int, load)) for load in counts), 1.0, 2.0, 0.0)
+        )
+    assert fullest[0] > 2
+    assert max(fullest[-10:]) < 1.2
+    assert [fragment.key.name for fragment in biases.fragments()] == list(shape.expert_biases())
+
+
+@pytest.mark.parametrize(("factor", "capacity"), [(0.5, 4), (1.0, 7), (1.2, 8), (3.0, 20)])
+def test_an_expert_drops_what_a_sequence_has_beyond_its_capacity(factor: float, capacity: int) -> None:
+    shape = build_model_config(ModelSection(**SIZES, **EXPERTS), VOCAB, LENGTH)
+    layers = LayerFactory(DropoutClock(seed=0))
+    layers.expert_capacity_factor = factor
+    layer = MixtureOfExperts(shape, layers, None)
+    initialize(layer, shape, seed=2)
+    with torch.no_grad():
+        layer.router.weight *= 10  # some experts are crowded
+    hidden = torch.randn(BATCH, LENGTH, 32, generator=torch.Generator().manual_seed(1))
+    layer.statistics = torch.zeros(6 + len(STATISTICS), dtype=torch.float64)
+    found = layer(hidden)
+    routing, dropped = layer.router(hidden), 0
+    weights = routing.weights.detach().clone()
+    for sequence in range(BATCH):
+        taken = [0] * 6
+        for token in range(LENGTH):
+            for place, expert in enumerate(routing.experts[sequence, token].tolist()):
+                taken[expert] += 1
+                if taken[expert] > capacity:
+                    weights[sequence, token, place] = 0
+                    dropped += 1
+    assert layer.statistics[6] == dropped
+    assert (dropped > 0) == (factor < 2)
+    assert layer.statistics[:6].sum() == BATCH * LENGTH * 2, "the load is that of all choices"
+    chosen = routing.experts.flatten(0, 1), weights.flatten(0, 1)
+    expected = layer.experts(hidden.flatten(0, 1), *chosen, routing.counts().sum(0)).view_as(hidden)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    whole = layer.experts(hidden.flatten(0, 1), chosen[0], routing.weights.flatten(0, 1), routing.counts().sum(0))
+    torch.testing.assert_close(layer.eval()(hidden), whole.view_as(hidden), rtol=0, atol=0)
 
 
 def test_each_expert_has_an_initial_weight_of_its_own_name() -> None:

@@ -115,6 +115,7 @@ def test_a_rank_that_never_said_anything_is_silent_too() -> None:
     alone = Job(start_timeout_seconds=1.0)
     alone.rank_0.start()
     until(lambda: alone.lost)
+    alone.rank_0.stop()
     assert [each.place.rank for each in alone.lost] == [1, 2, 3]
 
 

@@ -6,7 +6,8 @@ import gc
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -234,12 +235,13 @@ def test_padding_is_no_token_and_a_mixture_has_a_loss_of_each_dataset(tmp_path: 
 def test_the_load_of_experts_is_in_the_metrics_and_a_dead_one_is_an_event(tmp_path: Path) -> None:
     story = Story(tmp_path, "guard.experts_interval_steps=2", steps=6)
     counts = ((10, 10, 10, 10, 10, 10, 10, 10), (16, 10, 20, 4, 10, 10, 10, 0))
-    story.engine.routing = RoutingStatistics((0, 2), counts, entropy=1.5, balance_loss=2.25, z_loss=0.5)
+    story.engine.routing = RoutingStatistics((0, 2), counts, entropy=1.5, balance_loss=2.25, z_loss=0.5, dropped=0.125)
     assert story.loop.fit() == EXIT_DONE
     history = read_history(read_batches(story.metrics))
     assert history.column("expert_load_max").tolist() == [2.0] * 6
     assert history.column("router_entropy").tolist() == [1.5] * 6
-    assert [chart.name for chart in charts(history)][-2:] == ["Fullest expert", "Router entropy"]
+    assert history.column("dropped_tokens").tolist() == [0.125] * 6
+    assert [chart.name for chart in charts(history)][-3:] == ["Fullest expert", "Dropped tokens", "Router entropy"]
     rows = [row for row in read_metrics(story.metrics) if "experts" in str(row.get("event"))]
     assert [(row["event"], row["first_step"], row["last_step"]) for row in rows] == [
         ("experts", 1, 2),
@@ -247,6 +249,7 @@ def test_the_load_of_experts_is_in_the_metrics_and_a_dead_one_is_an_event(tmp_pa
         ("experts", 3, 4),
         ("experts", 5, 6),
     ]
+    assert [row["dropped_tokens"] for row in rows if row["event"] == "experts"] == [0.125] * 3
     assert rows[0]["load"] == {"0": [1.0] * 8, "2": [1.6, 1.0, 2.0, 0.4, 1.0, 1.0, 1.0, 0.0]}
     assert (rows[1]["dead"], rows[1]["overloaded"]) == ([[2, 7]], [])
     assert_names(describe_unbalanced_experts(rows[1]), "7 of layer 2")
@@ -589,15 +592,24 @@ def test_running_out_of_memory_names_the_phase_and_what_to_change() -> None:
         raise RuntimeError("shapes cannot be multiplied")
 
 
-def run_with_a_lock(folder: Path, *settings: str, **options: Any) -> Story:
-    folder.mkdir()
-    lock = RunLock(folder)
-    lock.take()
-    return Story(folder, *settings, lock=lock, **options)
+@pytest.fixture
+def run_with_a_lock() -> Iterator[Callable[..., Story]]:
+    with ExitStack() as ends:
+
+        def start(folder: Path, *settings: str, **options: Any) -> Story:
+            folder.mkdir()
+            lock = RunLock(folder)
+            lock.take()
+            ends.callback(lock.release)
+            return Story(folder, *settings, lock=lock, **options)
+
+        yield start
 
 
 @pytest.mark.parametrize("at", [4, 6, 10], ids=["between", "before an evaluation", "last step"])
-def test_a_moved_run_folder_is_saved_in_and_left(tmp_path: Path, at: int) -> None:
+def test_a_moved_run_folder_is_saved_in_and_left(
+    tmp_path: Path, run_with_a_lock: Callable[..., Story], at: int
+) -> None:
     folder, elsewhere = tmp_path / "mine", tmp_path / "elsewhere"
     story = run_with_a_lock(folder, "evaluate.interval_steps=6", validation=[3.0])
     story.engine.meanwhile[at] = lambda: folder.rename(elsewhere)
@@ -611,7 +623,7 @@ def test_a_moved_run_folder_is_saved_in_and_left(tmp_path: Path, at: int) -> Non
     assert_names(warning, folder, elsewhere)
 
 
-def test_without_its_lock_a_run_saves_and_leaves(tmp_path: Path) -> None:
+def test_without_its_lock_a_run_saves_and_leaves(tmp_path: Path, run_with_a_lock: Callable[..., Story]) -> None:
     story = run_with_a_lock(tmp_path / "mine")
     story.engine.meanwhile[4] = (tmp_path / "mine" / "lock").unlink
     assert story.loop.fit() == EXIT_START_AGAIN
@@ -620,7 +632,7 @@ def test_without_its_lock_a_run_saves_and_leaves(tmp_path: Path) -> None:
 
 
 def test_a_run_never_writes_into_the_folder_that_replaced_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run_with_a_lock: Callable[..., Story]
 ) -> None:
     folder = tmp_path / "mine"
     story = run_with_a_lock(folder)
@@ -637,7 +649,7 @@ def test_a_run_never_writes_into_the_folder_that_replaced_its_own(
     assert not list(folder.iterdir())
 
 
-def test_metrics_that_are_deleted_go_on_in_a_new_file(tmp_path: Path) -> None:
+def test_metrics_that_are_deleted_go_on_in_a_new_file(tmp_path: Path, run_with_a_lock: Callable[..., Story]) -> None:
     story = run_with_a_lock(tmp_path / "mine")
     story.loop.event("start")
     story.engine.meanwhile[4] = story.metrics.unlink

@@ -75,6 +75,7 @@ def test_a_folder_that_is_moved_away_ends_no_run_in_silence(tmp_path: Path) -> N
     folder.path.rename(tmp_path / "elsewhere")
     assert not claim.is_taken(), "nobody has failed"
     assert claim.take("rank 0: why", 1), "who fails then says so"
+    guard.close()
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -52,6 +52,12 @@ def holder(folder: Path, host: str, locks: str) -> Iterator[subprocess.Popen[str
         process.kill()
 
 
+def take_and_release(folder: Path, beat_seconds: float = BEAT_SECONDS) -> None:
+    lock = RunLock(folder, beat_seconds)
+    lock.take()
+    lock.release()
+
+
 @pytest.mark.parametrize(
     ("host", "locks"), [("node17", "with locks"), ("node18", "with locks"), ("node18", "without locks")]
 )
@@ -64,7 +70,7 @@ def test_one_job_at_a_time(tmp_path: Path, host: str, locks: str) -> None:
             assert_names(refused.value, tmp_path, host, process.pid, "run.name")
         process.kill()
         process.wait()
-        RunLock(tmp_path, BEAT_SECONDS).take()
+        take_and_release(tmp_path)
 
 
 def test_without_locks_two_jobs_of_a_machine_see_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,7 +84,7 @@ def test_without_locks_two_jobs_of_a_machine_see_each_other(tmp_path: Path, monk
         assert_names(refused.value, process.pid)
         process.kill()
         process.wait()
-        RunLock(tmp_path, BEAT_SECONDS).take()
+        take_and_release(tmp_path)
 
 
 def test_a_folder_that_cannot_be_written_is_told_in_a_line(tmp_path: Path) -> None:
@@ -96,7 +102,7 @@ def test_a_job_that_left_in_peace_is_not_waited_for(tmp_path: Path) -> None:
         process.stdin.flush()
         assert process.stdout.readline() == "released\n"
         start = time.monotonic()
-        RunLock(tmp_path, beat_seconds=60).take()
+        take_and_release(tmp_path, beat_seconds=60)
         assert time.monotonic() - start < 30
 
 
@@ -122,3 +128,4 @@ def test_a_suspended_holder_finds_who_took_its_lock(tmp_path: Path) -> None:
     assert_names(lost.why, "node17", 12)
     assert lost.place == tmp_path
     assert "node17" in (tmp_path / "lock").read_text(), "it is theirs"
+    lock.release()
