@@ -16,6 +16,8 @@ from megalm.errors import ConfigError
 Axis = Literal["pipeline", "data", "context", "tensor"]
 AXES: tuple[Axis, ...] = get_args(Axis)
 
+PipelineScheduleName = Literal["1f1b", "interleaved_1f1b", "zb_v"]
+
 
 @dataclass(frozen=True)
 class Coordinate:
@@ -108,11 +110,6 @@ class Topology:
         if self.size(axis) == 1:
             return True
         return all(group[0] // ranks_per_node == group[-1] // ranks_per_node for group in self.groups(axis))
-
-
-def bubble_share(stages: int, micro_batches: int) -> float:
-    """The share of a step that a pipeline stage waits, under one-forward-one-backward with equal stages."""
-    return (stages - 1) / (micro_batches + stages - 1)
 
 
 @dataclass(frozen=True)

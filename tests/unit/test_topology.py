@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.errors import ConfigError
-from megalm.topology import AXES, Coordinate, Topology, bubble_share
+from megalm.topology import AXES, Coordinate, Topology
 from tests.messages import assert_names
 
 MOST_RANKS = 4096
@@ -125,9 +125,3 @@ def test_grids_that_are_none(world: int, tensor: int, pipeline: int, context: in
     with pytest.raises(ConfigError) as error:
         Topology(world, tensor, pipeline, context)
     assert_names(error.value, *near)
-
-
-def test_the_bubble() -> None:
-    assert bubble_share(1, 1) == 0
-    assert bubble_share(4, 4) == pytest.approx(3 / 7)
-    assert bubble_share(4, 32) == pytest.approx(3 / 35)
