@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,6 +38,7 @@ silence()
 
 import torch  # noqa: E402
 
+from benchmarks.launch_ranks import launch_ranks  # noqa: E402
 from benchmarks.random_data import random_batches, write_random_tokens  # noqa: E402
 from benchmarks.shapes import Shape  # noqa: E402
 from megalm.config.deepspeed.json_reader import read_deepspeed_json  # noqa: E402
@@ -107,7 +106,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         write_random_tokens(Path(folder) / "data", bench.vocabulary, bench.sequence)
         for layout in arguments.layouts:
-            found = _launch(layout, Path(folder))
+            words = ["--one-of", layout, "--folder", folder]
+            found = json.loads(launch_ranks(LAYOUTS[layout][0], words, layout).splitlines()[-1])
             first = first or found["seconds"]
             print(
                 f"{layout:10}{found['seconds']:9.3f}{found['seconds'] / first:8.2f}{found['communicating']:15.1%}"
@@ -117,28 +117,6 @@ def main() -> None:
                 )
                 + "   MiB"
             )
-
-
-def _launch(layout: str, folder: Path) -> dict[str, float]:
-    """Start a layout's ranks and return what the first of them says."""
-    ranks = LAYOUTS[layout][0]
-    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
-    processes = []
-    for rank in range(ranks):
-        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
-        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
-        # The store is here already, under a port that is held: the first rank is not to start one.
-        meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
-        environment = os.environ | {name: str(value) for name, value in (here | meet).items()}
-        command = [sys.executable, *sys.argv, "--one-of", layout, "--folder", str(folder)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    outputs = [process.communicate() for process in processes]
-    for process, (_, errors) in zip(processes, outputs, strict=True):
-        if process.returncode:  # else the profiler's own lines are all there is
-            sys.exit(f"{layout}: a rank failed\n{errors}")
-    return json.loads(outputs[0][0].splitlines()[-1])
 
 
 def _rank(arguments: argparse.Namespace) -> None:

@@ -96,7 +96,7 @@ def _planned_bytes(
         on_cpu=device.type == "cpu",
     )
     (share,) = shares(shape, case.topology)
-    return kept_bytes(case, share)
+    return kept_bytes(case, share)[0]
 
 
 def _again(model: LanguageModel, tokens: torch.Tensor) -> int:

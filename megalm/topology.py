@@ -22,6 +22,8 @@ AXES: tuple[Axis, ...] = get_args(Axis)
 # What overlaps the axes: data x context, which an expert group is a part of; and what holds the same experts.
 Overlay = Literal["data_context", "expert", "expert_data"]
 
+PipelineScheduleName = Literal["1f1b", "interleaved_1f1b", "zb_v"]
+
 
 @dataclass(frozen=True)
 class Coordinate:
@@ -140,11 +142,6 @@ def nearest(degree: int, legal: Iterable[int]) -> list[int]:
     """The nearest legal degrees below and above."""
     degrees = sorted(legal)
     return [n for n in degrees if n < degree][-1:] + [n for n in degrees if n > degree][:1]
-
-
-def bubble_share(stages: int, micro_batches: int) -> float:
-    """The share of a step that a pipeline stage waits, under one-forward-one-backward with equal stages."""
-    return (stages - 1) / (micro_batches + stages - 1)
 
 
 @dataclass(frozen=True)

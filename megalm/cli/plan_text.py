@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -10,14 +11,14 @@ from megalm.config.loading import DEFAULT_PRESET, external_name
 from megalm.config.schema import RunConfig
 from megalm.config.validation import leaf_fields, shown
 from megalm.cost_model.memory import MemoryPlan
-from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
+from megalm.cost_model.pipeline_balance import balanced_by_parameters
 from megalm.model.model_config import ModelConfig
 from megalm.planning.memory_fit import USABLE_MEMORY, remedies
 from megalm.planning.recipe_claims import changed_keys, judge, tolerances
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_checks import how_to_give_data
 from megalm.planning.run_plan import Plan
-from megalm.topology import Axis, Overlay, Topology, bubble_share
+from megalm.topology import Axis, Overlay
 from megalm.utils.formatting import format_bytes, format_duration, table, terminal_width, wrapped
 
 _STAGES_SHOWN = 8  # of a longer pipeline, the first and last stages
@@ -49,10 +50,9 @@ def grid_text(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> str:
     if run.tensor_chunks > 1:
         lines.append(f"(tensor groups communicate while they multiply, in {run.tensor_chunks} chunks of a micro-batch)")
     if topology.pipeline > 1:
-        lines += ["", *_stages(topology, shape, ranks_per_node)]
+        lines += ["", *_stages(run, shape, ranks_per_node)]
         if run.config.parallel.balance == "time":
             lines.append("(blocks balanced by parameters; parallel.balance=time measures them at the start of the run)")
-        lines += ["", _bubble(run)]
     return "\n".join(lines)
 
 
@@ -90,14 +90,15 @@ def _axes(run: ResolvedRun, ranks_per_node: int) -> str:
     return table(["axis", "degree", "groups", "first group", "last group", "where", "traffic"], rows)
 
 
-def _stages(topology: Topology, shape: ModelConfig, ranks_per_node: int) -> list[str]:
+def _stages(run: ResolvedRun, shape: ModelConfig, ranks_per_node: int) -> list[str]:
     """Ranks, nodes and blocks of each stage, without the middle of a long pipeline."""
-    size = topology.world_size // topology.pipeline
-    blocks = balanced_blocks(shape.num_hidden_layers, topology.pipeline, parameter_costs(shape))
+    size = run.topology.world_size // run.topology.pipeline
+    owners = run.pipeline.stage_ranks
+    blocks = balanced_by_parameters(shape, owners)
     lines = []
-    for stage, count in enumerate(blocks):
-        first, last = stage * size, (stage + 1) * size - 1
-        held = ["embedding"] * (stage == 0) + [f"{count} block(s)"] + ["head"] * (stage == topology.pipeline - 1)
+    for stage, (count, owner) in enumerate(zip(blocks, owners, strict=True)):
+        first, last = owner * size, (owner + 1) * size - 1
+        held = ["embedding"] * (stage == 0) + [f"{count} block(s)"] + ["head"] * (stage == len(blocks) - 1)
         nodes = _range(first // ranks_per_node, last // ranks_per_node)
         lines.append(f"stage {stage}: ranks {_range(first, last)} on node {nodes}: {', '.join(held)}")
     if len(lines) > _STAGES_SHOWN:
@@ -108,16 +109,6 @@ def _stages(topology: Topology, shape: ModelConfig, ranks_per_node: int) -> list
 
 def _range(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
-
-
-def _bubble(run: ResolvedRun) -> str:
-    stages, micro_batches = run.topology.pipeline, run.batch.accumulation
-    share = bubble_share(stages, micro_batches)
-    return (
-        f"bubble: each stage waits {share:.1%} of a step{_of_largest(run)} = (stages - 1) / "
-        "(micro-batches + stages - 1) = "
-        f"{stages - 1} / {micro_batches + stages - 1}, if all stages take equal time"
-    )
 
 
 def _of_largest(run: ResolvedRun) -> str:
@@ -142,6 +133,7 @@ def plan_text(
         "Configuration": _configuration(plan, every_key),
         "DeepSpeed": _deepspeed(plan),
         "Ranks": grid_text(plan.resolved, plan.shape, ranks_per_node),
+        **({"Schedules of the pipeline": _schedules(plan)} if plan.resolved.topology.pipeline > 1 else {}),
         "Parameters": _parameters(plan),
         **({"Parameter groups": _groups(plan)} if _has_groups(plan) else {}),
         "Tokens and work": _tokens(plan),
@@ -279,6 +271,32 @@ def _triple(plan: Plan) -> tuple[int, int, int]:
     return batch.micro_batch, batch.accumulation, batch.data_parallel
 
 
+def _schedules(plan: Plan) -> str:
+    own, best = plan.resolved.pipeline, plan.recommended_schedule
+    rows = [
+        [
+            choice.schedule.name + " (this run)" * (choice.schedule == own),
+            choice.schedule.virtual_stages,
+            f"{choice.schedule.bubble_share:.1%}",
+            f"{choice.waits:.1%}",
+            format_bytes(choice.activations),
+            choice.messages,
+            choice.fit.level,
+        ]
+        for choice in plan.schedule_choices
+    ]
+    headings = ["schedule", "stages a rank", "bubble", "waits", "activations", "messages", "memory"]
+    keys = f"parallel.pipeline_schedule={best.schedule.name} parallel.virtual_stages={best.schedule.virtual_stages}"
+    return "\n".join(
+        [
+            table(headings, rows),
+            f"({own.micro_batches} micro-batch(es) a step{_of_largest(plan.resolved)}; bubble: its share that ranks "
+            "wait if stages take equal time; waits: with their blocks and head; messages: each way, of a micro-batch)",
+            "recommended: " + ("this run's schedule" if best.schedule == own else keys),
+        ]
+    )
+
+
 def _parameters(plan: Plan) -> str:
     total = plan.parameter_count
     rows: list[list[object]] = [[part, f"{count:,}", f"{count / total:.1%}"] for part, count in plan.parameters.items()]
@@ -328,7 +346,11 @@ def _training_stages(plan: Plan) -> str:
                 f"{steps:,}",
                 f"{stage.sequences:,} x {stage.sequence_length:,}",
                 f"{batch.micro_batch} x {batch.accumulation} x {batch.data_parallel}",
-                *([f"{bubble_share(run.topology.pipeline, batch.accumulation):.0%}"] if has_bubble else []),
+                *(
+                    [f"{replace(run.pipeline, micro_batches=batch.accumulation).bubble_share:.0%}"]
+                    if has_bubble
+                    else []
+                ),
                 f"{stage.tokens * steps:,}",
                 None if hours is None else format_duration(3600 * hours),
             ]
@@ -446,4 +468,6 @@ def _documented(plan: Plan) -> str:
 
 
 def _stage_words(plan: Plan, stage: MemoryPlan) -> str:
-    return f"stage {stage.stage}, the fullest" if stage is plan.memory else f"stage {stage.stage}"
+    numbers = plan.resolved.pipeline.stages_of(stage.stage)
+    words = f"stage{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+    return f"{words}, the fullest" if stage is plan.memory else words

@@ -534,9 +534,21 @@ class ProfileSection(Section):
     )
 
 
+# Of `topology.PipelineScheduleName` those that an engine runs.
+RunnableSchedule = Literal["1f1b", "interleaved_1f1b"]
+
+
 class ParallelSection(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
+    virtual_stages: PositiveInt = Field(
+        default=1,
+        description="stages of each rank of a pipeline, of blocks that lie apart: ranks wait less and send more",
+    )
+    pipeline_schedule: RunnableSchedule | None = Field(
+        default=None,
+        description="order of passes in a pipeline; null: 1f1b, or interleaved_1f1b with virtual stages",
+    )
     context: PositiveInt = Field(default=1, description="ranks that divide each sequence, also between the layers")
     context_method: ContextMethod = Field(
         default="all_to_all",
@@ -556,6 +568,11 @@ class ParallelSection(Section):
         description="a tensor group communicates one chunk of a micro-batch while it multiplies the next; auto: on a "
         "GPU with enough tokens, not on a CPU",
     )
+
+    @property
+    def schedule_name(self) -> RunnableSchedule:
+        """The schedule of the pipeline, given or implied."""
+        return self.pipeline_schedule or ("1f1b" if self.virtual_stages == 1 else "interleaved_1f1b")
 
 
 class PrecisionSection(Section):

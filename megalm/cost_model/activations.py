@@ -8,9 +8,11 @@ compares them with a rehearsal, and with what is alive on a CPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
+from megalm.cost_model.pipeline_simulation import most_kept
 from megalm.model.model_config import first_key, kept_probabilities, lowest_block, query_blocks
 
 if TYPE_CHECKING:
@@ -68,46 +70,58 @@ def fullest_moment(case: MemoryCase, share: Share, gradients: int) -> tuple[int,
 
 
 def step_moments(case: MemoryCase, share: Share) -> Iterator[StepMoment]:
-    """The moments of which one is the fullest of a step."""
-    hidden, flights = _stream(case, share) * case.element_bytes, share.in_flight(case.accumulation)
-    kept, trained = kept_bytes(case, share), _trained_blocks(case, share)
-    others = (flights - 1) * kept
+    """The moments of which one is the fullest of a step, of each stage of the rank."""
+    hidden, kept = _stream(case, share) * case.element_bytes, kept_bytes(case, share)
+    most, trained = _most_kept(case, share, kept), _trained_blocks(case, share.blocks)
     # Gradients of the step's first micro-batch come one by one, unless DeepSpeed has room for all of them.
-    stage = case.zero.stage
-    comes_late = case.accumulation == 1 and stage < 3 and not case.uses_bf16_optimizer
-    if share.is_last:
-        forward, backward = _loss_moments(case, share.tensor)
-        late, last_input = float(comes_late), _inputs_on_device(case, share, at_once=1)
-        yield StepMoment(others + kept + last_input, forward, late)
-        yield StepMoment(others + kept + last_input - hidden, backward, late)
-    # The gradient of a tied table waits for that of the embedding.
-    table = _table_bytes(case, share.tensor) if share.is_last and case.shape.tie_word_embeddings else 0
-    below, whole = others + (0 if share.is_last else hidden), _whole_blocks(case, share)
-    offloaded = _inputs_on_device(case, share, at_once=2)  # the one in use, and one on its way
-    for done, layer in enumerate(trained):
-        block = block_bytes(case, share, "full" if layer in whole else case.recompute, layer)
-        below += block.kept - (hidden if case.offload_activations and layer in whole else 0)
-        left = (done + 1) / len(trained) if comes_late and not case.reduces_nothing else 0.0
-        yield StepMoment(below + offloaded + hidden + block.working, table, left)
-    if not trained:
-        yield StepMoment(below + hidden, 0)
+    comes_late = case.accumulation == 1 and case.zero.stage < 3 and not case.uses_bf16_optimizer
+    for stage, numbers in zip(share.stages, share.stage_blocks, strict=True):
+        is_last, table = stage == share.last_stage, 0
+        if is_last:
+            forward, backward = _loss_moments(case, share.tensor)
+            late, last_input = float(comes_late), _inputs_on_device(case, share, at_once=1)
+            yield StepMoment(most + last_input, forward, late)
+            yield StepMoment(most + last_input - hidden, backward, late)
+            if case.shape.tie_word_embeddings:  # its gradient waits for that of the embedding
+                table = _table_bytes(case, share.tensor)
+        below, whole = most - kept[stage] + (0 if is_last else hidden), _whole_blocks(case, numbers)
+        offloaded = _inputs_on_device(case, share, at_once=2)  # the one in use, and one on its way
+        for layer in _trained_blocks(case, numbers):
+            block = block_bytes(case, share, "full" if layer in whole else case.recompute, layer)
+            below += block.kept - (hidden if case.offload_activations and layer in whole else 0)
+            is_left = comes_late and not case.reduces_nothing
+            left = (trained.index(layer) + 1) / len(trained) if is_left else 0.0
+            yield StepMoment(below + offloaded + hidden + block.working, table, left)
+        if not trained:
+            yield StepMoment(below + hidden, 0)
 
 
-def kept_bytes(case: MemoryCase, share: Share) -> int:
-    """Bytes that a rank keeps of a micro-batch from forward to backward, but for what lies in the CPU's memory."""
-    stream, whole = _stream(case, share), _whole_blocks(case, share)
-    hidden = stream * case.element_bytes
-    blocks = sum(
-        block_bytes(case, share, "full" if layer in whole else case.recompute, layer).kept
-        for layer in _trained_blocks(case, share)
-    )
-    # The last stage keeps its final norm and the head's input; another stage keeps the output that it sends on.
-    end = hidden + (stream * _norm_bytes(case) if share.is_last else 0)
+def kept_bytes(case: MemoryCase, share: Share) -> dict[int, int]:
+    """Bytes that each stage keeps of a micro-batch from forward to backward, but for what lies in the CPU's memory."""
+    stream = _stream(case, share)
+    hidden, kept = stream * case.element_bytes, {}
     # Document numbers; attention builds its masks block by block.
     mask = case.micro_batch * case.sequence_length * 4 if case.document_mask else 0
-    if case.offload_activations:  # DeepSpeed holds what a stage receives
-        blocks += (0 if share.is_first else hidden) - len(whole) * hidden
-    return blocks + end + mask
+    for stage, numbers in zip(share.stages, share.stage_blocks, strict=True):
+        whole = _whole_blocks(case, numbers)
+        blocks = sum(
+            block_bytes(case, share, "full" if layer in whole else case.recompute, layer).kept
+            for layer in _trained_blocks(case, numbers)
+        )
+        # The last stage keeps its final norm and the head's input; another stage keeps the output that it sends on.
+        end = hidden + (stream * _norm_bytes(case) if stage == share.last_stage else 0)
+        if case.offload_activations:  # a stage holds what it receives
+            blocks += (hidden if stage else 0) - len(whole) * hidden
+        kept[stage] = blocks + end + mask
+    return kept
+
+
+def _most_kept(case: MemoryCase, share: Share, sizes: Mapping[int, int]) -> int:
+    """Of all micro-batches in flight at once, given what one keeps in each stage of the rank."""
+    schedule = case.schedule
+    if schedule.name == "1f1b":  # micro-batches beyond the ranks are kept instead of others
+        schedule = replace(schedule, micro_batches=min(schedule.micro_batches, schedule.ranks))
+    return int(most_kept(schedule.actions(share.stage), sizes))
 
 
 def offloaded_inputs(case: MemoryCase, share: Share) -> dict[str, int]:
@@ -117,7 +131,9 @@ def offloaded_inputs(case: MemoryCase, share: Share) -> dict[str, int]:
     each = _stream(case, share) * case.element_bytes
     if not case.on_cpu:
         each = 1 << (each - 1).bit_length()  # torch allocates page-locked memory in powers of two
-    return {"block inputs": each * len(_whole_blocks(case, share)) * share.in_flight(case.accumulation)}
+    counts = [len(_whole_blocks(case, blocks)) for blocks in share.stage_blocks]
+    sizes = {stage: each * count for stage, count in zip(share.stages, counts, strict=True)}
+    return {"block inputs": _most_kept(case, share, sizes)}
 
 
 def block_bytes(case: MemoryCase, share: Share, recompute: Recompute, layer: int = 0) -> BlockBytes:
@@ -184,20 +200,21 @@ def _stream(case: MemoryCase, share: Share) -> int:
     return case.tokens * case.shape.hidden_size // share.slices
 
 
-def _trained_blocks(case: MemoryCase, share: Share) -> range:
-    """Blocks of a stage with a backward pass: those below every parameter that trains keep nothing."""
-    return range(max(share.first_block, lowest_block(case.shape, case.frozen)), share.first_block + share.blocks)
+def _trained_blocks(case: MemoryCase, blocks: Sequence[int]) -> list[int]:
+    """Of these blocks those with a backward pass: those below every parameter that trains keep nothing."""
+    lowest = lowest_block(case.shape, case.frozen)
+    return [index for index in blocks if index >= lowest]
 
 
-def _whole_blocks(case: MemoryCase, share: Share) -> list[int]:
-    """Numbers of the blocks of a stage that are recomputed whole."""
+def _whole_blocks(case: MemoryCase, blocks: Sequence[int]) -> list[int]:
+    """Of these blocks those that are recomputed whole."""
     every = 1 if case.recompute == "full" else case.checkpoint_activations_every
-    return [index for index in _trained_blocks(case, share) if every and index % every == 0]
+    return [index for index in _trained_blocks(case, blocks) if every and index % every == 0]
 
 
 def _inputs_on_device(case: MemoryCase, share: Share, at_once: int) -> int:
     """Bytes of the inputs that lie in the CPU's memory, of which this many are on the device."""
-    count = min(at_once, len(_whole_blocks(case, share))) if case.offload_activations else 0
+    count = min(at_once, len(_whole_blocks(case, share.blocks))) if case.offload_activations else 0
     return count * _stream(case, share) * case.element_bytes
 
 
@@ -290,7 +307,7 @@ def _tiles(case: MemoryCase, share: Share, whole: _Half) -> _Half:
     hidden = _stream(case, share) * case.element_bytes
     mask = _stream(case, share) if case.shape.dropout > 0 else 0
     tokens = min(case.tokens, case.mlp_chunk_tokens or case.tokens)
-    name = f"layers.{share.first_block}.mlp."
+    name = f"layers.{share.blocks[0]}.mlp."
     weights = sum(math.prod(size) for own, size in share.parameters().items() if own.startswith(name))
     largest = weights // (3 if case.shape.gated_mlp else 2)
     # The weights' gradients are summed in fp32, beside the first one of a tile, or all of them at its end.

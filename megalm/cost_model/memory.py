@@ -10,16 +10,17 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import groupby
+from itertools import accumulate, chain, groupby
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
 from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
 from megalm.cost_model.activations import fullest_moment, offloaded_inputs
-from megalm.cost_model.pipeline_balance import balanced_blocks, parameter_costs
+from megalm.cost_model.pipeline_balance import balanced_by_parameters
 from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, is_stacked
 from megalm.model.parameter_groups import MOMENTS, NO_GROUP, GroupKey, frozen_parameters, group_keys, optimizer_groups
-from megalm.topology import AXES, Axis, Topology
+from megalm.parallel.pipeline_schedules import PipelineSchedule
+from megalm.topology import AXES, Axis, PipelineScheduleName, Topology
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
@@ -58,6 +59,7 @@ class StateGroup:
 
 
 Groups = list[StateGroup]
+ShareKind = tuple[bool, bool, int, int]
 
 # Column layers hold a part of their output features, row layers of their input features.
 _COLUMNS = ("attention.query", "attention.key", "attention.value", "mlp.gate", "mlp.up", "shared.gate", "shared.up")
@@ -68,29 +70,45 @@ _VOCABULARY = ("embedding.tokens.weight", "head.weight")
 
 @dataclass(frozen=True)
 class Share:
-    """The part of the model that the fullest rank of a pipeline stage's tensor group holds.
+    """The part of the model that the fullest tensor rank of a pipeline's rank holds.
 
     Attributes:
         sequence: the tensor group divides the residual stream along the sequence.
-        first_block: the stage's blocks are [first_block, first_block + blocks).
+        stages: of the rank, from its place in the pipeline on; without virtual stages one.
+        stage_blocks: the blocks of each of them.
+        last_stage: the model's.
     """
 
     shape: ModelConfig
     tensor: int
     expert: int
     sequence: bool
-    stage: int
-    stages: int
-    first_block: int
-    blocks: int
+    stages: tuple[int, ...]
+    stage_blocks: tuple[range, ...]
+    last_stage: int
+
+    @property
+    def stage(self) -> int:
+        """The first of its stages, which is the rank's place in the pipeline."""
+        return self.stages[0]
 
     @property
     def is_first(self) -> bool:
-        return self.stage == 0
+        return 0 in self.stages
 
     @property
     def is_last(self) -> bool:
-        return self.stage == self.stages - 1
+        return self.last_stage in self.stages
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Numbers of the blocks."""
+        return tuple(chain.from_iterable(self.stage_blocks))
+
+    @property
+    def kind(self) -> ShareKind:
+        """What tells the memory of two ranks apart, but for their micro-batches."""
+        return self.is_first, self.is_last, len(self.blocks), len({*self.blocks} & {*self.shape.moe_layers})
 
     @property
     def heads(self) -> int:
@@ -106,10 +124,6 @@ class Share:
         """Number of ranks that share the activations between the sharded layers: norms, residuals, dropout."""
         return self.tensor if self.sequence else 1
 
-    def in_flight(self, micro_batches: int) -> int:
-        """Micro-batches whose activations the stage keeps at once, under one-forward-one-backward."""
-        return min(micro_batches, self.stages - self.stage)
-
     def parameters(self) -> dict[str, tuple[int, ...]]:
         """Canonical name -> shape of each parameter or part of it held here, in the model's order."""
         return _held_parameters(self)
@@ -123,7 +137,7 @@ class Share:
 
     def is_here(self, name: str) -> bool:
         if name.startswith("layers."):
-            return self.first_block <= int(name.split(".")[1]) < self.first_block + self.blocks
+            return any(int(name.split(".")[1]) in blocks for blocks in self.stage_blocks)
         if name == "embedding.tokens.weight":
             return self.is_first or (self.is_last and self.shape.tie_word_embeddings)
         return self.is_first if name.startswith("embedding.") else self.is_last
@@ -151,13 +165,28 @@ def _held_parameters(share: Share) -> dict[str, tuple[int, ...]]:
     return {name: share.local(name, size) for name, size in sizes if share.is_here(name)}
 
 
-def shares(shape: ModelConfig, topology: Topology, sequence: bool = False) -> Iterator[Share]:
-    """The share of each pipeline stage, balanced by parameters."""
-    stages = topology.pipeline
-    first = 0
-    for stage, blocks in enumerate(balanced_blocks(shape.num_hidden_layers, stages, parameter_costs(shape))):
-        yield Share(shape, topology.tensor, topology.expert, sequence, stage, stages, first, blocks)
-        first += blocks
+def shares(
+    shape: ModelConfig, topology: Topology, sequence: bool = False, stage_ranks: Sequence[int] | None = None
+) -> Iterator[Share]:
+    """The share of each rank of the pipeline, balanced by parameters.
+
+    Args:
+        stage_ranks: the rank of each stage; None: each rank has one.
+    """
+    owners = range(topology.pipeline) if stage_ranks is None else stage_ranks
+    counts = balanced_by_parameters(shape, owners)
+    blocks = [range(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
+    for rank in range(topology.pipeline):
+        own = tuple(stage for stage, owner in enumerate(owners) if owner == rank)
+        yield Share(
+            shape,
+            topology.tensor,
+            topology.expert,
+            sequence,
+            own,
+            tuple(blocks[stage] for stage in own),
+            len(owners) - 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -182,6 +211,7 @@ class MemoryCase:
         device_bytes: memory of the device; None: not known.
         optimizer_state: how Adam's moments are kept.
         muon: the matrices of the blocks are Muon's.
+        virtual_stages: stages of each rank of the pipeline.
     """
 
     shape: ModelConfig
@@ -212,6 +242,13 @@ class MemoryCase:
     optimizer_state: OptimizerStateKind = "fp32"
     muon: bool = False
     ema: bool = False
+    schedule_name: PipelineScheduleName = "1f1b"
+    virtual_stages: int = 1
+
+    @property
+    def schedule(self) -> PipelineSchedule:
+        """A step of the pipeline; without one, of one rank."""
+        return PipelineSchedule(self.schedule_name, self.topology.pipeline, self.virtual_stages, self.accumulation)
 
     @property
     def frozen(self) -> frozenset[str]:
@@ -290,7 +327,7 @@ class MemoryPlan:
             on a GPU.
         start_host: the most in the CPU's memory before the first step; 0 on a CPU.
         disk: the optimizer's states on NVMe.
-        stage: of the pipeline; 0 without one.
+        stage: of the pipeline, the rank's first; 0 without one.
         ema: the moving average of the masters.
         secondary: the second copy of the weights, which the ranks of zero_hpz_partition_size share.
     """
@@ -340,17 +377,13 @@ def estimate_memory(case: MemoryCase) -> MemoryPlan:
 
 
 def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
-    """The plans of the pipeline stages, without those that need no more than an earlier one: the first stage, the last
-    one, and of those between them the first with each number of blocks, and of blocks with experts."""
-    seen: set[tuple[bool, bool, int, int]] = set()
-    for share in shares(case.shape, case.topology, case.sequence_parallel):
-        with_experts = sum(
-            share.first_block <= layer < share.first_block + share.blocks for layer in case.shape.moe_layers
-        )
-        kind = share.is_first, share.is_last, share.blocks, with_experts
-        if kind in seen:
-            continue
-        seen.add(kind)
+    """The plans of the pipeline's ranks, of each kind the one that keeps most activations: the first rank, the last
+    one, and those between them with each number of blocks, and of blocks with experts."""
+    kinds: dict[ShareKind, list[Share]] = {}
+    for share in shares(case.shape, case.topology, case.sequence_parallel, case.schedule.stage_ranks):
+        kinds.setdefault(share.kind, []).append(share)
+    for alike in kinds.values():
+        share = max(alike, key=lambda it: sum(fullest_moment(case, it, 0))) if len(alike) > 1 else alike[0]
         by_key = parameter_groups(case, share)
         groups, frozen = list(by_key.values()), frozen_counts(case, share)
         device, host = _states(case, by_key, frozen)

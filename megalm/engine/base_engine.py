@@ -218,12 +218,12 @@ def _norm_on_host(norm_of: Callable[..., Tensor | list[Tensor]]) -> Callable[...
 class ModelParallelUnit:
     """DeepSpeed's `mpu`: this rank's process groups under the names that ZeRO expects.
 
-    ZeRO partitions over data x context, whose gradients it averages, and sums gradient norms over the tensor group.
+    ZeRO partitions over data x context, whose gradients it averages, and sums gradient norms over tensor x pipeline.
     DeepSpeed's own names for sequence parallelism stay undefined: its ZeRO 3 would train something else.
     """
 
     def __init__(self, groups: ParallelGroups) -> None:
-        self._data, self._tensor = groups.data_context, groups.tensor
+        self._data, self._model = groups.data_context, groups.model
 
     def get_data_parallel_rank(self) -> int:
         return self._data.index
@@ -235,13 +235,13 @@ class ModelParallelUnit:
         return self._data.process_group
 
     def get_model_parallel_rank(self) -> int:
-        return self._tensor.index
+        return self._model.index
 
     def get_model_parallel_world_size(self) -> int:
-        return self._tensor.size
+        return self._model.size
 
     def get_model_parallel_group(self) -> dist.ProcessGroup:
-        return self._tensor.process_group
+        return self._model.process_group
 
 
 _SWAPPED_BYTES = 16  # per element: master, two moments and gradient, fp32
@@ -318,7 +318,7 @@ class EngineBase(ABC):
         self._groups, self._copies = groups, groups.data_context
         self._sequence = context.sequence
         # Every rank of the last stage's tensor group has the same loss: only the first reports it.
-        self._reports_loss = groups.tensor.index == 0 and groups.pipeline.index == groups.pipeline.size - 1
+        self._reports_loss = output is not None and groups.tensor.index == 0
         # Of the length of a sequence, of which ranks hold parts, and slices of them.
         self._multiple: int = model.slices * context.sequence.multiple  # type: ignore[assignment, operator]
         self._output = output if self._reports_loss else None
@@ -368,7 +368,7 @@ class EngineBase(ABC):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=inner,
-                mpu=ModelParallelUnit(groups) if groups.pipeline.size == 1 else None,  # a PipelineModule has its own
+                mpu=None if hasattr(model, "mpu") else ModelParallelUnit(groups),  # a PipelineModule has its own
                 config=settings,
                 dist_init_required=False,
             )

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from megalm.communicator import Communicator
-from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, parameter_costs
+from megalm.cost_model.pipeline_balance import StageCosts, balanced_blocks, balanced_by_parameters, parameter_costs
 from megalm.engine.deepspeed_patches import prints_to_log, use_secondary_group
 from megalm.engine.device import fastest_seconds
 from megalm.engine.distributed import DistributedCommunicator
@@ -107,7 +107,8 @@ def build_engine(
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
-        return _pipeline_engine(context, build, clock, blocks, draw)
+        make = _interleaved_engine if run.config.parallel.virtual_stages > 1 else _pipeline_engine
+        return make(context, build, clock, blocks, draw)
     return _zero_engine(context, layers, clock, draw)
 
 
@@ -139,12 +140,26 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClo
     return ZeroEngine(model, clock, context)
 
 
+def _interleaved_engine(
+    context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
+) -> Engine:
+    from megalm.engine.pipeline.interleaved_engine import InterleavedEngine, PipelinePart
+
+    run, pipeline = context.run, context.groups.pipeline
+    part = PipelinePart(build, blocks, run.pipeline.stages_of(pipeline.index))
+    with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups) as weights:
+        weights.fill(part)
+    if run.compiled:
+        part.compile_blocks()
+    return InterleavedEngine(part, clock, context)
+
+
 def _pipeline_engine(
     context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
 ) -> Engine:
     from megalm.engine.optimizer.expert_states import mark_experts
-    from megalm.engine.pipeline_engine import PipelineEngine
-    from megalm.engine.pipeline_stage import MicroBatchContext, PipelineStage
+    from megalm.engine.pipeline.pipeline_engine import PipelineEngine
+    from megalm.engine.pipeline.pipeline_stage import MicroBatchContext, PipelineStage
 
     run = context.run
     stage = PipelineStage(build, MicroBatchContext(clock, context.shape, build.sequence.parts), run.topology, blocks)
@@ -228,11 +243,12 @@ def _balance(
     run: ResolvedRun, build: StageBuilder, device: torch.device, comm: Communicator
 ) -> tuple[tuple[int, ...], StageCosts]:
     """Return the number of blocks of each stage, and the costs used to balance them."""
-    costs = parameter_costs(build.shape)
-    if run.config.parallel.balance == "time":
-        tokens = run.batch.micro_batch, run.config.data.sample_length
-        costs = measured_costs(build, tokens, _TYPES[run.precision], device, comm)
-    return balanced_blocks(build.shape.num_hidden_layers, run.topology.pipeline, costs), costs
+    owners = run.pipeline.stage_ranks
+    if run.config.parallel.balance == "parameters":
+        return balanced_by_parameters(build.shape, owners), parameter_costs(build.shape)
+    tokens = run.batch.micro_batch, run.config.data.sample_length
+    costs = measured_costs(build, tokens, _TYPES[run.precision], device, comm)
+    return balanced_blocks(build.shape.num_hidden_layers, owners, costs), costs
 
 
 def measured_costs(

@@ -46,7 +46,10 @@ _SCALE_POWER = 10  # of fp16: from 16 the first updates would be skipped, until 
 # Sections that change no number of a step.
 _NOT_TRAINED = ("run", "profile", "evaluate", "sample", "checkpoint", "guard", "resume", "tracking", "slurm")
 # Keys of `parallel` that the run on one rank has at their defaults.
-_DIVIDES = ("tensor", "pipeline", "context", "context_method", "sequence", "expert", "overlap_tensor_communication")
+_DIVIDES = (
+    *("tensor", "pipeline", "virtual_stages", "pipeline_schedule"),
+    *("context", "context_method", "sequence", "expert", "overlap_tensor_communication"),
+)
 _NOT_PASSED_ON = (
     "aio",
     "flops_profiler",
@@ -159,7 +162,8 @@ def _small_config(own: ResolvedRun) -> RunConfig:
     config = own.config
     model, train, parallel = config.model, config.train, config.parallel
     tensor, pipeline, context = (min(2, it) for it in (parallel.tensor, parallel.pipeline, parallel.context))
-    layers = max(pipeline, min(4, model.num_hidden_layers))
+    virtual = min(2, parallel.virtual_stages)
+    layers = max(pipeline * virtual, min(4, model.num_hidden_layers))
     accumulation = _small_accumulation(own)
     heads = model.num_key_value_heads or model.num_attention_heads
     grouped = None if heads == model.num_attention_heads else min(2, heads)
@@ -204,6 +208,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
             update={
                 "tensor": tensor,
                 "pipeline": pipeline,
+                "virtual_stages": virtual,
                 "context": context,
                 "expert": min(2, parallel.expert),
                 "balance": "parameters",
@@ -314,6 +319,11 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
         ("data ranks", before.data, after.data),
         ("parallel.tensor", before.tensor, after.tensor),
         ("parallel.pipeline", before.pipeline, after.pipeline),
+        (
+            "parallel.virtual_stages",
+            own.config.parallel.virtual_stages,
+            run.config.parallel.virtual_stages,
+        ),
         ("parallel.context", before.context, after.context),
         ("parallel.expert", before.expert, after.expert),
         ("micro-batch", own.batch.micro_batch, run.batch.micro_batch),

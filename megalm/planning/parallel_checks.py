@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import get_args
 
 from megalm.config.deepspeed.json_schema import ZeroSection
-from megalm.config.schema import RunConfig
+from megalm.config.schema import RunConfig, RunnableSchedule
 from megalm.errors import ConfigError
+from megalm.parallel.pipeline_schedules import virtual_stages_of
 from megalm.planning.engine_checks import CheckContext, Rule, float8_divides_the_model
 from megalm.topology import AXES, nearest
 
@@ -145,6 +147,8 @@ def expert_groups_reduce_gradients(case: CheckContext) -> None:
         problems.append("zero_optimization.contiguous_gradients=false is without experts only; remove it")
     if case.zero.secondary_ranks:
         problems.append("zero_optimization.zero_hpz_partition_size copies weights that all ranks share; remove it")
+    if case.config.parallel.virtual_stages > 1:
+        problems.append(f"parallel.virtual_stages={case.config.parallel.virtual_stages} is not proven; remove it")
     if any(offload.device == "nvme" for _, offload in case.offloads):
         problems.append("offload_optimizer.device=nvme is not proven; use cpu")
     if case.config.parallel.expert > 1 and problems:
@@ -155,12 +159,40 @@ def expert_groups_reduce_gradients(case: CheckContext) -> None:
 
 def pipeline_has_enough_layers(case: CheckContext) -> None:
     parallel, layers = case.config.parallel, case.config.model.num_hidden_layers
-    degree, others = parallel.pipeline, parallel.tensor * parallel.context
+    degree, others, virtual = parallel.pipeline, parallel.tensor * parallel.context, parallel.virtual_stages
     if degree > layers:
         legal = (n for n in range(1, layers + 1) if case.world_size % (n * others) == 0)
         raise ConfigError(
             f"parallel.pipeline={degree} is more than model.num_hidden_layers={layers}, but each stage needs a block; "
             f"on {case.world_size} ranks use {_nearest(degree, legal)}"
+        )
+    if 1 < degree <= layers < degree * virtual:
+        raise ConfigError(
+            f"parallel.pipeline={degree} x parallel.virtual_stages={virtual} is more than model.num_hidden_layers="
+            f"{layers}, but each stage needs a block; use parallel.virtual_stages={layers // degree}"
+        )
+
+
+def pipeline_schedule_is_legal(case: CheckContext) -> None:
+    """Its number of virtual stages; any number of micro-batches is legal."""
+    parallel = case.config.parallel
+    name, virtual = parallel.pipeline_schedule, parallel.virtual_stages
+    if parallel.pipeline == 1:
+        given = [f"parallel.virtual_stages={virtual}"] * (virtual > 1)
+        given += [f"parallel.pipeline_schedule={name}"] * (name is not None)
+        if given:
+            raise ConfigError(
+                f"{' and '.join(given)} divide the work of a pipeline, but parallel.pipeline=1; "
+                "use parallel.pipeline=2 or more"
+            )
+        return
+    legal = virtual_stages_of(parallel.schedule_name)
+    if virtual not in legal:
+        count = f"{legal[0]} or more" if len(legal) > 1 else str(legal[0])
+        fitting = [other for other in get_args(RunnableSchedule) if virtual in virtual_stages_of(other)]
+        raise ConfigError(
+            f"parallel.pipeline_schedule={name} with parallel.virtual_stages={virtual}: it has {count} on each rank; "
+            f"use parallel.virtual_stages={legal[0]}, or parallel.pipeline_schedule={' or '.join(fitting)}"
         )
 
 
@@ -224,6 +256,7 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     expert_groups_divide_the_experts,
     expert_groups_reduce_gradients,
     pipeline_has_enough_layers,
+    pipeline_schedule_is_legal,
     pipeline_needs_low_zero,
     pipeline_sums_tied_gradients,
     pipeline_keeps_its_states,

@@ -18,6 +18,7 @@ from megalm.cost_model.memory import MemoryCase, estimate_memory, shares
 from megalm.cost_model.pipeline_balance import LARGE_BUBBLE, micro_batches_for
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.model.model_config import ModelConfig, build_model_config, recomputed_flops_per_token
+from megalm.parallel.pipeline_schedules import PipelineSchedule
 from megalm.planning.batch_size import BatchPlan, RunBatch, chooses_micro_batch, plan_batch
 from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
 from megalm.planning.engine_checks import (
@@ -33,7 +34,7 @@ from megalm.planning.optimizer_facts import OptimizerFacts, optimizer_facts
 from megalm.planning.parallel_checks import parallel_notices, second_copy_notices
 from megalm.planning.run_checks import check_run, with_steps
 from megalm.planning.training_stages import TrainingStages
-from megalm.topology import Topology, bubble_share
+from megalm.topology import Topology
 
 __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "loss_chunk_tokens", "memory_case", "resolve"]
 
@@ -100,8 +101,19 @@ class ResolvedRun:
         return max(1 if wanted == "auto" else 2, min(tokens // _CHUNK_TOKENS, _MOST_CHUNKS))
 
     @property
+    def pipeline(self) -> PipelineSchedule:
+        """A step of the largest batch."""
+        return pipeline_schedule(self.config, self.topology, self.batch)
+
+    @property
     def zero_stage(self) -> int:
         return self.deepspeed_source.settings.zero_optimization.stage
+
+
+def pipeline_schedule(config: RunConfig, topology: Topology, batch: BatchPlan) -> PipelineSchedule:
+    """The schedule of a step; without a pipeline, of one rank."""
+    parallel = config.parallel
+    return PipelineSchedule(parallel.schedule_name, topology.pipeline, parallel.virtual_stages, batch.accumulation)
 
 
 def resolve(
@@ -144,7 +156,7 @@ def resolve(
 
     def fits(batch: BatchPlan) -> bool:
         # With few large micro-batches the stages of a pipeline wait for each other.
-        if batch.micro_batch > 1 and bubble_share(topology.pipeline, batch.accumulation) > LARGE_BUBBLE:
+        if batch.micro_batch > 1 and pipeline_schedule(config, topology, batch).bubble_share > LARGE_BUBBLE:
             return False
         return memory(batch).leaves_room
 
@@ -152,7 +164,7 @@ def resolve(
     stages = TrainingStages.of(config, first_batch.global_batch)
     batch = first_batch.of(stages.largest_batch)
     if topology.pipeline > 1 and chooses_micro_batch(settings):
-        batch_notices.append(_bubble_notice(topology, batch))
+        batch_notices.append(_bubble_notice(topology, batch, pipeline_schedule(config, topology, batch)))
     whole_gradients, reduction_notices = _reduction(config, ds, batch, memory(batch, whole_gradients=True))
     recompute, recompute_notices = _recompute(
         config, ds, shape, device, {kind: memory(batch, whole_gradients, kind) for kind in get_args(Recompute)}
@@ -209,12 +221,13 @@ def resolve(
     )
 
 
-def _bubble_notice(topology: Topology, batch: BatchPlan) -> str:
-    stages, share = topology.pipeline, bubble_share(topology.pipeline, batch.accumulation)
-    waits = f"parallel.pipeline={stages}: with {batch.accumulation} micro-batches stages wait {share:.0%} of a step"
+def _bubble_notice(topology: Topology, batch: BatchPlan, schedule: PipelineSchedule) -> str:
+    share = schedule.bubble_share
+    key = f"parallel.pipeline={topology.pipeline}"
+    waits = f"{key}: with {batch.accumulation} micro-batches ranks wait {share:.0%} of a step"
     if share <= LARGE_BUBBLE:
         return waits
-    enough = micro_batches_for(stages, LARGE_BUBBLE) * topology.data
+    enough = micro_batches_for(schedule, LARGE_BUBBLE) * topology.data
     return f"{waits}; a batch of {batch.global_batch} allows no more, one of {enough} makes it {LARGE_BUBBLE:.0%}"
 
 
@@ -372,6 +385,8 @@ def memory_case(
         optimizer_state=config.train.optimizer_state,
         muon=settings.uses_muon,
         ema=config.train.ema_decay is not None,
+        schedule_name=config.parallel.schedule_name,
+        virtual_stages=config.parallel.virtual_stages,
     )
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
+from typing import get_args
 
+from megalm.config.schema import RunnableSchedule
 from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.cost_model.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
+from megalm.cost_model.pipeline_balance import balanced_by_parameters, parameter_costs
+from megalm.cost_model.pipeline_simulation import ActionCosts, simulate
 from megalm.model.model_config import (
     ModelConfig,
     build_model_config,
@@ -17,11 +23,11 @@ from megalm.model.model_config import (
     recomputed_flops_per_token,
 )
 from megalm.model.parameter_groups import Algorithm, frozen_parameters, group_keys, group_settings, optimizer_groups
+from megalm.parallel.pipeline_schedules import PipelineSchedule, virtual_stages_of
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
 from megalm.planning.training_stages import TrainingStage
-from megalm.topology import bubble_share
 from megalm.utils.plotting import new_plot, save_plot
 
 
@@ -75,6 +81,29 @@ class OptimizerGroup:
 
 
 @dataclass(frozen=True)
+class ScheduleChoice:
+    """A schedule for the run's pipeline.
+
+    Attributes:
+        waits: the share of a step that ranks wait, with the stages' own blocks and head, and equal F, I and W.
+        activations: bytes on the rank that keeps most.
+    """
+
+    schedule: PipelineSchedule
+    waits: float
+    activations: int
+    fit: MemoryFit
+
+    @property
+    def messages(self) -> int:
+        """From rank to rank each way, for a micro-batch."""
+        return sum(one != other for one, other in pairwise(self.schedule.stage_ranks))
+
+
+_ALIKE = 0.01  # of a step: for less a schedule of more stages is not worth its messages
+
+
+@dataclass(frozen=True)
 class Plan:
     """A resolved run in numbers.
 
@@ -103,6 +132,38 @@ class Plan:
     def memory(self) -> MemoryPlan:
         """Bytes on the fullest rank."""
         return max(self.memory_by_stage, key=lambda stage: stage.peak)
+
+    @cached_property
+    def schedule_choices(self) -> tuple[ScheduleChoice, ...]:
+        """The run's schedule and others for its pipeline and micro-batches, those of fewer stages first."""
+        own = self.resolved.pipeline
+        counts = {2, 4, own.virtual_stages}
+        kinds = {(name, count) for name in get_args(RunnableSchedule) for count in {1, *counts}}
+        return tuple(
+            self._choice(replace(own, name=name, virtual_stages=count))
+            for name, count in sorted(kinds, key=lambda kind: (kind[1], kind[0]))
+            if count in virtual_stages_of(name) and own.ranks * count <= self.shape.num_hidden_layers
+        )
+
+    def _choice(self, schedule: PipelineSchedule) -> ScheduleChoice:
+        case = replace(self.case, schedule_name=schedule.name, virtual_stages=schedule.virtual_stages)
+        blocks = balanced_by_parameters(self.shape, schedule.stage_ranks)
+        products = replace(parameter_costs(self.shape), embedding=0)  # rows are looked up
+        times = products.of_stages(blocks)
+        ranks = [schedule.actions(rank) for rank in range(schedule.ranks)]
+        shares = simulate(ranks, schedule.stage_ranks, ActionCosts(times, times, times)).bubble_shares
+        memory = list(estimate_stages(case))
+        fit = MemoryFit.of(max(memory, key=lambda stage: stage.peak), self.resolved.device)
+        return ScheduleChoice(schedule, sum(shares) / len(shares), max(it.activations for it in memory), fit)
+
+    @property
+    def recommended_schedule(self) -> ScheduleChoice:
+        """Of those that fit, the one of fewest stages that waits hardly longer than any; if none fits the smallest."""
+        fitting = [choice for choice in self.schedule_choices if choice.fit.level == "fits"]
+        if not fitting:
+            return min(self.schedule_choices, key=lambda choice: choice.fit.needed)
+        shortest = min(choice.waits for choice in fitting)
+        return next(choice for choice in fitting if choice.waits <= shortest + _ALIKE)
 
     @property
     def parameter_count(self) -> int:
@@ -193,14 +254,14 @@ class Plan:
         run = self.resolved
         if not self.rate.is_assumed:
             return self.rate.share
-        accumulation = run.batch.of(stage.sequences).accumulation
-        busy = 1 - bubble_share(run.topology.pipeline, accumulation)
+        batch = run.batch.of(stage.sequences)
+        busy = 1 - replace(run.pipeline, micro_batches=batch.accumulation).bubble_share
         flops = flops_per_token(self.shape, stage.sequence_length, self.case.frozen)
         share = self.rate.share * busy / (1 + self._recomputed(stage.sequence_length) / flops)
         if self._peak is None:
             return share
         computes = flops * stage.tokens / (self._peak * run.topology.world_size * share)
-        return share * computes / (computes + self.offload_seconds(accumulation))
+        return share * computes / (computes + self.offload_seconds(batch.accumulation))
 
     def offload_seconds(self, accumulation: int) -> float:
         """What offload adds to a step at least, by assumed speeds of PCIe, CPU and disk."""

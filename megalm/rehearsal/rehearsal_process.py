@@ -79,7 +79,8 @@ _FIRST = (
     "deepspeed.module_inject.auto_ep_layer",
     "megalm.rehearsal.rehearsal",
     "megalm.engine.zero_engine",
-    "megalm.engine.pipeline_engine",
+    "megalm.engine.pipeline.pipeline_engine",
+    "megalm.engine.pipeline.interleaved_engine",
 )
 
 

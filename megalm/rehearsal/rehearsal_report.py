@@ -49,7 +49,8 @@ class RehearsalCase:
 
     def share(self, stage: int) -> Share:
         """The part of the model that a rank of a pipeline stage holds."""
-        return list(shares(self.shape, self.run.topology, self.run.config.parallel.sequence))[stage]
+        run = self.run
+        return list(shares(self.shape, run.topology, run.config.parallel.sequence, run.pipeline.stage_ranks))[stage]
 
     @property
     def parameters(self) -> int:

@@ -33,13 +33,9 @@ class Verdict:
 
 
 def planned_memory(plan: Plan, case: RehearsalCase) -> MemoryPlan:
-    """The plan of the rank's own pipeline stage; one plan serves all stages with the same ends and number of blocks."""
-
-    def kind(stage: int) -> tuple[bool, bool, int]:
-        share = case.share(stage)
-        return share.is_first, share.is_last, share.blocks
-
-    return next(memory for memory in plan.memory_by_stage if kind(memory.stage) == kind(case.stage))
+    """The plan of the rank's own pipeline stage; one plan serves all of a kind."""
+    kind = case.share(case.stage).kind
+    return next(memory for memory in plan.memory_by_stage if case.share(memory.stage).kind == kind)
 
 
 def planned_bytes(memory: MemoryPlan, phase: PhaseName) -> int | None:

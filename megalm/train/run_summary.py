@@ -24,7 +24,6 @@ from megalm.planning.run_plan import mean_flops_per_token
 from megalm.planning.training_stages import TrainingStage
 from megalm.rank_environment import RankPlace
 from megalm.runs.run_folder import ResumeCommand, RunFolder
-from megalm.topology import bubble_share
 from megalm.tracking.mlflow_mirror.run_facts import where_to_look
 from megalm.tracking.report import write_report
 from megalm.train.console import RunConsole
@@ -147,22 +146,21 @@ def write_report_page(
 
 def pipeline_facts(run: ResolvedRun, blocks: tuple[int, ...], costs: StageCosts) -> str:
     """Return a line on the pipeline's stages, one on its bubble, and a warning if the bubble is large."""
-    stages, micro_batches = run.topology.pipeline, run.batch.accumulation
-    bubble, at = bubble_share(stages, micro_batches), " of the largest batch" if run.stages.grow else ""
+    schedule, at = run.pipeline, " of the largest batch" if run.stages.grow else ""
+    bubble, micro_batches = schedule.bubble_share, schedule.micro_batches
     by_stage = costs.of_stages(blocks)
     shares = " + ".join(f"{cost / sum(by_stage):.0%}" for cost in by_stage)
     what = "the parameters" if run.config.parallel.balance == "parameters" else "the measured time"
-    waits = f"(stages - 1) / (micro-batches + stages - 1) = {stages - 1}/{micro_batches + stages - 1}"
     lines = [
-        f"  pipeline: {stages} stages of {' + '.join(map(str, blocks))} blocks, "
+        f"  pipeline: {schedule.name}, {schedule.stages} stages of {' + '.join(map(str, blocks))} blocks, "
         f"with embedding and head {shares} of {what}",
-        f"  bubble: each stage waits {bubble:.0%} of a step{at}, {waits}: the first micro-batch fills the pipeline, "
-        "the last one empties it",
+        f"  bubble: each rank waits {bubble:.0%} of a step{at}: the first of {micro_batches} micro-batches fills the "
+        "pipeline, the last one empties it",
     ]
     if bubble > LARGE_BUBBLE:
         lines.append(
-            f"  WARNING: {micro_batches} micro-batch(es) per step keep {stages} stages busy {1 - bubble:.0%} of the "
-            f"time; {micro_batches_for(stages, SMALL_BUBBLE)} keep them busy {1 - SMALL_BUBBLE:.0%}: lower "
+            f"  WARNING: {micro_batches} micro-batch(es) per step keep {schedule.ranks} ranks busy {1 - bubble:.0%} of "
+            f"the time; {micro_batches_for(schedule, SMALL_BUBBLE)} keep them busy {1 - SMALL_BUBBLE:.0%}: lower "
             "train_micro_batch_size_per_gpu, raise train_batch_size, or use fewer stages"
         )
     return "\n".join(lines)

@@ -234,7 +234,10 @@ class Broken(Watch):
 
 
 # One end without the other only waits: both are broken together.
-_PEER_TO_PEER = ("send", "recv", "_receive")
+_PEER_TO_PEER = ("send", "recv", "isend", "irecv", "_receive")
+
+
+_IMMEDIATE = ("isend", "irecv")  # under way when they return
 
 
 def _is_at(site: Site, line: int, callee: str) -> bool:
@@ -243,9 +246,15 @@ def _is_at(site: Site, line: int, callee: str) -> bool:
     return site.first <= line <= site.last and (site.is_alone or callee == site.name)
 
 
-class _Done:
+class _Works:
+    """Collectives under way, or none."""
+
+    def __init__(self, *works: Any) -> None:
+        self._works = works
+
     def wait(self) -> None:
-        """Nothing is under way."""
+        for work in self._works:
+            work.wait()
 
 
 def _skip(name: str, original: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -258,15 +267,17 @@ def _skip(name: str, original: Callable[..., Any], arguments: tuple[Any, ...], o
             result.copy_(source.view(parts, *result.shape)[own])
         else:
             result.zero_().view(parts, *source.shape)[own].copy_(source)
-    elif name == "all_to_all_single":
+    elif name in ("all_to_all_single", "recv", "irecv"):
         arguments[0].zero_()
-    return _Done() if options.get("async_op") else None
+    return _Works() if options.get("async_op") or name in _IMMEDIATE else None
 
 
 def _double(name: str, original: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
     """The call made twice; of a sum that leaves its addends as they were, the result counted twice."""
+    if name in _IMMEDIATE:
+        return _Works(*(original(*arguments, **options) for _ in range(2)))
     original(*arguments, **{**options, "async_op": False} if "async_op" in options else options)
     if name == "reduce_scatter_tensor":
         arguments[0].mul_(2)
-        return _Done() if options.get("async_op") else None
+        return _Works() if options.get("async_op") else None
     return original(*arguments, **options)

@@ -24,8 +24,9 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-GPT2 = ("model.num_hidden_layers=3", "model.style=gpt2", "model.qk_norm=false", "model.tie_word_embeddings=true")
+GPT2 = ("model.num_hidden_layers=4", "model.style=gpt2", "model.qk_norm=false", "model.tie_word_embeddings=true")
 PIPELINE = (*GPT2, "parallel.pipeline=2")
+INTERLEAVED = (*PIPELINE, "parallel.virtual_stages=2")
 DROPOUT = ("model.dropout=0.1", "train.checkpoint_activations_every=2")
 MICRO = {"train_micro_batch_size_per_gpu": 2}
 NO_ZERO = MICRO | {"zero_optimization": {"stage": 0}}
@@ -38,6 +39,7 @@ CASES: dict[int, dict[str, Case]] = {
         "pipeline zero0": Case("pipeline.json", "fp32", PIPELINE, NO_ZERO),
         "pipeline bf16": Case("pipeline.json", "bf16", PIPELINE, MICRO),
         "pipeline dropout": Case("pipeline.json", "fp32", (*PIPELINE, *DROPOUT), MICRO),
+        "pipeline interleaved": Case("pipeline.json", "fp32", INTERLEAVED, MICRO),
     },
     4: {
         "pipeline data": Case("pipeline.json", "fp32", PIPELINE, MICRO),
@@ -45,7 +47,11 @@ CASES: dict[int, dict[str, Case]] = {
         "pipeline tensor bf16": Case("pipeline.json", "bf16", (*PIPELINE, "parallel.tensor=2"), MICRO),
     },
 }
-READ = {1: ("zero1",), 2: ("data zero2 bf16", "pipeline", "pipeline zero0"), 4: ("pipeline tensor bf16",)}
+READ = {
+    1: ("zero1",),
+    2: ("data zero2 bf16", "pipeline", "pipeline zero0", "pipeline interleaved"),
+    4: ("pipeline tensor bf16",),
+}
 HALF, END = 3, 5
 
 
@@ -93,16 +99,20 @@ def _restore(engine: Any, path: Path) -> CheckpointReader:
 
 def _assert_weights_are(engine: Any, reader: CheckpointReader) -> None:
     masters = reader.model()
-    for name, parameter in engine._model.part_of_model().named_parameters():
+    for name, parameter in _part(engine).named_parameters():
         expected = shard_of(parameter).cut(masters[name]).to(parameter.dtype)
         assert torch.equal(parameter.data, expected), name
 
 
+def _part(engine: Any) -> torch.nn.Module:
+    return engine._part if hasattr(engine, "_part") else engine._model.part_of_model()
+
+
 def _tied_weight(engine: Any) -> np.ndarray | None:
     """The copy on this rank, if it is of the first or the last stage of a pipeline."""
-    if not hasattr(engine, "_model"):
+    if not hasattr(engine, "_pipeline"):
         return None
-    parameters = dict(engine._model.part_of_model().named_parameters())
+    parameters = dict(_part(engine).named_parameters())
     return parameters["embedding.tokens.weight"].detach().float().numpy().copy()
 
 
@@ -148,7 +158,7 @@ def test_goes_on_bit_equal(written: dict[int, Any], size: int) -> None:
 
 
 def test_copies_of_a_tied_weight_stay_equal(written: dict[int, Any]) -> None:
-    for name in ("pipeline", "pipeline zero0", "pipeline bf16", "pipeline dropout"):
+    for name in ("pipeline", "pipeline zero0", "pipeline bf16", "pipeline dropout", "pipeline interleaved"):
         first, last = (rank[name][4] for rank in written[2])
         np.testing.assert_array_equal(first, last, err_msg=name)
     for name in CASES[4]:  # ranks 0 and 1 are the first stage, 2 and 3 the last
@@ -160,7 +170,7 @@ def test_copies_of_a_tied_weight_stay_equal(written: dict[int, Any]) -> None:
 @pytest.mark.parametrize("size", list(CASES))
 def test_any_layout_gets_the_same_state(read: dict[int, Any], size: int) -> None:
     ranks = read[size]
-    assert len(ranks[0]) == 5 * len([name for name in CASES[size] if "dropout" not in name])
+    assert len(ranks[0]) == 6 * len([name for name in CASES[size] if "dropout" not in name])
     for name, path in ranks[0]:
         reader = CheckpointReader(path)
         for (parameter, kind), values in whole_state([rank[name, path] for rank in ranks]).items():
@@ -176,7 +186,7 @@ def test_any_layout_goes_on_with_the_same_loss(read: dict[int, Any], written: di
             np.testing.assert_allclose(trace.losses[0], after[path], rtol=1e-5, err_msg=f"{name} from {path}")
 
 
-GATED = ("pipeline", "pipeline zero0", "pipeline bf16")
+GATED = ("pipeline", "pipeline zero0", "pipeline bf16", "pipeline interleaved")
 
 
 def _gate(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ DROPOUT = ("model.dropout=0.1", "model.attention_dropout=0.1")
 FLOAT8 = ("precision.float8=true", "model.intermediate_size=96", "data.sequence_length=32")
 LONG = ("train.mlp_chunk_tokens=20", "train.offload_activations=true")
 FOUR_LAYERS = ("model.num_hidden_layers=4",)
+FIVE_LAYERS = ("model.num_hidden_layers=5",)  # in four stages, of which the third has two
 
 
 def frozen(*patterns: str) -> str:
@@ -74,6 +75,14 @@ CASES = {
         )
     ),
     "llama tied": _case((*LLAMA, "model.tie_word_embeddings=true"), precision="bf16"),
+    "interleaved gpt2": _case((*GPT2, *FIVE_LAYERS, *PACKED, *DROPOUT, "train.checkpoint_activations_every=2", *LONG)),
+    "interleaved llama frozen growing": _case(
+        (
+            *(*LLAMA, *FIVE_LAYERS, "data.document_mask=true", "train.ema_decay=0.6", "train.recompute=norms"),
+            frozen("embedding.*", "layers.[02].*"),
+            "schedule.batch=[{from_step: 3, sequences: 20}, {from_step: 5, sequences: 6}]",
+        )
+    ),
 }
 FOUR_RANKS = {
     "pp4": _case((*GPT2, *FOUR_LAYERS, *DROPOUT, "train.recompute=attention")),
@@ -87,7 +96,10 @@ FOUR_RANKS = {
     "pp2 tp2 zero0": _case(GPT2, zero_optimization={"stage": 0}),
 }
 TENSOR = ("parallel.tensor=2",)
+INTERLEAVED = ("parallel.pipeline=2", "parallel.virtual_stages=2")
 LAYOUTS = {
+    "interleaved gpt2": INTERLEAVED,
+    "interleaved llama frozen growing": INTERLEAVED,
     "pp4": ("parallel.pipeline=4",),
     "pp4 frozen": ("parallel.pipeline=4",),
     "pp2 tp2 frozen sequence": ("parallel.pipeline=2", *TENSOR, "parallel.sequence=true"),
@@ -124,7 +136,7 @@ def one_rank(place: Path) -> dict[str, Outcome]:
 
 @pytest.fixture(scope="module")
 def two_ranks(place: Path) -> list[dict[str, Outcome]]:
-    cases = {name: _on(case, ("parallel.pipeline=2",)) for name, case in CASES.items()}
+    cases = {name: _on(case, LAYOUTS.get(name, ("parallel.pipeline=2",))) for name, case in CASES.items()}
     return _results(place, "two", 2, cases)
 
 

@@ -63,7 +63,7 @@ def test_tells_the_grid(small_data: SmallData, tmp_path: Path) -> None:
     (stage,) = (line for line in finished.stdout.splitlines() if line.strip().startswith("stage 1"))
     assert "32-63" in stage
     assert "8-15" in stage
-    assert "50.0%" in next(line for line in finished.stdout.splitlines() if "bubble" in line)
+    assert "50.0%" in next(line for line in finished.stdout.splitlines() if "(this run)" in line)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -138,6 +138,9 @@ LAYOUTS: dict[str, Layout] = {
     "last stage, untied, document mask": Layout(
         "pipeline.json", 8, 1, rank=4, keys={**_STAGES, "model.tie_word_embeddings": False, "data.document_mask": True}
     ),
+    "interleaved pipeline": Layout(
+        "pipeline.json", 8, 1, rank=7, keys={**_STAGES, "parallel.virtual_stages": 2, "model.num_hidden_layers": 4}
+    ),
     "stage of a tensor group": Layout("pipeline.json", 8, 1, rank=5, keys={**_STAGES, **_SEQUENCE, **_LONG}),
 }
 

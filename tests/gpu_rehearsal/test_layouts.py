@@ -88,7 +88,7 @@ def test_a_tensor_group_sends_as_much_as_its_layers_say(name: str, found: dict[s
     run, step = case.run, step_of(rehearsal)
     tokens = run.batch.micro_batch * run.config.data.sequence_length * ACCUMULATION // run.topology.context
     states = tokens * case.shape.hidden_size * _BYTES[run.precision]
-    blocks = case.share(case.stage).blocks
+    blocks = len(case.share(case.stage).blocks)
     if run.config.parallel.sequence:
         assert step.sent_bytes("tensor", "all_gather") >= 6 * blocks * states
         assert step.sent_bytes("tensor", "reduce_scatter") >= 4 * blocks * states

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.errors import ConfigError
-from megalm.topology import AXES, Coordinate, Overlay, Topology, bubble_share
+from megalm.topology import AXES, Coordinate, Overlay, Topology
 from tests.messages import assert_names
 
 MOST_RANKS = 4096
@@ -158,9 +158,3 @@ def test_expert_groups_that_are_none() -> None:
     with pytest.raises(ConfigError) as error:
         Topology(24, tensor=2, expert=5)
     assert_names(error.value, "parallel.expert=5", 12, 4, 6)
-
-
-def test_the_bubble() -> None:
-    assert bubble_share(1, 1) == 0
-    assert bubble_share(4, 4) == pytest.approx(3 / 7)
-    assert bubble_share(4, 32) == pytest.approx(3 / 35)

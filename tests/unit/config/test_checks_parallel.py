@@ -27,6 +27,7 @@ FP32: dict[str, Any] = {"bf16": None}
 OVERLAP = "parallel.overlap_tensor_communication=true"
 RING = "parallel.context_method=ring"
 EXPERTS_6 = ("model.num_experts=6", "model.moe_intermediate_size=64")
+SCHEDULE = "parallel.pipeline_schedule={}"
 FLOAT8 = "precision.float8=true"
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 EMBEDDING_GROUP = "train.parameter_groups=[{match: embedding.*, learning_rate_scale: 0.1}]"  # the preset ties the head
@@ -98,6 +99,12 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
         ),
         (2, ["parallel.context=2", "model.attention_dropout=0.1"], {}, None),
         (4, ["parallel.expert=2"], {}, ["parallel.expert=2", "model.num_experts"]),
+        (
+            4,
+            [*EXPERTS_6, "parallel.expert=2", "parallel.pipeline=2", "parallel.virtual_stages=2"],
+            zero(1),
+            ["parallel.expert=2", "parallel.virtual_stages=2"],
+        ),
         (8, [*EXPERTS_6, "parallel.expert=4"], {}, ["parallel.expert=4", "model.num_experts=6", 8, "parallel.expert"]),
         (8, [*EXPERTS_6, "parallel.expert=3"], {}, ["parallel.expert=3", 8, 2, 4]),
         (8, [*EXPERTS_6, "parallel.tensor=2", "parallel.expert=8"], {}, ["parallel.expert=8", 4]),
@@ -164,6 +171,37 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
         (4, [*UNTIED_GROUP, "parallel.pipeline=4"], zero(1), None),  # stages with other groups
         (4, [*UNTIED_GROUP, "parallel.tensor=4"], zero(3), None),
         (2, ["parallel.pipeline=2"], zero(1, **CPU_OFFLOAD), ["parallel.pipeline=2", "offload_optimizer"]),
+        (2, ["parallel.virtual_stages=2"], {}, ["parallel.virtual_stages=2", "parallel.pipeline=1"]),
+        (1, [SCHEDULE.format("1f1b")], {}, [SCHEDULE.format("1f1b"), "parallel.pipeline=1"]),
+        (2, ["parallel.pipeline=2", "parallel.virtual_stages=2"], zero(1), None),
+        (
+            4,
+            ["parallel.pipeline=4", "parallel.virtual_stages=2"],
+            zero(1),
+            [
+                "parallel.pipeline=4",
+                "parallel.virtual_stages=2",
+                "model.num_hidden_layers=4",
+                "parallel.virtual_stages=1",
+            ],
+        ),
+        *(
+            (
+                2,
+                ["parallel.pipeline=2", f"parallel.virtual_stages={virtual}", SCHEDULE.format(name)],
+                zero(1) | {"train_batch_size": 16},
+                [
+                    SCHEDULE.format(name),
+                    f"parallel.virtual_stages={virtual}",
+                    f"parallel.virtual_stages={legal}",
+                    other,
+                ],
+            )
+            for name, virtual, legal, other in (
+                ("1f1b", 2, 1, "interleaved_1f1b"),
+                ("interleaved_1f1b", 1, 2, "=1f1b"),
+            )
+        ),
     ],
 )
 def test_rules_of_the_grid(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from config_cases import GPU, notice_of
 
 from megalm.cli.plan_text import plan_text, ranks_text
 from megalm.config.loading import load_run_config
-from megalm.cost_model.memory import shares
+from megalm.cost_model.memory import estimate_stages, shares
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan
@@ -37,12 +39,14 @@ def shape_of(*overrides: str) -> ModelConfig:
 
 @pytest.mark.parametrize("style", ["gpt2", "llama"])
 @pytest.mark.parametrize("tied", ["true", "false"])
-@pytest.mark.parametrize("stages", [1, 2, 3, 6])
-def test_stages_together_hold_the_model_once(style: str, tied: str, stages: int) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "owners"), [(1, None), (2, None), (3, None), (6, None), (2, (0, 1, 0, 1, 0, 1)), (3, (0, 1, 2, 2, 1, 0))]
+)
+def test_stages_together_hold_the_model_once(style: str, tied: str, ranks: int, owners: tuple[int, ...] | None) -> None:
     shape = shape_of(f"model.style={style}", f"model.tie_word_embeddings={tied}")
-    held = [share.parameters() for share in shares(shape, Topology(stages, pipeline=stages))]
+    held = [share.parameters() for share in shares(shape, Topology(ranks, pipeline=ranks), stage_ranks=owners)]
     table = "embedding.tokens.weight"
-    if tied == "true" and stages > 1:
+    if tied == "true" and table in held[-1] and ranks > 1:
         assert held[-1].pop(table) == held[0][table]  # the last stage's copy
     assert sum(len(each) for each in held) == len(shape.parameters())
     assert {name: size for each in held for name, size in each.items()} == shape.parameters()
@@ -63,12 +67,6 @@ def test_tensor_ranks_divide_what_is_sharded_and_nothing_else() -> None:
     assert local["layers.0.mlp.down.weight"] == (48, 48)
     assert local["final_norm.weight"] == (48,)
     assert local["head.weight"] == (26, 48)
-
-
-def test_a_stage_keeps_fewer_micro_batches_the_later_it_is() -> None:
-    stages = list(shares(shape_of(), Topology(6, pipeline=6)))
-    assert [stage.in_flight(16) for stage in stages] == [6, 5, 4, 3, 2, 1]
-    assert [stage.in_flight(2) for stage in stages] == [2, 2, 2, 2, 2, 1]
 
 
 def grid(run: ResolvedRun, ranks_per_node: int = 8) -> str:
@@ -97,7 +95,24 @@ def test_64_ranks_are_shown(start: Start) -> None:
     pipeline = row_of(text, "pipeline", "4", "16", "0, 16 .. 48", "15, 31 .. 63")
     assert tensor[5] != data[5] == pipeline[5], "tensor groups alone stay in a node"
     assert_names(line_of(text, "stage 3:"), "48-63", "6-7", 12, "head")
-    assert_names(text, "1 x 32 x 4", "8.6%", "3 / 35")  # the bubble: 3 / (32 + 3)
+    assert "1 x 32 x 4" in text
+    table = text[text.index("stages a rank") : text.index("(32 micro-batch")].splitlines()[2:]
+    rows = [re.split("  +", line) for line in table]
+    schedules = {tuple(row[:2]): row[2:] for row in rows}
+    assert list(schedules) == [
+        ("1f1b (this run)", "1"),
+        ("interleaved_1f1b", "2"),
+        ("interleaved_1f1b", "4"),
+    ]
+    bubbles, waits, _, messages, fits = zip(*schedules.values(), strict=True)
+    assert bubbles == ("8.6%", "4.5%", "2.3%")
+    assert all(float(more.rstrip("%")) >= float(share.rstrip("%")) for share, more in zip(bubbles, waits, strict=True))
+    assert messages == ("3", "7", "15")
+    assert set(fits) == {"fits"}
+    percents = [float(share.rstrip("%")) for share in waits]
+    name, count = next(key for key, share in zip(schedules, percents, strict=True) if share <= min(percents) + 1)
+    keys = f"parallel.pipeline_schedule={name}", f"parallel.virtual_stages={count}"
+    assert_names(line_of(text, "recommended:"), *keys)
     memory = row_of(text[text.index("\nMemory") :], "part")
     assert memory[1:4] == ["stage 0", "stage 1", "stage 3, the fullest"], "1 and 2 hold the same; 3 the logits"
 
@@ -108,12 +123,31 @@ def test_4096_ranks_are_shown_shortly_and_at_once(start: Start) -> None:
     begin = time.process_time()
     text = grid(start(*overrides, ranks=4096, device=GPU, **stage_1))
     assert time.process_time() - begin < 5
-    section = text[text.index("\nRanks\n") : text.index("\nParameters\n")].strip()
+    section = text[text.index("\nRanks\n") : text.index("\nSchedules ")].strip()
     assert len(section.splitlines()) < 25
     assert max(map(len, section.splitlines())) < 160
     assert_names(line_of(section, "4096 ="), "pipeline 16", "data 32", "tensor 8")
     assert_names(line_of(section, "..."), 8)  # stages between the first and the last four
     assert_names(line_of(section, "stage 15:"), "3840-4095", "480-511")
+
+
+def test_a_rank_keeps_what_its_schedule_leaves_in_flight(start: Start) -> None:
+    """Of 2 ranks the first, with 4 equal blocks: 1, 2 and 8 micro-batches."""
+    case = make_plan(start("parallel.pipeline=2", ranks=2, zero_optimization={"stage": 1}), vocab_size=512).case
+
+    def activations(micro_batches: int) -> int:
+        changed = replace(case, schedule_name=name, virtual_stages=count, accumulation=micro_batches)
+        return next(estimate_stages(changed)).activations
+
+    name, count = "1f1b", 1
+    two = activations(2) - activations(1)  # two blocks, and what is sent
+    assert two > 0
+    assert activations(8) == activations(2)
+    name, count = "interleaved_1f1b", 2
+    one = activations(8) - activations(2)  # a stage more than the 4 of two micro-batches
+    assert activations(2) - activations(1) == 2 * one > two
+    name = "zb_v"  # 4 too, of which the last stage's are the larger ones
+    assert activations(1) < activations(8) <= activations(2)
 
 
 def test_a_grid_with_context_is_shown(start: Start) -> None:

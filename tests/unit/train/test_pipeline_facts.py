@@ -23,7 +23,7 @@ def test_stages_and_bubble_are_told() -> None:
     text = pipeline_facts(_run("pipeline.json", "parallel.pipeline=2"), (3, 1), StageCosts(1, 2, 3))
     stages, bubble = text.splitlines()
     assert_names(stages, 2, "3 + 1", "58% + 42%", "parameters")
-    assert_names(bubble, "20%", "1/5")
+    assert_names(bubble, "20%", 4)
 
 
 def test_a_large_bubble_is_a_warning_with_advice(tmp_path: Path) -> None:

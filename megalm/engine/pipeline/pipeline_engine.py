@@ -32,7 +32,7 @@ from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, EngineContext
 from megalm.engine.interface import StepResult
 from megalm.engine.phase_clock import PhaseClock
-from megalm.engine.pipeline_stage import PipelineStage
+from megalm.engine.pipeline.pipeline_stage import PipelineStage
 from megalm.model.model_config import lowest_block
 from megalm.model.parameter_groups import frozen_parameters
 
