@@ -3,11 +3,15 @@
 Axes from the outermost to the innermost, by what they send: pipeline, data, context, tensor. Tensor-parallel neighbours
 are consecutive ranks, so they share a node when the degree divides the ranks of a node; those of a context group lie
 next to them. Pipeline stages are farthest apart, because they communicate least.
+
+Experts divide no samples: an expert group is `expert` neighbours of the data x context ranks, which hold the same of
+all other weights. So it takes whole context groups, or parts of one.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,6 +19,8 @@ from megalm.errors import ConfigError
 
 Axis = Literal["pipeline", "data", "context", "tensor"]
 AXES: tuple[Axis, ...] = get_args(Axis)
+# What overlaps the axes: data x context, which an expert group is a part of; and what holds the same experts.
+Overlay = Literal["data_context", "expert", "expert_data"]
 
 PipelineScheduleName = Literal["1f1b", "interleaved_1f1b", "zb_v"]
 
@@ -31,19 +37,21 @@ class Coordinate:
 
 @dataclass(frozen=True)
 class Topology:
-    """`world_size` ranks as a grid of pipeline x data x context x tensor.
+    """`world_size` ranks as a grid of pipeline x data x context x tensor, with experts over data x context.
 
     Raises:
-        ConfigError: a degree below 1, or tensor x context x pipeline does not divide the world size.
+        ConfigError: a degree below 1, tensor x context x pipeline does not divide the world size, or expert does not
+            divide data x context.
     """
 
     world_size: int
     tensor: int = 1
     pipeline: int = 1
     context: int = 1
+    expert: int = 1
 
     def __post_init__(self) -> None:
-        if min(self.world_size, self.tensor, self.pipeline, self.context) < 1:
+        if min(self.world_size, self.tensor, self.pipeline, self.context, self.expert) < 1:
             raise ConfigError("topology: the world size and every parallel degree must be at least 1")
         if self.world_size % self.copy_ranks:
             context = f" x parallel.context={self.context}" if self.context > 1 else ""
@@ -52,6 +60,14 @@ class Topology:
             raise ConfigError(
                 f"parallel.tensor={self.tensor}{context} x parallel.pipeline={self.pipeline} does not divide "
                 f"{self.world_size} ranks; start a multiple of {self.copy_ranks} ranks, {near}"
+            )
+        if self.data_context % self.expert:
+            ranks = self.data_context
+            legal = [degree for degree in range(1, ranks + 1) if ranks % degree == 0]
+            use = " or ".join(map(str, nearest(self.expert, legal)))
+            raise ConfigError(
+                f"parallel.expert={self.expert} does not divide the {ranks} rank(s) that hold the same layers (data x "
+                f"context); use {use}"
             )
 
     @property
@@ -69,11 +85,17 @@ class Topology:
         """Number of ranks that hold the same weights, over which gradients are summed and ZeRO divides its states."""
         return self.data * self.context
 
-    def __str__(self) -> str:
-        return " x ".join(f"{axis} {self.size(axis)}" for axis in AXES if axis != "context" or self.context > 1)
+    @property
+    def expert_data(self) -> int:
+        """Number of ranks that hold the same experts: data x context / expert."""
+        return self.data_context // self.expert
 
-    def size(self, axis: Axis) -> int:
-        """The parallel degree of an axis."""
+    def __str__(self) -> str:
+        grid = " x ".join(f"{axis} {self.size(axis)}" for axis in AXES if axis != "context" or self.context > 1)
+        return grid + f", expert {self.expert}" * (self.expert > 1)
+
+    def size(self, axis: Axis | Overlay) -> int:
+        """The number of ranks of a group along an axis: its parallel degree."""
         degree: int = getattr(self, axis)
         return degree
 
@@ -92,11 +114,15 @@ class Topology:
             rank = rank * self.size(axis) + int(getattr(coordinate, axis))
         return rank
 
-    def stride(self, axis: Axis) -> int:
+    def stride(self, axis: Axis | Overlay) -> int:
         """Distance in ranks between neighbours along an axis."""
+        if axis in {"data_context", "expert"}:
+            return self.tensor
+        if axis == "expert_data":
+            return self.tensor * self.expert
         return math.prod(self.size(inner) for inner in AXES[AXES.index(axis) + 1 :])
 
-    def groups(self, axis: Axis) -> list[tuple[int, ...]]:
+    def groups(self, axis: Axis | Overlay) -> list[tuple[int, ...]]:
         """The groups along an axis, by first rank: ranks that differ only in this coordinate, in its order."""
         stride, span = self.stride(axis), self.stride(axis) * self.size(axis)
         return [
@@ -105,11 +131,17 @@ class Topology:
             for first in range(block, block + stride)
         ]
 
-    def stays_in_a_node(self, axis: Axis, ranks_per_node: int) -> bool:
+    def stays_in_a_node(self, axis: Axis | Overlay, ranks_per_node: int) -> bool:
         """Whether each group along an axis lies in one node; nodes hold consecutive ranks."""
         if self.size(axis) == 1:
             return True
         return all(group[0] // ranks_per_node == group[-1] // ranks_per_node for group in self.groups(axis))
+
+
+def nearest(degree: int, legal: Iterable[int]) -> list[int]:
+    """The nearest legal degrees below and above."""
+    degrees = sorted(legal)
+    return [n for n in degrees if n < degree][-1:] + [n for n in degrees if n > degree][:1]
 
 
 @dataclass(frozen=True)

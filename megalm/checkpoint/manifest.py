@@ -208,6 +208,7 @@ class StoredTopology(_Part):
     world_size: Positive
     data: Positive
     context: Positive = 1
+    expert: Positive = 1
     tensor: Positive
     pipeline: Positive
     zero_stage: Annotated[int, Field(strict=True, ge=0, le=3)]

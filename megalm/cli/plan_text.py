@@ -18,13 +18,14 @@ from megalm.planning.recipe_claims import changed_keys, judge, tolerances
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_checks import how_to_give_data
 from megalm.planning.run_plan import Plan
-from megalm.topology import AXES, Axis
+from megalm.topology import Axis, Overlay
 from megalm.utils.formatting import format_bytes, format_duration, table, terminal_width, wrapped
 
 _STAGES_SHOWN = 8  # of a longer pipeline, the first and last stages
 _LONGEST_HOURS = 24 * 365 * 20  # a date beyond says nothing
-_TRAFFIC: dict[Axis, str] = {
+_TRAFFIC: dict[Axis | Overlay, str] = {
     "pipeline": "hidden states, each micro-batch",
+    "expert": "tokens to their experts and back, in layers with experts",
     "context": "queries, keys and values, in every layer",
     "tensor": "hidden states, several times a layer",
 }
@@ -73,8 +74,9 @@ def _axes(run: ResolvedRun, ranks_per_node: int) -> str:
         count = topology.world_size // together
         name, traffic = "zero_hpz_partition_size", "weights, each micro-batch"
         rows.append([name, together, count, *ends, place, traffic])
-    for axis in reversed(AXES):  # the innermost axis has the most traffic
-        if axis == "context" and topology.context == 1:
+    axes: tuple[Axis | Overlay, ...] = ("tensor", "context", "expert", "data", "pipeline")
+    for axis in axes:  # the innermost axis has the most traffic
+        if axis in ("context", "expert") and topology.size(axis) == 1:
             continue
         groups = topology.groups(axis)
         place = "alone" if topology.size(axis) == 1 else "within a node"

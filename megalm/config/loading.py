@@ -113,6 +113,7 @@ _OTHER_NAMES = {
     "tp": "parallel.tensor",
     "pp": "parallel.pipeline",
     "cp": "parallel.context",
+    "ep": "parallel.expert",
     "gc_freq": "train.gc_interval_steps",
     "profile_step": "profile.steps",
     "profile_step_start": "profile.steps",

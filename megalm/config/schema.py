@@ -556,6 +556,9 @@ class ParallelSection(Section):
         "keys and values go around",
     )
     sequence: bool = False
+    expert: PositiveInt = Field(
+        default=1, description="ranks of data x context that divide the experts of each layer, to which tokens travel"
+    )
     balance: Literal["parameters", "time"] = Field(
         default="parameters",
         description="pipeline stages have equal parameters, or equal times, measured at the start",

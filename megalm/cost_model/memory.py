@@ -17,7 +17,7 @@ from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
 from megalm.cost_model.activations import fullest_moment, offloaded_inputs
 from megalm.cost_model.pipeline_balance import balanced_by_parameters
 from megalm.cost_model.start_memory import start_moments
-from megalm.model.model_config import ModelConfig
+from megalm.model.model_config import ModelConfig, is_stacked
 from megalm.model.parameter_groups import MOMENTS, NO_GROUP, GroupKey, frozen_parameters, group_keys, optimizer_groups
 from megalm.parallel.pipeline_schedules import PipelineSchedule
 from megalm.topology import AXES, Axis, PipelineScheduleName, Topology
@@ -34,7 +34,31 @@ _RANKS_LOOKED_AT = 16  # of ZeRO 3's, for where their parts cut blocks
 MUON_ROUND = 2**25
 _FLAT_BUCKET = 500_000_000  # elements that DeepSpeed reduces at once in stage 0 and in its BF16_Optimizer
 
-Groups = list[list[int]]
+
+@dataclass(frozen=True)
+class StateGroup:
+    """A group of the optimizer's parameters, by their elements, and the number of ranks that divide their states."""
+
+    counts: list[int]
+    ranks: int
+
+    @property
+    def elements(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def padded(self) -> int:
+        """Elements with the padding of ZeRO 1 and 2."""
+        alignment = _ALIGNMENT * self.ranks
+        return math.ceil(self.elements / alignment) * alignment
+
+    @property
+    def parts(self) -> list[int]:
+        """Elements of each parameter that a rank holds under ZeRO 3."""
+        return [math.ceil(count / self.ranks) for count in self.counts]
+
+
+Groups = list[StateGroup]
 ShareKind = tuple[bool, bool, int, int]
 
 # Column layers hold a part of their output features, row layers of their input features.
@@ -57,6 +81,7 @@ class Share:
 
     shape: ModelConfig
     tensor: int
+    expert: int
     sequence: bool
     stages: tuple[int, ...]
     stage_blocks: tuple[range, ...]
@@ -103,12 +128,12 @@ class Share:
         """Canonical name -> shape of each parameter or part of it held here, in the model's order."""
         return _held_parameters(self)
 
-    def modules(self) -> list[list[int]]:
-        """Elements of the parameters of each module that ZeRO 3 builds and gathers as one: embedding, blocks, head."""
+    def modules(self) -> list[dict[str, int]]:
+        """Name -> elements, of each module that ZeRO 3 builds and gathers as one: embedding, blocks, head."""
         sizes = groupby(
             self.parameters().items(), key=lambda it: it[0].split(".")[: 2 if it[0][:7] == "layers." else 1]
         )
-        return [[math.prod(size) for _, size in module] for _, module in sizes]
+        return [{name: math.prod(size) for name, size in module} for _, module in sizes]
 
     def is_here(self, name: str) -> bool:
         if name.startswith("layers."):
@@ -120,6 +145,8 @@ class Share:
     def local(self, name: str, size: tuple[int, ...]) -> tuple[int, ...]:
         if name in _VOCABULARY:
             return (math.ceil(size[0] / self.tensor), *size[1:])
+        if is_stacked(name):
+            size = (size[0] // self.expert, *size[1:])
         if name.endswith(_ROWS):
             return (*size[:-1], size[-1] // self.tensor)
         layer = next((column for column in _COLUMNS if f".{column}." in name), None)
@@ -151,7 +178,15 @@ def shares(
     blocks = [range(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
     for rank in range(topology.pipeline):
         own = tuple(stage for stage, owner in enumerate(owners) if owner == rank)
-        yield Share(shape, topology.tensor, sequence, own, tuple(blocks[stage] for stage in own), len(owners) - 1)
+        yield Share(
+            shape,
+            topology.tensor,
+            topology.expert,
+            sequence,
+            own,
+            tuple(blocks[stage] for stage in own),
+            len(owners) - 1,
+        )
 
 
 @dataclass(frozen=True)
@@ -267,10 +302,9 @@ class MemoryCase:
         is_alone = self.topology.data_context == self.topology.pipeline == 1 and self.zero.stage in (1, 2)
         return is_alone and not self.offloads_optimizer and not self.uses_bf16_optimizer
 
-    def padded(self, group: list[int]) -> int:
-        """Elements of a parameter group with its padding."""
-        alignment = _ALIGNMENT * self.topology.data_context
-        return math.ceil(sum(group) / alignment) * alignment
+    def copies_of(self, name: str) -> int:
+        """Number of ranks that hold the same part of a parameter."""
+        return self.topology.expert_data if is_stacked(name) else self.topology.data_context
 
 
 @dataclass(frozen=True)
@@ -391,7 +425,9 @@ def _runtime_bytes(case: MemoryCase) -> int:
         together.append({"data", "context", "tensor"})
     groups = {frozenset(wide & axes) for axes in together} - {frozenset()}
     node = case.zero.secondary_ranks > 0
-    return _CUDA_CONTEXT + _NCCL_GROUP * (len(groups) + node)
+    of_experts = {case.topology.groups(it)[0] for it in ("expert", "expert_data")}
+    of_experts -= {case.topology.groups(it)[0] for it in ("data_context", "context")}
+    return _CUDA_CONTEXT + _NCCL_GROUP * (len(groups) + node + sum(len(ranks) > 1 for ranks in of_experts))
 
 
 def checkpoint_bytes(
@@ -410,7 +446,7 @@ def checkpoint_bytes(
     )
 
 
-def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]]:
+def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, StateGroup]:
     """Elements of a rank's parameters in the optimizer's groups, which ZeRO pads one by one.
 
     A pipeline stage of which nothing trains has a group of one element.
@@ -418,15 +454,25 @@ def parameter_groups(case: MemoryCase, share: Share) -> dict[GroupKey, list[int]
     shapes = share.parameters()
     dimensions = {name: len(shape) for name, shape in shapes.items()}
     multiplier = case.shape.width_multiplier
-    keys = group_keys(dimensions, case.parameter_groups, case.embedding_weight_decay, case.muon, multiplier)
-    groups = {key: names for key, names in optimizer_groups(keys).items() if not key.frozen}
-    return {key: [math.prod(shapes[name]) for name in names] for key, names in groups.items()} or {NO_GROUP: [1]}
+    divides_experts = case.topology.expert > 1
+    rules, decay = case.parameter_groups, case.embedding_weight_decay
+    keys = group_keys(dimensions, rules, decay, case.muon, multiplier, divides_experts)
+    groups = {
+        key: StateGroup([math.prod(shapes[name]) for name in names], case.copies_of(names[0]))
+        for key, names in optimizer_groups(keys).items()
+        if not key.frozen
+    }
+    return groups or {NO_GROUP: StateGroup([1], case.topology.data_context)}
 
 
 def frozen_counts(case: MemoryCase, share: Share) -> list[int]:
     """Elements of the frozen parameters, or parts of them, that a rank computes with; under ZeRO 3 that it holds."""
-    frozen, ranks = case.frozen, case.topology.data_context if case.zero.stage == 3 else 1
-    return [math.ceil(math.prod(size) / ranks) for name, size in share.parameters().items() if name in frozen]
+
+    def ranks(name: str) -> int:
+        return case.copies_of(name) if case.zero.stage == 3 else 1
+
+    frozen = {name: size for name, size in share.parameters().items() if name in case.frozen}
+    return [math.ceil(math.prod(size) / ranks(name)) for name, size in frozen.items()]
 
 
 def secondary_bytes(case: MemoryCase, share: Share) -> int:
@@ -439,7 +485,7 @@ def secondary_bytes(case: MemoryCase, share: Share) -> int:
 
 
 def _states(
-    case: MemoryCase, by_key: dict[GroupKey, list[int]], frozen: list[int]
+    case: MemoryCase, by_key: dict[GroupKey, StateGroup], frozen: list[int]
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Weights, gradients, master and moments on the device, and offloaded parts in the CPU's memory.
 
@@ -458,7 +504,7 @@ def _states(
         return device, _checkpoint_copy(case, own + moments + average, frozen)
     gradients, host_gradients = _gradients(case, groups, own)
     optimizer = {"master": 4 * own, "moments": _moment_bytes(case, groups, moments), "ema": 4 * average}
-    weights = low * (sum(frozen) + (own if stage == 3 else sum(case.padded(group) for group in groups)))
+    weights = low * (sum(frozen) + (own if stage == 3 else sum(group.padded for group in groups)))
     device = {"weights": weights, "gradients": gradients, **optimizer}
     host = _checkpoint_copy(case, own + moments + average, frozen)
     if case.offloads_optimizer:
@@ -476,7 +522,7 @@ def _swap_buffers(case: MemoryCase, groups: Groups) -> dict[str, int]:
     offload = case.zero.offload_optimizer
     assert offload is not None
     own = _own_elements(case, groups)
-    largest_part = max(math.ceil(count / case.topology.data_context) for group in groups for count in group)
+    largest_part = max(max(group.parts) for group in groups)
     sub_group = min(own, case.zero.sub_group_size + largest_part)
     return {"gradients": case.gradient_bytes * own, "swap buffers": 4 * offload.buffer_count * sub_group}
 
@@ -490,7 +536,7 @@ def _checkpoint_copy(case: MemoryCase, elements: int, frozen: list[int]) -> dict
 
 def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
     """Bytes of accumulated gradients on the device and, with an offloaded optimizer, in the CPU's memory."""
-    elements = sum(map(sum, groups))
+    elements = sum(group.elements for group in groups)
     low, accumulated = case.element_bytes, case.gradient_bytes
     offload, same_type = case.offloads_optimizer, case.gradient_precision == case.precision
     if case.zero.stage == 3:
@@ -498,7 +544,7 @@ def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
         return (0, (accumulated + 4) * own) if offload else (accumulated * own, 0)
     if case.uses_bf16_optimizer:
         # Whole fp32 gradients, and autograd's own, which DeepSpeed zeroes but never frees.
-        return accumulated * sum(case.padded(group) for group in groups) + low * elements, 0
+        return accumulated * sum(group.padded for group in groups) + low * elements, 0
     if offload and same_type:
         return 0, 4 * own + (low * _touched_elements(groups, case) if case.accumulation > 1 else 0)
     if case.reduces_nothing:
@@ -512,7 +558,7 @@ def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
     return reduced, 4 * own
 
 
-def _moments(case: MemoryCase, by_key: dict[GroupKey, list[int]]) -> int:
+def _moments(case: MemoryCase, by_key: dict[GroupKey, StateGroup]) -> int:
     """Elements of the moments of one rank's partition: of Adam's two for each weight, of Muon's one."""
     return sum(len(MOMENTS[key.algorithm]) * _own_elements(case, [group]) for key, group in by_key.items())
 
@@ -528,17 +574,22 @@ def _own_blocks(case: MemoryCase, groups: Groups) -> int:
     """Blocks that the fullest rank holds wholly or in part; they begin at multiples of their size in a parameter."""
     ranks = case.topology.data_context
     if case.zero.stage == 0:
-        return sum(_blocks(0, count) for group in groups for count in group)
+        return sum(_blocks(0, count) for group in groups for count in group.counts)
     if case.zero.stage == 3:
-        parts = [(math.ceil(count / ranks), count) for group in groups for count in group]
+        parts = [
+            (part, count, group.ranks)
+            for group in groups
+            for part, count in zip(group.parts, group.counts, strict=True)
+        ]
         return max(
-            sum(_blocks(rank * part, min(rank * part + part, count)) for part, count in parts)
+            sum(_blocks(rank % of * part, min(rank % of * part + part, count)) for part, count, of in parts)
             for rank in range(min(ranks, _RANKS_LOOKED_AT))
         )
     totals = [0] * ranks
     for group in groups:
-        for _, rank, start, stop in _cut(group, case.padded(group) // ranks):
-            totals[rank] += _blocks(start, stop)
+        for _, rank, start, stop in _cut(group):
+            for same in range(rank, ranks, group.ranks):
+                totals[same] += _blocks(start, stop)
     return max(totals)
 
 
@@ -547,14 +598,10 @@ def _blocks(start: int, stop: int) -> int:
     return math.ceil(stop / _BLOCK) - start // _BLOCK if start < stop else 0
 
 
-def _cut(group: list[int], size: int) -> Iterator[tuple[int, int, int, int]]:
-    """For each part of a parameter the parameter's elements, the rank that holds it, its start and its stop there.
-
-    Args:
-        size: elements of the group that each rank holds.
-    """
-    place = 0
-    for count in group:
+def _cut(group: StateGroup) -> Iterator[tuple[int, int, int, int]]:
+    """For each part of a parameter the parameter's elements, the rank that holds it, its start and its stop there."""
+    size, place = group.padded // group.ranks, 0
+    for count in group.counts:
         for rank in range(place // size, (place + count - 1) // size + 1):
             yield count, rank, max(rank * size - place, 0), min((rank + 1) * size - place, count)
         place += count
@@ -562,12 +609,11 @@ def _cut(group: list[int], size: int) -> Iterator[tuple[int, int, int, int]]:
 
 def _own_elements(case: MemoryCase, groups: Groups) -> int:
     """Elements of one rank's partition: each parameter divided (stage 3), or each group (stages 1 and 2), or whole."""
-    ranks = case.topology.data_context
     if case.zero.stage == 0:
-        return sum(map(sum, groups))
+        return sum(group.elements for group in groups)
     if case.zero.stage == 3:
-        return sum(math.ceil(count / ranks) for group in groups for count in group)
-    return sum(case.padded(group) // ranks for group in groups)
+        return sum(sum(group.parts) for group in groups)
+    return sum(group.padded // group.ranks for group in groups)
 
 
 def _touched_elements(groups: Groups, case: MemoryCase) -> int:
@@ -575,8 +621,9 @@ def _touched_elements(groups: Groups, case: MemoryCase) -> int:
     ranks = case.topology.data_context
     totals = [0] * ranks
     for group in groups:
-        for count, rank, _, _ in _cut(group, case.padded(group) // ranks):
-            totals[rank] += count
+        for count, rank, _, _ in _cut(group):
+            for same in range(rank, ranks, group.ranks):
+                totals[same] += count
     return max(totals)
 
 
@@ -601,21 +648,22 @@ def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) ->
         freed: bytes that the backward pass frees before stage 0 and BF16_Optimizer reduce the gradients.
     """
     zero, stage = case.zero, case.zero.stage
-    counts = [count for group in groups for count in group]
+    elements = sum(group.elements for group in groups)
     overlap = zero.overlap_comm if zero.overlap_comm is not None else stage == 3
     sent = case.communication_bytes
     # On a CPU, pages that nothing writes to take no memory.
-    bucket = min(zero.reduce_bucket_size, sum(counts)) if case.on_cpu else zero.reduce_bucket_size
+    bucket = min(zero.reduce_bucket_size, elements) if case.on_cpu else zero.reduce_bucket_size
     if case.reduces_nothing:
         return 0
     if stage == 0:
-        return 0 if case.topology.data_context == 1 else max(0, 4 * min(sum(counts), _FLAT_BUCKET) - freed)
+        return 0 if case.topology.data_context == 1 else max(0, 4 * min(elements, _FLAT_BUCKET) - freed)
     if stage == 3:
         # DeepSpeed keeps what it needs again within the reuse distance, prefetches, and adds the module in work.
         kept = min(zero.max_live_parameters, zero.max_reuse_distance + zero.prefetch_bucket_size)
-        gathered = min(sum(map(sum, share.modules())), kept + max(map(sum, share.modules())))
+        modules = [sum(module.values()) for module in share.modules()]
+        gathered = min(sum(modules), kept + max(modules))
         return sent * bucket + case.element_bytes * gathered
     if case.uses_bf16_optimizer:
-        return max(0, 4 * min(sum(counts), _FLAT_BUCKET) - freed)  # one flattened copy of the gradients
+        return max(0, 4 * min(elements, _FLAT_BUCKET) - freed)  # one flattened copy of the gradients
     staged = BYTES[case.gradient_precision if stage == 1 or case.whole_gradients else case.precision]
     return staged * bucket * (2 if overlap else 1) if zero.contiguous_gradients else 0

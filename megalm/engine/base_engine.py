@@ -36,11 +36,12 @@ from megalm.engine.expert_loads import ExpertBiases, ExpertLoads
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer.build_optimizer import build_optimizer, group_without_parameters, parameter_groups
+from megalm.engine.optimizer.expert_states import count_experts_once, register_groups
 from megalm.engine.optimizer.frozen_weights import FrozenWeights
 from megalm.engine.optimizer.muon import Muon
 from megalm.engine.optimizer.optimizer_state import OptimizerState, ReadFragment
 from megalm.engine.phase_clock import PhaseClock
-from megalm.model.layer_factory import WHOLE_SEQUENCE, VocabularyOutput, WholeSequence, shard_of
+from megalm.model.layer_factory import WHOLE_SEQUENCE, ShardedAxis, VocabularyOutput, WholeSequence, shard_of
 from megalm.model.model_config import ModelConfig
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import ResolvedRun
@@ -67,6 +68,8 @@ class UpdateCheck:
         self._verdict: UpdateVerdict | None = None
         # Returns squared gradient norms by parameter; set once DeepSpeed has wrapped the optimizer.
         self.measure: Callable[[], dict[str, float]] = dict
+        # Called before an update that is not refused, where DeepSpeed does not clip.
+        self.clip: Callable[[], None] = lambda: None
         self.refused_squares: Counter[str] = Counter()
 
     def install(self, optimizer: torch.optim.Optimizer) -> None:
@@ -80,6 +83,7 @@ class UpdateCheck:
         @functools.wraps(step)
         def checked(*args: Any, **options: Any) -> Any:
             if self._admits():
+                self.clip()
                 return step(*args, **options)
             self.refused_squares.update(self.measure())
             return None
@@ -96,6 +100,11 @@ class UpdateCheck:
         self._numbers, self._verdict = numbers, None
         self.refused_squares.clear()
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no training step is under way: DeepSpeed also steps while it builds its engine."""
+        return self._numbers is None
+
     def disarm(self) -> UpdateVerdict | None:
         """After the update: return the joint verdict; None if DeepSpeed dropped the update without calling `step`."""
         self._numbers = None
@@ -108,8 +117,9 @@ class UpdateCheck:
         return verdict if is_finite else replace(verdict, refuses=True)
 
     def _admits(self) -> bool:
-        if self._numbers is None:  # DeepSpeed also steps while it builds its engine
+        if self.is_idle:
             return True
+        assert self._numbers is not None
         if self._verdict is None:
             own = self.judge(*self._numbers())
             self._verdict = replace(own, refuses=self._comm.max([float(own.refuses)])[0] > 0)
@@ -262,6 +272,26 @@ class EngineContext:
         return settings
 
 
+def _phase_clock(run: ResolvedRun, device: torch.device) -> PhaseClock | None:
+    wanted = run.diagnostics
+    is_measured = wanted.phase_times or wanted.profile_steps is not None
+    return PhaseClock(device, wanted.phase_times) if is_measured else None
+
+
+def _mark_owned(parameters: dict[str, nn.Parameter], shards: dict[str, ShardedAxis]) -> None:
+    """Mark the parameters that this rank counts: DeepSpeed has marked ones in the gradient norm."""
+    for name, parameter in parameters.items():
+        parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
+
+
+def _swap_folder(offload: dict[str, Any], elements: int) -> SwapFolder:
+    """Return the folder of states on NVMe, of so many elements on each rank, which DeepSpeed's settings then name."""
+    load_async_io()
+    found = SwapFolder(offload["nvme_path"], _SWAPPED_BYTES * elements * rank_facts().local_world_size)
+    offload["nvme_path"] = str(found.path)
+    return found
+
+
 class EngineBase(ABC):
     """Hands a model and its optimizer to DeepSpeed.
 
@@ -311,31 +341,29 @@ class EngineBase(ABC):
         self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
         parameters = dict(part.named_parameters())
         shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
-        self._owned = [parameter for name, parameter in parameters.items() if shards[name].is_owner]
-        for name, parameter in parameters.items():  # DeepSpeed counts marked parameters in the gradient norm
-            parameter.tensor_model_parallel = shards[name].is_owner  # type: ignore[attr-defined]
-        wanted = run.diagnostics
-        is_measured = wanted.phase_times or wanted.profile_steps is not None
-        self._phases = PhaseClock(context.device, wanted.phase_times) if is_measured else None
+        copies = {name: groups.copies_of(name) for name in parameters}
+        # Each with the number of ranks that hold the same.
+        self._owned = [(it, copies[name].size) for name, it in parameters.items() if shards[name].is_owner]
+        _mark_owned(parameters, shards)
+        self._phases = _phase_clock(run, context.device)
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
         weight_groups = parameter_groups(part, run, context.shape.width_multiplier) or [group_without_parameters(model)]
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         frozen = {name: parameter for name, parameter in parameters.items() if name not in trained}
-        self._swap_folder: SwapFolder | None = None
-        if offload["device"] == "nvme":
-            load_async_io()
-            elements = sum(math.prod(shards[name].sizes) for name in trained)
-            needed = _SWAPPED_BYTES * elements // self._copies.size * rank_facts().local_world_size
-            self._swap_folder = SwapFolder(offload["nvme_path"], needed)
-            offload["nvme_path"] = str(self._swap_folder.path)
-        self._frozen = FrozenWeights(frozen, shards, groups.data_context)
+        elements = sum(math.prod(shards[name].sizes) // copies[name].size for name in trained)
+        self._swap_folder = _swap_folder(offload, elements) if offload["device"] == "nvme" else None
+        self._frozen = FrozenWeights(frozen, shards, copies)
         inner = build_optimizer(weight_groups, run, offload["device"] != "none")
         self._last_norm = self._learning_rate = 0.0
         self._step_sums, self._divisor = HostCopy(context.device), 1
         self._check = UpdateCheck(context.comm, context.judge)
         self._check.install(inner)
+        if self._stage == 0:  # DeepSpeed clips by a norm that leaves out other stages, and other ranks' experts
+            self._check.clip = functools.partial(self._clip, settings["gradient_clipping"])
+            settings["gradient_clipping"] = 0.0
         import_muon_uncompiled()
         read_norm_once()
+        register_groups(model, weight_groups, groups)
         with prints_to_log():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -345,7 +373,9 @@ class EngineBase(ABC):
                 dist_init_required=False,
             )
         self._phase_seconds: dict[str, float] = {}
-        self._state = OptimizerState(self._engine, trained, shards, self._copies.index == 0, run.config.train.ema_decay)
+        count_experts_once(self._engine.optimizer, groups.expert)
+        first = [name for name, group in copies.items() if group.index == 0]
+        self._state = OptimizerState(self._engine, trained, shards, first, run.config.train.ema_decay)
         if isinstance(inner, Muon):
             units = self._state.units_of("momentum_buffer", self._copies.size)
             inner.lay_out(units, groups, is_copied=self._stage == 0)
@@ -415,6 +445,14 @@ class EngineBase(ABC):
     def _micro_batch(self, index: int) -> int:
         """Return the number, among those of all data-parallel ranks in a step, of this rank's micro-batch `index`."""
         return index * self._groups.topology.data + self._groups.coordinate.data
+
+    def _begin_routing(self, sequences: int) -> None:
+        """Begin a step of so many sequences of this rank, or parts of them.
+
+        The gradient of the router's losses does not pass the loss. DeepSpeed takes the mean over data x context.
+        """
+        grid = self._groups.topology
+        self._loads.begin(sequences * grid.data, grid.context / sequences)
 
     def _accumulate(self, micro_batches: int) -> None:
         """Prepare a step of so many micro-batches, each of the size that the engine was built for."""
@@ -510,19 +548,27 @@ class EngineBase(ABC):
         """
         squares = []
         if self._stage == 0:
-            gradients = [parameter.grad for parameter in self._owned if parameter.grad is not None]
-            norms = [torch.linalg.vector_norm(gradient, dtype=torch.float64) for gradient in gradients]
+            found = [(it.grad, copies) for it, copies in self._owned if it.grad is not None]
+            norms = [torch.linalg.vector_norm(it, dtype=torch.float64) / math.sqrt(copies) for it, copies in found]
             squares = [torch.stack(norms).square().sum() if norms else torch.zeros((), device=self._device)]
         sums = self._sum_over_ranks(loss_sum, *squares, self._loads.sums(), *self._by_dataset.sums())
         self._step_sums.request(sums)
         self._divisor = divisor
         self._check.arm(self._loss_and_norm)
 
+    def _clip(self, most: float) -> None:
+        """Shorten the gradients of ZeRO 0 to a norm of `most`; 0: leave them."""
+        if not most or self._check.is_idle:
+            return
+        _, norm = self._loss_and_norm()
+        if norm > most:
+            gradients = [it.grad for group in self._engine.optimizer.param_groups for it in group["params"]]
+            torch._foreach_mul_([it for it in gradients if it is not None], most / norm)
+
     def _loss_and_norm(self) -> tuple[float, float]:
         """Return loss and gradient norm before clipping; known once DeepSpeed is about to update."""
         loss_sum, *others = self._step_sums.read()
-        # Each copy of the weights added its own squares.
-        norm = self._state.gradient_norm() if self._stage else math.sqrt(others[0] / self._copies.size)
+        norm = self._state.gradient_norm() if self._stage else math.sqrt(others[0])
         return loss_sum / self._divisor, norm
 
     def _end_of_step(self) -> StepResult:

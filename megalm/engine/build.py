@@ -28,7 +28,8 @@ from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, ParameterInit, StageBuilder, initial_weight
 from megalm.parallel.context_parallel import divided_sequence
-from megalm.parallel.process_groups import AxisGroup, make_groups
+from megalm.parallel.expert_parallel import divided_experts
+from megalm.parallel.process_groups import ParallelGroups, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
 
@@ -86,6 +87,7 @@ def build_engine(
     if run.topology.tensor > 1:
         how = run.config.parallel.sequence, run.compiled, float8, run.tensor_chunks
         layers = TensorLayers(clock, groups.tensor, *how, train.z_loss, sequence)
+    layers.experts = divided_experts(groups.expert)
     layers.router_losses = RouterLosses(train.router_aux_loss, train.router_z_loss)
     layers.expert_capacity_factor = train.expert_capacity_factor
     if run.compiled:
@@ -93,7 +95,11 @@ def build_engine(
         graphs = 4 * len(set(run.config.data.sequence_lengths)) * shape.kinds_of_layers
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, graphs)
     sizes = shape.parameters()
-    draw = (lambda name: initial_weight(name, sizes[name], shape, train.seed)) if initial_weights else None
+
+    def initial(name: str) -> Tensor:
+        return initial_weight(name, sizes[name], shape, train.seed, layers.experts)
+
+    draw = initial if initial_weights else None
     if run.topology.pipeline > 1:
         init = ParameterInit(device, _TYPES[run.precision])
         chunk = loss_chunk_tokens(run.config, shape, run.device)
@@ -113,15 +119,17 @@ def _recomputation(run: ResolvedRun, device: torch.device) -> Recomputation:
 
 
 def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClock, draw: DrawWeight | None) -> Engine:
+    from megalm.engine.optimizer.expert_states import mark_experts
     from megalm.engine.zero_engine import ZeroEngine
 
     run, shape = context.run, context.shape
     chunk = loss_chunk_tokens(run.config, shape, run.device)
     use_secondary_group(context.groups.node)
-    with _InitialWeights(list(shape.parameters()), draw, context.groups.data_context) as weights:
+    with _InitialWeights(list(shape.parameters()), draw, context.groups) as weights:
 
         def fill(path: str, stage: nn.Module) -> None:
             weights.fill(stage, path)
+            mark_experts(stage, path, context.groups)
             if run.zero_stage == 3:
                 _partition(stage, context)
 
@@ -139,7 +147,7 @@ def _interleaved_engine(
 
     run, pipeline = context.run, context.groups.pipeline
     part = PipelinePart(build, blocks, run.pipeline.stages_of(pipeline.index))
-    with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups.data_context) as weights:
+    with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups) as weights:
         weights.fill(part)
     if run.compiled:
         part.compile_blocks()
@@ -149,14 +157,16 @@ def _interleaved_engine(
 def _pipeline_engine(
     context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
 ) -> Engine:
+    from megalm.engine.optimizer.expert_states import mark_experts
     from megalm.engine.pipeline.pipeline_engine import PipelineEngine
     from megalm.engine.pipeline.pipeline_stage import MicroBatchContext, PipelineStage
 
     run = context.run
     stage = PipelineStage(build, MicroBatchContext(clock, context.shape, build.sequence.parts), run.topology, blocks)
     part = stage.part_of_model()
-    with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups.data_context) as weights:
+    with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups) as weights:
         weights.fill(part)
+    mark_experts(part, "", context.groups)
     if run.compiled:
         stage.compile_blocks()
     return PipelineEngine(stage, context)
@@ -173,10 +183,11 @@ class _InitialWeights:
         draw: None fills parameters with a number, for a checkpoint to replace.
     """
 
-    def __init__(self, names: Sequence[str], draw: DrawWeight | None, copies: AxisGroup) -> None:
-        self._draw, self._copies = draw, copies
-        self._turns = {name: place % copies.size for place, name in enumerate(names)}
-        self._own = iter(names[copies.index :: copies.size])
+    def __init__(self, names: Sequence[str], draw: DrawWeight | None, groups: ParallelGroups) -> None:
+        self._draw = draw
+        self._copies = {name: groups.copies_of(name) for name in names}
+        self._turns = {name: place % self._copies[name].size for place, name in enumerate(names)}
+        self._own = iter([name for name in names if self._turns[name] == self._copies[name].index])
         self._thread = ThreadPoolExecutor(max_workers=1)
         self._drawn = self._begin_next()
 
@@ -193,14 +204,13 @@ class _InitialWeights:
             if self._draw is None:
                 parameter.fill_(_PLACEHOLDER)
                 continue
-            turn = self._turns[name]
-            if turn == self._copies.index:
+            turn, copies = self._turns[name], self._copies[name]
+            if turn == copies.index:
                 parameter.copy_(shard_of(parameter).cut(self._drawn[name].result()).to(parameter.dtype))
                 self._drawn.clear()
                 self._drawn = self._begin_next()
-            if self._copies.size > 1:
-                source, group = self._copies.ranks[turn], self._copies.process_group
-                dist.broadcast(parameter.data.view(torch.uint8), source, group)
+            if copies.size > 1:
+                dist.broadcast(parameter.data.view(torch.uint8), copies.ranks[turn], copies.process_group)
 
     def _begin_next(self) -> dict[str, Future[Tensor]]:
         name = next(self._own, None)

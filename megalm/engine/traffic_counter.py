@@ -78,8 +78,11 @@ class TrafficCounter:
         """Tell axes from each other: by their ranks, since DeepSpeed makes groups of its own.
 
         "data" is data x context, over which gradients are summed; without data parallelism that is "context" too.
+        "expert" has the tokens that travel, and where it has the ranks of another axis that one has them.
         """
         axes = {
+            "expert_data": groups.expert_data,
+            "expert": groups.expert,
             **({} if groups.node is None else {"node": groups.node}),
             **({} if groups.stage is None else {"stage": groups.stage}),
             "model": groups.model,

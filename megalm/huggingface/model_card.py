@@ -218,6 +218,7 @@ class Card:
             yield "precision", f"{topology.precision}, fp32 masters; ZeRO stage {topology.zero_stage}"
             context = f" x {topology.context} context" if topology.context > 1 else ""
             grid = f"{topology.data} data{context} x {topology.tensor} tensor x {topology.pipeline} pipeline"
+            grid += f", {topology.expert} expert" if topology.expert > 1 else ""
             yield "ranks", f"{topology.world_size} ({grid})"
         if manifest.data.get("data.document_mask"):
             yield "documents", "attention does not cross document boundaries"

@@ -73,12 +73,43 @@ class WholeSequence:
         """
         return attention(query, key, value, mask, sinks)
 
+    def total(self, addends: Tensor) -> Tensor:
+        """The sum of what ranks have of the parts of the same sequences; without a gradient."""
+        return addends
+
     def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """[B, C, H] -> [B, H], each sample's row of one of the T `positions` [B], on every rank; without a gradient."""
         return hidden[torch.arange(len(positions), device=hidden.device), positions]
 
 
 WHOLE_SEQUENCE = WholeSequence()
+
+
+class AllExperts:
+    """Which experts of a layer a rank holds: all of them; `megalm.parallel.expert_parallel` divides them.
+
+    Shapes: E experts of a layer, L held here, R rows of this rank's tokens, A rows for experts held here.
+    """
+
+    def held(self, experts: int) -> tuple[int, int]:
+        """[first, last) of the `experts` of a layer that are held here, L."""
+        return 0, experts
+
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Callable[[Tensor], Tensor]]:
+        """The rows for experts held here, and the way back.
+
+        Args:
+            rows: [R, H], sorted by expert.
+            counts: [E] of them.
+
+        Returns:
+            Rows [A, H] sorted by expert held here, [L] of them, and what returns outputs [A, H] of these experts as
+            [R, H] in the order of `rows`.
+        """
+        return rows, counts, lambda outputs: outputs
+
+
+ALL_EXPERTS = AllExperts()
 
 
 class VocabularyOutput:
@@ -155,6 +186,7 @@ class LayerFactory:
     Attributes:
         slices: number of slices of the residual stream's sequence, which must divide its length.
         router_losses: of layers with experts.
+        experts: which experts of a layer are held here.
         expert_capacity_factor: of an expert's equal share of a sequence, what it takes in training; None: everything.
     """
 
@@ -172,6 +204,7 @@ class LayerFactory:
         self.compiled = compiled
         self.z_loss = z_loss
         self.router_losses = RouterLosses()
+        self.experts = ALL_EXPERTS
         self.expert_capacity_factor: float | None = None
         self._linear = Float8Linear if float8 else nn.Linear
 
@@ -188,8 +221,18 @@ class LayerFactory:
         return lambda hidden, *columns: tuple(column(hidden) for column in columns)
 
     def stacked(self, size: tuple[int, ...], divided: int) -> nn.Parameter:
-        """One matrix for each expert, [E, out, in], of which one dimension may be divided."""
-        return nn.Parameter(torch.empty(size))
+        """One matrix for each expert, [E, out, in], of which the first dimension and `divided` may be divided."""
+        return self._stacked(size, divided, (0, size[divided]))
+
+    def _stacked(self, size: tuple[int, ...], divided: int, part: tuple[int, int]) -> nn.Parameter:
+        """The experts held here, of whose dimension `divided` only a part is."""
+        parts = {0: self.experts.held(size[0]), divided: part}
+        rectangle = tuple(parts.get(dimension, (0, length)) for dimension, length in enumerate(size))
+        shard = ShardedAxis(size, rectangle, is_owner=True)
+        parameter = nn.Parameter(torch.empty(shard.sizes))
+        if shard.sizes != size:
+            annotate_shard(parameter, shard)
+        return parameter
 
     def stream(self) -> ResidualStream:
         """The residual stream, for what is computed from all of it."""

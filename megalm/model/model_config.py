@@ -202,6 +202,11 @@ class ModelConfig:
         return shapes | (self._norm("mlp_output_norm") if after else {})
 
 
+def is_stacked(name: str) -> bool:
+    """Whether a parameter, by its canonical name, holds the experts of a layer."""
+    return ".mlp.experts." in name
+
+
 def build_model_config(model: ModelSection, vocab_size: int, sequence_length: int) -> ModelConfig:
     """Resolve the defaults of the model section, which planning/checks has passed.
 

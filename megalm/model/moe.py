@@ -4,8 +4,9 @@ Whatever the experts' load, the rows of all tokens are sorted by expert, and one
 of them by its own expert's matrix. No token is dropped, unless training states a capacity: what an expert gets of a
 sequence beyond it then has the weight 0.
 
-Shapes: B batch, T sequence, N = B x T tokens, H hidden, E experts, K experts of a token, R = N x K rows, I the inner
-size of an expert, or the part of it that is held here.
+Shapes: B batch, T sequence, or the part of it that is held here, N = B x T tokens, H hidden, E experts, of which L are
+held here, K experts of a token, R = N x K rows, A rows for the experts held here, I the inner size of an expert, or the
+part of it that is held here.
 """
 
 from __future__ import annotations
@@ -129,9 +130,10 @@ class Experts(nn.Module):
         assert count is not None
         assert inner is not None
         self.activation = ACTIVATIONS[shape.hidden_act]
+        self._held = layers.experts
         self.gate = layers.stacked((count, inner, hidden), divided=1) if shape.gated_mlp else None
-        self.up = layers.stacked((count, inner, hidden), divided=1)  # [E, I, H]
-        self.down = layers.stacked((count, hidden, inner), divided=2)  # [E, H, I]
+        self.up = layers.stacked((count, inner, hidden), divided=1)  # [L, I, H]
+        self.down = layers.stacked((count, hidden, inner), divided=2)  # [L, H, I]
 
     def forward(self, tokens: Tensor, experts: Tensor, weights: Tensor, counts: Tensor) -> Tensor:
         """The weighted sum of each token's experts, [N, H]; where I is a part, an addend of it.
@@ -144,25 +146,26 @@ class Experts(nn.Module):
         top = experts.shape[1]
         order = experts.flatten().argsort(stable=True)  # [R]: the row of `experts` at each place
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        ends = counts.cumsum(0).to(torch.int32)  # [E]
-        rows = _Rows.apply(tokens, order // top, place, top)  # type: ignore[no-untyped-call]  # torch: untyped
+        sorted_rows = Rows.apply(tokens, order // top, place, top)  # type: ignore[no-untyped-call]  # torch: untyped
+        rows, held, combine = self._held.dispatch(sorted_rows, counts)
+        ends = held.cumsum(0).to(torch.int32)  # [L]
         inner = _grouped(rows, self.up, ends)
         if self.gate is None:
             inner = self.activation(inner)
         else:
             inner = self.activation(_grouped(rows, self.gate, ends)) * inner
-        outputs = _Rows.apply(_grouped(inner, self.down, ends), place, order, 1)  # type: ignore[no-untyped-call]  # torch: untyped
+        outputs = Rows.apply(combine(_grouped(inner, self.down, ends)), place, order, 1)  # type: ignore[no-untyped-call]  # torch: untyped
         # A product, which adds up in fp32.
         outputs = outputs.view(*experts.shape, -1)
         return torch.bmm(weights.to(outputs.dtype).unsqueeze(1), outputs).squeeze(1)
 
 
 def _grouped(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """[R, in], [E, out, in] -> [R, out]: rows up to the first of `ends` [E] by the first matrix, and so on."""
+    """[A, in], [L, out, in] -> [A, out]: rows up to the first of `ends` [L] by the first matrix, and so on."""
     return functional.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
 
 
-class _Rows(torch.autograd.Function):
+class Rows(torch.autograd.Function):
     """tensor[index], where each row of the tensor is taken `copies` times; `places` are the copies' rows in turn.
 
     The gradient is gathered as well: the one of indexing adds rows up in an order that changes on a GPU.
@@ -205,6 +208,7 @@ class MixtureOfExperts(nn.Module):
         self.statistics: Tensor | None = None
         self._stream = layers.stream()
         self._losses = layers.router_losses
+        self._sequence = layers.sequence
         self._capacity_factor = layers.expert_capacity_factor
 
     def forward(self, hidden: Tensor) -> Tensor:  # [B, T, H] of the residual stream -> the same
@@ -227,7 +231,10 @@ class MixtureOfExperts(nn.Module):
         return joined if shared is None else joined + shared
 
     def _with_losses(self, addend: Tensor, routing: Routing, counts: Tensor, dropped: Tensor) -> Tensor:
-        balance, z = routing.balance_losses(counts).sum(), routing.z_losses().sum()
+        # This rank's addends of the losses of whole sequences.
+        parts = self._sequence.parts
+        balance = routing.balance_losses(self._sequence.total(counts)).sum() / parts**2
+        z = routing.z_losses().sum() / parts
         if self.statistics is not None and not in_backward():
             with torch.no_grad():
                 others = torch.stack([dropped, routing.entropies().sum(), balance, z])

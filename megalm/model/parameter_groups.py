@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Literal, NamedTuple
 
 from megalm.config.schema import ParameterGroup
-from megalm.model.model_config import ModelConfig
+from megalm.model.model_config import ModelConfig, is_stacked
 
 # How a group's parameters are updated, and what the optimizer keeps for each of them beside its fp32 master.
 Algorithm = Literal["adam", "muon", "frozen"]
@@ -29,12 +29,14 @@ class GroupKey(NamedTuple):
         undecayed: the run's weight decay does not act on the group; false where the rule sets its own.
         algorithm: how the group is updated; frozen: not at all, the optimizer does not know its parameters.
         hidden: matrices of the blocks, whose learning rate follows the width.
+        experts: of expert groups, whose states fewer ranks divide.
     """
 
     rule: int
     undecayed: bool
     algorithm: Algorithm = "adam"
     hidden: bool = False
+    experts: bool = False
 
     @property
     def frozen(self) -> bool:
@@ -50,6 +52,7 @@ def group_keys(
     decay_embeddings: bool,
     muon: bool = False,
     width_multiplier: float = 1.0,
+    divides_experts: bool = False,
 ) -> dict[str, GroupKey]:
     """Return canonical name -> the group that the parameter belongs to: that of the first rule that matches.
 
@@ -59,6 +62,7 @@ def group_keys(
         dimensions: canonical name -> number of dimensions of the whole parameter.
         muon: the matrices of the blocks are Muon's; embeddings, head, norms and biases stay Adam's.
         width_multiplier: of the model; other than 1, the matrices of the blocks have groups of their own.
+        divides_experts: ranks divide the experts of a layer, which have groups of their own.
     """
     keys = {}
     for name, count in dimensions.items():
@@ -70,7 +74,8 @@ def group_keys(
             continue
         in_block = count == 2 and name.startswith("layers.")
         algorithm: Algorithm = "muon" if muon and in_block else "adam"
-        keys[name] = GroupKey(rule, not (decays or sets_its_own), algorithm, in_block and width_multiplier != 1)
+        follows_width, is_divided = in_block and width_multiplier != 1, divides_experts and is_stacked(name)
+        keys[name] = GroupKey(rule, not (decays or sets_its_own), algorithm, follows_width, is_divided)
     return keys
 
 

@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 
 from megalm.model.attention import Attention, KeyValueCache
 from megalm.model.attention_kernels import AttentionMask, attention_mask
-from megalm.model.layer_factory import LayerFactory, VocabularyOutput, shard_of
+from megalm.model.layer_factory import ALL_EXPERTS, AllExperts, LayerFactory, VocabularyOutput, shard_of
 from megalm.model.loss import IGNORE
-from megalm.model.model_config import ModelConfig
+from megalm.model.model_config import ModelConfig, is_stacked
 from megalm.model.modules import ACTIVATIONS, DropoutClock, RotaryEmbedding, norm
 from megalm.model.moe import MixtureOfExperts
 from megalm.model.recomputation import KEEP_ALL, Recomputation, TokenTiles, of_recomputed_norm, recomputed
@@ -430,15 +430,23 @@ class LanguageModel(nn.Module):
 _RESIDUAL_OUTPUTS = ("attention.output.weight", "mlp.down.weight", "mlp.experts.down", "mlp.shared.down.weight")
 
 
-def initial_weight(name: str, size: tuple[int, ...], shape: ModelConfig, seed: int) -> Tensor:
+def initial_weight(
+    name: str, size: tuple[int, ...], shape: ModelConfig, seed: int, held: AllExperts = ALL_EXPERTS
+) -> Tensor:
     """The full, unsharded fp32 weight `name` on the CPU.
 
     Norm gains are 1, biases and sinks 0 and matrices normal with `initializer_range`. The projections that write to the
     residual stream are divided by sqrt(2 x layers), as in GPT-2 (Radford et al., 2019), and the blocks' matrices by the
     root of the width multiplier. Of stacked experts each has a name of its own: that of them all with its number.
+
+    Args:
+        held: which experts are drawn; the others stay as the memory was.
     """
-    if ".mlp.experts." in name and len(size) > 2:
-        return torch.stack([initial_weight(f"{name}.{expert}", size[1:], shape, seed) for expert in range(size[0])])
+    if is_stacked(name) and len(size) > 2:
+        stacked = torch.empty(size)
+        for expert in range(*held.held(size[0])):
+            stacked[expert] = initial_weight(f"{name}.{expert}", size[1:], shape, seed)
+        return stacked
     if name.endswith((".bias", ".sinks")):
         return torch.zeros(size)
     if "norm" in name:

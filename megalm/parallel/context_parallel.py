@@ -35,6 +35,9 @@ class _DividedSequence(WholeSequence):
         self.parts = group.size
         self.suffix = f"/context {group.index}"
 
+    def total(self, addends: Tensor) -> Tensor:
+        return collectives.sum_over(addends.detach().clone(), self._group)
+
     def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
         held = torch.arange(hidden.shape[1] * self.parts, device=hidden.device)[
             self.positions(hidden.shape[1], hidden.device)

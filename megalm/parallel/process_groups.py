@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch.distributed as dist
 
+from megalm.model.model_config import is_stacked
 from megalm.topology import Coordinate, Topology
 
 
@@ -39,6 +40,8 @@ class ParallelGroups:
         context: ranks that hold the same shard and divide the sequences of the same samples.
         data_context: data x context, all ranks that hold the same shard: they sum its gradients, and ZeRO divides its
             states over them.
+        expert: ranks of data x context that divide the experts of each layer.
+        expert_data: ranks that hold the same experts: what `data_context` is for all other weights.
         pipeline: ranks that hold the successive stages of one copy of the model.
         model: tensor x pipeline, all ranks that together hold one copy of the model.
         stage: data x context x tensor, all ranks that hold the same layers; None where nothing asks for it.
@@ -50,10 +53,16 @@ class ParallelGroups:
     tensor: AxisGroup
     context: AxisGroup
     data_context: AxisGroup
+    expert: AxisGroup
+    expert_data: AxisGroup
     pipeline: AxisGroup
     model: AxisGroup
     stage: AxisGroup | None = None
     node: AxisGroup | None = None
+
+    def copies_of(self, name: str) -> AxisGroup:
+        """The ranks that hold the same part of a parameter, given its canonical name."""
+        return self.expert_data if is_stacked(name) else self.data_context
 
 
 def make_groups(
@@ -82,7 +91,9 @@ def make_groups(
         coordinate=topology.coordinate(rank),
         tensor=own(topology.groups("tensor")),
         context=own(topology.groups("context")),
-        data_context=own(_groups_of(topology, lambda at: (at.pipeline, at.tensor))),
+        data_context=own(topology.groups("data_context")),
+        expert=own(topology.groups("expert")),
+        expert_data=own(topology.groups("expert_data")),
         pipeline=own(topology.groups("pipeline")),
         model=own(_groups_of(topology, lambda at: (at.data, at.context))),
         stage=own(_groups_of(topology, lambda at: (at.pipeline,))) if with_stages else None,

@@ -133,10 +133,7 @@ class TensorLayers(LayerFactory):
 
     def stacked(self, size: tuple[int, ...], divided: int) -> nn.Parameter:
         part = whole_parts(size[divided], size[divided], self._group.size, self._group.index)
-        held = (part.size if dimension == divided else length for dimension, length in enumerate(size))
-        parameter = nn.Parameter(torch.empty(*held))
-        _annotate(parameter, size, divided, part)
-        return parameter
+        return self._stacked(size, divided, (part.first, part.last))
 
     def stream(self) -> ResidualStream:
         return self._stream

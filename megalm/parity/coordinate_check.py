@@ -216,7 +216,7 @@ def _lay_out(optimizer: Muon, model: nn.Module) -> None:
     """One rank holds every matrix whole."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     alone = AxisGroup((0,), 0, None)  # type: ignore[arg-type]  # one rank sends nothing
-    layout = ParallelGroups(Topology(1), Topology(1).coordinate(0), *[alone] * 6)
+    layout = ParallelGroups(Topology(1), Topology(1).coordinate(0), *[alone] * 8)
     units = []
     for group in optimizer.param_groups:
         if "momentum_buffer" in group["moments"]:

@@ -48,7 +48,7 @@ _NOT_TRAINED = ("run", "profile", "evaluate", "sample", "checkpoint", "guard", "
 # Keys of `parallel` that the run on one rank has at their defaults.
 _DIVIDES = (
     *("tensor", "pipeline", "virtual_stages", "pipeline_schedule"),
-    *("context", "context_method", "sequence", "overlap_tensor_communication"),
+    *("context", "context_method", "sequence", "expert", "overlap_tensor_communication"),
 )
 _NOT_PASSED_ON = (
     "aio",
@@ -183,7 +183,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
                 "head_dim": 16 if sets_head_dim else None,
                 "intermediate_size": 88,
                 "moe_intermediate_size": 48 if model.num_experts else None,
-                **_small_choices(model, layers),
+                **_small_choices(model, layers, min(2, parallel.expert)),
                 "vocab_size": None,
                 "vocab_multiple": None,
                 "max_position_embeddings": None,
@@ -210,6 +210,7 @@ def _small_config(own: ResolvedRun) -> RunConfig:
                 "pipeline": pipeline,
                 "virtual_stages": virtual,
                 "context": context,
+                "expert": min(2, parallel.expert),
                 "balance": "parameters",
                 "overlap_tensor_communication": own.tensor_chunks > 1,
             }
@@ -229,7 +230,7 @@ def _small_base_width(model: ModelSection) -> int | None:
     return max(2, round(32 * model.mup_base_width / model.hidden_size))
 
 
-def _small_choices(model: ModelSection, layers: int) -> dict[str, Any]:
+def _small_choices(model: ModelSection, layers: int, expert: int) -> dict[str, Any]:
     """Return a model's choices that have a size: each of them still has an effect."""
 
     def of_layers(choice: LayerChoice | None) -> LayerChoice | None:
@@ -238,7 +239,8 @@ def _small_choices(model: ModelSection, layers: int) -> dict[str, Any]:
         kept = tuple(layer for layer in choice if layer < layers)
         return kept if not choice or 0 < len(set(kept)) < layers else (layers - 1,)
 
-    experts = model.num_experts and min(model.num_experts, 4)
+    # An even number, which expert groups of two ranks divide, if expert groups divide the run's.
+    experts = model.num_experts and min(model.num_experts, 4) // expert * expert
     scaling = model.rope_scaling
     if scaling is not None and scaling.original_max_position_embeddings is not None:
         scaling = scaling.model_copy(update={"original_max_position_embeddings": _LENGTH // 2})
@@ -323,6 +325,7 @@ def _changes(own: ResolvedRun, run: ResolvedRun) -> Iterator[Change]:
             run.config.parallel.virtual_stages,
         ),
         ("parallel.context", before.context, after.context),
+        ("parallel.expert", before.expert, after.expert),
         ("micro-batch", own.batch.micro_batch, run.batch.micro_batch),
         ("micro-batches in a step", own.batch.accumulation, run.batch.accumulation),
         *([("schedule.batch", _in_short(own), _in_short(run))] if own.stages.grow else []),

@@ -63,7 +63,7 @@ class CheckContext:
     @property
     def topology(self) -> Topology:
         parallel = self.config.parallel
-        return Topology(self.world_size, parallel.tensor, parallel.pipeline, parallel.context)
+        return Topology(self.world_size, parallel.tensor, parallel.pipeline, parallel.context, parallel.expert)
 
     @property
     def shape(self) -> ModelConfig:
@@ -272,7 +272,7 @@ _HALVES = "each half of a block is a graph of its own, not proven with ZeRO 3, t
 
 def is_divided(config: RunConfig, zero: ZeroSection) -> bool:
     parallel = config.parallel
-    return zero.stage == 3 or max(parallel.tensor, parallel.context, parallel.pipeline) > 1
+    return zero.stage == 3 or max(parallel.tensor, parallel.context, parallel.pipeline, parallel.expert) > 1
 
 
 def recomputation_is_one(case: CheckContext) -> None:

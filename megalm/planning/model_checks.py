@@ -145,8 +145,9 @@ def _experts_not_proven(case: CheckContext) -> Iterator[str]:
             "train.mlp_chunk_tokens: a tile is no whole sequence, whose experts are balanced; remove it",
         ),
         (
-            config.parallel.context > 1,
-            f"parallel.context={config.parallel.context}: experts are balanced in whole sequences; remove one of them",
+            config.parallel.context > 1 and config.train.expert_capacity_factor is not None,
+            f"train.expert_capacity_factor: with parallel.context={config.parallel.context} no rank has a whole "
+            "sequence, of which an expert takes so many tokens; remove one of them",
         ),
         (
             config.parallel.balance == "time" and config.parallel.pipeline > 1,
@@ -154,8 +155,8 @@ def _experts_not_proven(case: CheckContext) -> Iterator[str]:
         ),
         (
             runs_compiled(config, case.device) and is_divided(config, case.zero),
-            "compiled blocks: each half of a block with experts is compiled by itself, not proven with ZeRO 3, tensor "
-            "groups and pipelines; set compile=false",
+            "compiled blocks: each half of a block with experts is compiled by itself, not proven with ZeRO 3, tensor, "
+            "context and expert groups and pipelines; set compile=false",
         ),
     ):
         if refused:

@@ -14,7 +14,7 @@ from megalm.config.schema import RunConfig, RunnableSchedule
 from megalm.errors import ConfigError
 from megalm.parallel.pipeline_schedules import virtual_stages_of
 from megalm.planning.engine_checks import CheckContext, Rule, float8_divides_the_model
-from megalm.topology import AXES
+from megalm.topology import AXES, nearest
 
 
 def degrees_divide_the_ranks(case: CheckContext) -> None:
@@ -118,6 +118,45 @@ def overlap_has_a_tensor_group(case: CheckContext) -> None:
         )
 
 
+def expert_groups_divide_the_experts(case: CheckContext) -> None:
+    degree, experts = case.config.parallel.expert, case.config.model.num_experts
+    if degree == 1:
+        return
+    if experts is None:
+        raise ConfigError(
+            f"parallel.expert={degree} divides the experts of a model, but model.num_experts is not set; set it, or "
+            "remove parallel.expert"
+        )
+    if experts % degree:
+        legal = (n for n in range(1, experts + 1) if experts % n == 0 and case.topology.data_context % n == 0)
+        raise ConfigError(
+            f"parallel.expert={degree} does not divide model.num_experts={experts}; on {case.world_size} ranks use "
+            f"{_nearest(degree, legal)}"
+        )
+
+
+def expert_groups_reduce_gradients(case: CheckContext) -> None:
+    """DeepSpeed's ways to reduce gradients that it has for experts too, and what a test compares with one rank."""
+    degree = case.config.parallel.expert
+    if degree == 1:
+        return
+    problems = []
+    if case.zero.stage in (1, 2) and not case.zero.reduce_scatter:
+        problems.append("zero_optimization.reduce_scatter=false reduces all gradients over the same ranks; remove it")
+    if case.zero.stage == 2 and not case.zero.contiguous_gradients:
+        problems.append("zero_optimization.contiguous_gradients=false is without experts only; remove it")
+    if case.zero.secondary_ranks:
+        problems.append("zero_optimization.zero_hpz_partition_size copies weights that all ranks share; remove it")
+    if case.config.parallel.virtual_stages > 1:
+        problems.append(f"parallel.virtual_stages={case.config.parallel.virtual_stages} is not proven; remove it")
+    if any(offload.device == "nvme" for _, offload in case.offloads):
+        problems.append("offload_optimizer.device=nvme is not proven; use cpu")
+    if case.config.parallel.expert > 1 and problems:
+        raise ConfigError(
+            *(f"{case.ds.path}: parallel.expert={case.config.parallel.expert} with {it}" for it in problems)
+        )
+
+
 def pipeline_has_enough_layers(case: CheckContext) -> None:
     parallel, layers = case.config.parallel, case.config.model.num_hidden_layers
     degree, others, virtual = parallel.pipeline, parallel.tensor * parallel.context, parallel.virtual_stages
@@ -162,15 +201,6 @@ def pipeline_needs_low_zero(case: CheckContext) -> None:
         raise ConfigError(
             f"parallel.pipeline={case.config.parallel.pipeline} with zero_optimization.stage={case.zero.stage} "
             f"({case.ds.path}): a pipeline keeps whole gradients over its micro-batches; use stage 1"
-        )
-
-
-def pipeline_clips_with_zero_1(case: CheckContext) -> None:
-    # The engine leaves the later stages out of the gradient norm.
-    if case.config.parallel.pipeline > 1 and case.zero.stage == 0 and case.settings.gradient_clipping != 0:
-        raise ConfigError(
-            f"parallel.pipeline={case.config.parallel.pipeline} with zero_optimization.stage=0 ({case.ds.path}) clips "
-            "by a wrong gradient norm in DeepSpeed 0.19.8; use stage 1"
         )
 
 
@@ -223,10 +253,11 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     sequence_has_a_tensor_group,
     sequences_divide_into_slices,
     overlap_has_a_tensor_group,
+    expert_groups_divide_the_experts,
+    expert_groups_reduce_gradients,
     pipeline_has_enough_layers,
     pipeline_schedule_is_legal,
     pipeline_needs_low_zero,
-    pipeline_clips_with_zero_1,
     pipeline_sums_tied_gradients,
     pipeline_keeps_its_states,
     second_copy_is_shared_by_equal_ranks,
@@ -278,10 +309,7 @@ def _legal_tensor_degrees(case: CheckContext) -> str:
 
 
 def _nearest(degree: int, legal: Iterable[int]) -> str:
-    """Return the nearest legal degrees below and above."""
-    degrees = sorted(legal)
-    near = [n for n in degrees if n < degree][-1:] + [n for n in degrees if n > degree][:1]
-    return " or ".join(map(str, near))
+    return " or ".join(map(str, nearest(degree, legal)))
 
 
 def _shares_key_value_heads(heads: int, degree: int) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn import functional
 
 from megalm.engine import cpp_extensions
+from megalm.parallel import expert_parallel
 from megalm.rehearsal.watcher import Watcher
 
 # The object, the name of its attribute, and what takes its place.
@@ -26,7 +28,8 @@ _AMPERE = 8  # has flash attention, from this major capability on
 
 def install(capability: tuple[int, int], sequence_length: int, watcher: Watcher) -> None:
     """Replace them for the rest of the process."""
-    for owner, name, value in (*_of_torch(watcher), *_kernels(capability), *_of_deepspeed(sequence_length)):
+    replaced = _of_torch(watcher), _kernels(capability), _of_deepspeed(sequence_length), _of_experts()
+    for owner, name, value in chain(*replaced):
         setattr(owner, name, value)
     # Without a kernel for "cuda" autograd would take it apart, and hold each of five results.
     torch.library.impl("aten::silu_backward", "cuda", lambda gradient, _: torch.empty_like(gradient))
@@ -132,6 +135,18 @@ def _of_deepspeed(sequence_length: int) -> Iterator[Replacement]:
         return engine._allocate_or_extend_buffers(0, size, next(stage.parameters()).dtype)
 
     yield PipelineEngine, "_recv_tensor_meta", received
+
+
+def _of_experts() -> Iterator[Replacement]:
+    read = expert_parallel.rows_of_ranks
+
+    # The host reads how many rows travel, which have no values: as many to each rank as they would be in balance.
+    def balanced(rows: int, sent: Tensor, arriving: Tensor) -> tuple[list[int], list[int]]:
+        to_each, _ = read(rows, sent, arriving)
+        each = [rows // len(to_each) + (rank < rows % len(to_each)) for rank in range(len(to_each))]
+        return each, each
+
+    yield expert_parallel, "rows_of_ranks", balanced
 
 
 class _NoExtension:

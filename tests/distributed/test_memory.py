@@ -28,7 +28,7 @@ SMALL = 1024  # bytes: counters, norms, learning rates
 WIDE = ("model.hidden_size=128", "model.num_hidden_layers=3")
 EXPERTS = ("model.num_experts=4", "model.num_dense_layers=1", "model.num_shared_experts=1")
 GPT2 = ("model.style=gpt2", "model.qk_norm=false", "model.tie_word_embeddings=true")
-CONTEXT = "parallel.context=2"
+CONTEXT, EXPERT = "parallel.context=2", "parallel.expert=2"
 TENSOR, PIPELINE = "parallel.tensor=2", "parallel.pipeline=2"
 MUON = {"type": "Muon", "params": {"weight_decay": 0.1}}
 GATHERED = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
@@ -55,6 +55,8 @@ CASES = {
     ),
     "tp2 zero2 bf16": Case("zero2.json", "bf16", (*WIDE, TENSOR, "model.num_key_value_heads=1")),
     "sp2 zero3 bf16": Case("zero3.json", "bf16", (*WIDE, TENSOR, "parallel.sequence=true", *GPT2), GATHERED),
+    "ep2 zero1 bf16": Case("zero1.json", "bf16", (*WIDE, *EXPERTS, EXPERT), {"train_micro_batch_size_per_gpu": 2}),
+    "ep2 zero3 fp32": Case("zero3.json", overrides=(*WIDE, *EXPERTS, EXPERT), settings=GATHERED),
     "cp2 zero2 fp32": Case("zero2.json", overrides=(*WIDE, CONTEXT)),
     "cp2 zero3 bf16": Case("zero3.json", "bf16", (*WIDE, CONTEXT), GATHERED),
     "pp2 zero1 fp32": Case("zero1.json", overrides=(*WIDE, PIPELINE), settings={"train_micro_batch_size_per_gpu": 2}),

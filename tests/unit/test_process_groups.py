@@ -33,7 +33,8 @@ def _made_by(topology: Topology, rank: int, node_ranks: int, patch: pytest.Monke
 @st.composite
 def topologies(draw: st.DrawFn) -> Topology:
     tensor, pipeline, data, context = (draw(st.integers(1, 4)) for _ in range(4))
-    return Topology(tensor * pipeline * data * context, tensor, pipeline, context)
+    expert = draw(st.sampled_from([degree for degree in (1, 2, 3, 4) if data * context % degree == 0]))
+    return Topology(tensor * pipeline * data * context, tensor, pipeline, context, expert)
 
 
 @given(topologies(), st.sampled_from([0, 2, 3]))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import time
 from itertools import combinations
+from typing import get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.errors import ConfigError
-from megalm.topology import AXES, Coordinate, Topology
+from megalm.topology import AXES, Coordinate, Overlay, Topology
 from tests.messages import assert_names
 
 MOST_RANKS = 4096
+OVERLAYS: tuple[Overlay, ...] = get_args(Overlay)
 
 
 @st.composite
@@ -22,7 +24,8 @@ def topologies(draw: st.DrawFn) -> Topology:
     context = draw(st.integers(1, min(64, MOST_RANKS // tensor)))
     pipeline = draw(st.integers(1, MOST_RANKS // (tensor * context)))
     data = draw(st.integers(1, MOST_RANKS // (tensor * context * pipeline)))
-    return Topology(tensor * context * pipeline * data, tensor, pipeline, context)
+    expert = draw(st.sampled_from([degree for degree in range(1, data * context + 1) if data * context % degree == 0]))
+    return Topology(tensor * context * pipeline * data, tensor, pipeline, context, expert)
 
 
 @given(topologies())
@@ -70,6 +73,22 @@ def test_data_and_context_together_are_one_axis_of_a_grid_without_context(topolo
         assert without.coordinate(rank) == Coordinate(place.pipeline, together, 0, place.tensor)
 
 
+@given(topologies())
+@settings(max_examples=60, deadline=None)
+def test_expert_groups_are_neighbours_of_those_that_hold_the_same_other_weights(topology: Topology) -> None:
+    place = [topology.coordinate(rank) for rank in range(topology.world_size)]
+    expert, same = [], []
+    for ranks in topology.groups("data_context"):
+        assert len({(place[rank].pipeline, place[rank].tensor) for rank in ranks}) == 1
+        order = [place[rank].data * topology.context + place[rank].context for rank in ranks]
+        assert order == list(range(topology.data_context))
+        expert += [ranks[first : first + topology.expert] for first in range(0, len(ranks), topology.expert)]
+        same += [ranks[index :: topology.expert] for index in range(topology.expert)]
+    assert sorted(topology.groups("expert")) == sorted(expert)
+    assert sorted(topology.groups("expert_data")) == sorted(same)
+    assert {len(ranks) for ranks in same} == {topology.expert_data}
+
+
 def test_tensor_neighbours_are_next_to_each_other_and_stages_far_apart() -> None:
     topology = Topology(16, tensor=2, pipeline=2)
     assert topology.groups("tensor")[:2] == [(0, 1), (2, 3)]
@@ -101,10 +120,18 @@ def test_what_stays_in_a_node_of_8(topology: Topology, staying: set[str]) -> Non
     assert {axis for axis in AXES if topology.stays_in_a_node(axis, 8)} == staying
 
 
+def test_experts_lie_between_context_and_data() -> None:
+    topology = Topology(16, tensor=2, pipeline=2, context=2, expert=4)
+    assert topology.groups("expert") == [(0, 2, 4, 6), (1, 3, 5, 7), (8, 10, 12, 14), (9, 11, 13, 15)]
+    assert {len(ranks) for ranks in topology.groups("expert_data")} == {1}
+    assert Topology(8, expert=2).groups("expert_data") == [(0, 2, 4, 6), (1, 3, 5, 7)]
+    assert str(topology) == "pipeline 2 x data 2 x context 2 x tensor 2, expert 4"
+
+
 def test_a_large_grid_is_made_at_once() -> None:
-    topology = Topology(MOST_RANKS, tensor=8, pipeline=16, context=4)
+    topology = Topology(16 * MOST_RANKS, tensor=8, pipeline=16, context=4, expert=64)
     start = time.process_time()
-    for axis in AXES:
+    for axis in (*AXES, *OVERLAYS):
         topology.groups(axis)
     assert time.process_time() - start < 0.5  # takes about a millisecond
 
@@ -125,3 +152,9 @@ def test_grids_that_are_none(world: int, tensor: int, pipeline: int, context: in
     with pytest.raises(ConfigError) as error:
         Topology(world, tensor, pipeline, context)
     assert_names(error.value, *near)
+
+
+def test_expert_groups_that_are_none() -> None:
+    with pytest.raises(ConfigError) as error:
+        Topology(24, tensor=2, expert=5)
+    assert_names(error.value, "parallel.expert=5", 12, 4, 6)

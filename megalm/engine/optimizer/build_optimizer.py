@@ -27,13 +27,15 @@ def parameter_groups(model: nn.Module, run: ResolvedRun, width_multiplier: float
     parameters = dict(model.named_parameters())
     dimensions = {name: len(shard_of(parameter).shape) for name, parameter in parameters.items()}
     uses_muon = optimizer.muon is not None
-    keys = group_keys(dimensions, rules, train.embedding_weight_decay, uses_muon, width_multiplier)
+    divides_experts = run.topology.expert > 1
+    keys = group_keys(dimensions, rules, train.embedding_weight_decay, uses_muon, width_multiplier, divides_experts)
     for name, key in keys.items():
         parameters[name].requires_grad_(not key.frozen)
     return [
         {
             "params": [parameters[name] for name in names],
             "moments": MOMENTS[key.algorithm],
+            "experts": key.experts,
             **group_settings(key, rules, optimizer.weight_decay, scales),
         }
         for key, names in optimizer_groups(keys).items()
@@ -49,7 +51,7 @@ def group_without_parameters(model: nn.Module) -> dict[str, Any]:
     some = next(model.parameters())
     model.no_parameter = nn.Parameter(torch.zeros(1, dtype=some.dtype, device=some.device))
     settings = group_settings(NO_GROUP, (), 0.0, {(NO_GROUP.algorithm, NO_GROUP.hidden): 1.0})
-    return {"params": [model.no_parameter], "moments": MOMENTS[NO_GROUP.algorithm], **settings}
+    return {"params": [model.no_parameter], "moments": MOMENTS[NO_GROUP.algorithm], "experts": False, **settings}
 
 
 def build_optimizer(groups: list[dict[str, Any]], run: ResolvedRun, offload: bool) -> torch.optim.Optimizer:

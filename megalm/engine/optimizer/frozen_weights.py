@@ -1,6 +1,6 @@
 """Weights that do not train, as fragments of a checkpoint: the optimizer has no fp32 master of them.
 
-Of each parameter every rank that holds the same weights keeps and saves an equal part, at any ZeRO stage.
+Of each parameter every rank that holds the same of it keeps and saves an equal part, at any ZeRO stage.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ class FrozenWeights:
     Args:
         parameters: canonical name -> frozen parameter; ZeRO 3 has divided it.
         shards: canonical name -> its shard.
+        copies: canonical name -> the ranks that hold the same of it.
     """
 
     def __init__(
-        self, parameters: Mapping[str, nn.Parameter], shards: Mapping[str, ShardedAxis], copies: AxisGroup
+        self, parameters: Mapping[str, nn.Parameter], shards: Mapping[str, ShardedAxis], copies: Mapping[str, AxisGroup]
     ) -> None:
         self._parameters = parameters
         self._shards = shards
@@ -81,9 +82,9 @@ class FrozenWeights:
 
     def _part(self, name: str) -> FragmentKey:
         """Elements that this rank keeps and saves; under ZeRO 3 the ones that it holds."""
-        whole = math.prod(self._shards[name].sizes)
-        size = math.ceil(whole / self._copies.size)
-        return self._range(name, min(self._copies.index * size, whole), min((self._copies.index + 1) * size, whole))
+        whole, copies = math.prod(self._shards[name].sizes), self._copies[name]
+        size = math.ceil(whole / copies.size)
+        return self._range(name, min(copies.index * size, whole), min((copies.index + 1) * size, whole))
 
     def _range(self, name: str, start: int, stop: int) -> FragmentKey:
         shard = self._shards[name]

@@ -8,7 +8,7 @@ are computed from addresses, not from DeepSpeed's own maps, which are wrong for 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -52,7 +52,7 @@ class OptimizerState:
         engine: a DeepSpeed engine after `deepspeed.initialize`.
         parameters: canonical name -> parameter that trains, as in the module.
         shards: canonical name -> its shard, read before `initialize` (ZeRO 3 flattens shapes).
-        is_first_copy: whether this rank is the first of its data-parallel replicas.
+        first_copies: names of which this rank is the first of those that hold the same.
         ema_decay: of a moving average of the masters; None: there is none.
     """
 
@@ -61,7 +61,7 @@ class OptimizerState:
         engine: Any,
         parameters: Mapping[str, nn.Parameter],
         shards: Mapping[str, ShardedAxis],
-        is_first_copy: bool,
+        first_copies: Collection[str],
         ema_decay: float | None = None,
     ) -> None:
         self._engine = engine
@@ -70,7 +70,7 @@ class OptimizerState:
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._parameters = parameters
         self._shards = shards
-        self._is_first_copy = is_first_copy
+        self._first_copies = frozenset(first_copies)
         self._swapped = SwappedStates(self._outer) if getattr(self._outer, "swap_optimizer", False) else None
         self._moments = dict(self._moments_of_flats())
         self.ema = WeightEma(ema_decay, self._flats())
@@ -84,11 +84,9 @@ class OptimizerState:
 
         Fragments on disk and low-precision moments are copies, read on access: access each once, in this order.
         """
-        if self._outer is self._inner and not self._is_first_copy:
-            return  # ZeRO 0: all replicas hold the same state; only the first yields it
         for flat, pieces in self._owned_by_flat():
             kinds = self._kinds(flat)
-            own = [(owned, kind) for owned in pieces if owned.shard.is_owner for kind in kinds]
+            own = [(owned, kind) for owned in pieces if self._is_counted(owned) for kind in kinds]
             for owned, kind in own:
                 values = partial(self._values, owned, kind)
                 if self._swapped is not None and self._swapped.holds(flat):
@@ -178,16 +176,19 @@ class OptimizerState:
 
         The gradients are clipped, and scaled by the loss scale.
         """
-        if self._outer is self._inner and not self._is_first_copy:
-            return {}
         stepped = {id(flat) for group in self._inner.param_groups for flat in group["params"]}
         squares: dict[str, float] = {}
         for owned in self._owned():
             gradient = owned.flat.grad
-            if gradient is not None and id(owned.flat) in stepped and owned.shard.is_owner:
+            if gradient is not None and id(owned.flat) in stepped and self._is_counted(owned):
                 part = gradient.view(-1).narrow(0, owned.offset, owned.stop - owned.start)
                 squares[owned.name] = squares.get(owned.name, 0.0) + float(part.double().square().sum())
         return squares
+
+    def _is_counted(self, owned: OwnedRange) -> bool:
+        """Whether no other rank counts it: without ZeRO all copies hold the same state."""
+        is_only = self._outer is not self._inner or owned.name in self._first_copies
+        return is_only and owned.shard.is_owner
 
     def loss_scale(self) -> float:
         """Return the factor that the next loss is multiplied by."""

@@ -75,9 +75,7 @@ class PipelineEngine(EngineBase):
         model.loss_factor = len(micro_batches) * self._copies.size / batch.divisor
         model.loss_sum = 0.0
         self._by_dataset.begin(batch)
-        # Their gradient does not pass the loss, of which alone DeepSpeed takes the mean over micro-batches.
-        sequences = len(micro_batches) * len(micro_batches[0][0])
-        self._loads.begin(sequences * self._copies.size, 1 / sequences)
+        self._begin_routing(len(micro_batches) * len(micro_batches[0][0]))
 
         def before_forward(index: int) -> None:
             self._by_dataset.of(batch.micro_batches[index].datasets)

@@ -26,6 +26,7 @@ def zero(stage: int, **others: Any) -> dict[str, Any]:
 FP32: dict[str, Any] = {"bf16": None}
 OVERLAP = "parallel.overlap_tensor_communication=true"
 RING = "parallel.context_method=ring"
+EXPERTS_6 = ("model.num_experts=6", "model.moe_intermediate_size=64")
 SCHEDULE = "parallel.pipeline_schedule={}"
 FLOAT8 = "precision.float8=true"
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
@@ -97,6 +98,37 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
             [RING, "model.attention_dropout=0.1", "all_to_all"],
         ),
         (2, ["parallel.context=2", "model.attention_dropout=0.1"], {}, None),
+        (4, ["parallel.expert=2"], {}, ["parallel.expert=2", "model.num_experts"]),
+        (
+            4,
+            [*EXPERTS_6, "parallel.expert=2", "parallel.pipeline=2", "parallel.virtual_stages=2"],
+            zero(1),
+            ["parallel.expert=2", "parallel.virtual_stages=2"],
+        ),
+        (8, [*EXPERTS_6, "parallel.expert=4"], {}, ["parallel.expert=4", "model.num_experts=6", 8, "parallel.expert"]),
+        (8, [*EXPERTS_6, "parallel.expert=3"], {}, ["parallel.expert=3", 8, 2, 4]),
+        (8, [*EXPERTS_6, "parallel.tensor=2", "parallel.expert=8"], {}, ["parallel.expert=8", 4]),
+        (8, [*EXPERTS_6, "parallel.tensor=2", "parallel.context=2", "parallel.expert=2"], {}, None),
+        (2, [*EXPERTS_6, "parallel.expert=2"], zero(0) | FP32, None),
+        (2, [*EXPERTS_6, "parallel.expert=2", "parallel.pipeline=1"], zero(3), None),
+        (
+            2,
+            [*EXPERTS_6, "parallel.expert=2"],
+            zero(2, reduce_scatter=False),
+            ["parallel.expert=2", "zero_optimization.reduce_scatter=false"],
+        ),
+        (
+            2,
+            [*EXPERTS_6, "parallel.expert=2"],
+            zero(2, contiguous_gradients=False),
+            ["parallel.expert=2", "zero_optimization.contiguous_gradients=false"],
+        ),
+        (
+            4,
+            [*EXPERTS_6, "parallel.expert=2"],
+            zero(3, zero_hpz_partition_size=2),
+            ["parallel.expert=2", "zero_optimization.zero_hpz_partition_size"],
+        ),
         (
             2,
             ["parallel.context=2", RING, "data.sequence_length=30"],
@@ -135,8 +167,7 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
         (2, ["parallel.pipeline=2"], zero(2), ["parallel.pipeline=2", "zero_optimization.stage=2", 1]),
         (2, ["parallel.pipeline=2"], zero(3), ["parallel.pipeline=2", "zero_optimization.stage=3", 1]),
         (2, ["parallel.pipeline=2"], zero(1), None),
-        (2, ["parallel.pipeline=2"], zero(0) | FP32, ["parallel.pipeline=2", "zero_optimization.stage=0", "0.19.8", 1]),
-        (2, ["parallel.pipeline=2"], zero(0) | FP32 | {"gradient_clipping": 0}, None),
+        (2, ["parallel.pipeline=2"], zero(0) | FP32, None),
         (4, [*UNTIED_GROUP, "parallel.pipeline=4"], zero(1), None),  # stages with other groups
         (4, [*UNTIED_GROUP, "parallel.tensor=4"], zero(3), None),
         (2, ["parallel.pipeline=2"], zero(1, **CPU_OFFLOAD), ["parallel.pipeline=2", "offload_optimizer"]),

@@ -68,7 +68,7 @@ def case(shape: ModelConfig | None = None, **changes: Any) -> MemoryCase:
 
 def groups_of(case: MemoryCase) -> list[list[int]]:
     (share,) = shares(case.shape, Topology(1))
-    return list(parameter_groups(case, share).values())
+    return [group.counts for group in parameter_groups(case, share).values()]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def loaded(values: Tensor, dtype: torch.dtype, divided: bool) -> list[tuple[Froz
         if divided:
             parameter.ds_tensor = torch.zeros(math.ceil(values.numel() / RANKS), dtype=dtype)  # type: ignore[attr-defined]
         group = AxisGroup(tuple(range(RANKS)), index, GROUP)
-        weights = FrozenWeights({"w": parameter}, {"w": ShardedAxis(SHAPE, None, is_owner=True)}, group)
+        weights = FrozenWeights({"w": parameter}, {"w": ShardedAxis(SHAPE, None, is_owner=True)}, {"w": group})
         weights.load(lambda key: values.view(-1)[key.start : key.stop])
         ranks.append((weights, parameter))
     return ranks

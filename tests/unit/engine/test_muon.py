@@ -41,7 +41,7 @@ def test_on_one_rank_it_is_torch_s_bit_by_bit(adjust: Any, nesterov: bool) -> No
     shards = {name: ShardedAxis(shape, None, is_owner=True) for name, shape in SHAPES.items()}
     owned = [OwnedRange(name, shards[name], 0, weight.numel(), weight, 0) for name, weight in ours.items()]
     alone = AxisGroup((0,), 0, None)  # type: ignore[arg-type]  # one rank sends nothing
-    layout = ParallelGroups(Topology(1), Topology(1).coordinate(0), *[alone] * 6)
+    layout = ParallelGroups(Topology(1), Topology(1).coordinate(0), *[alone] * 8)
     optimizer.lay_out([(list(ours.values()), [owned])], layout, is_copied=True)
     expected = torch.optim.Muon(
         theirs.values(), lr=0.02, weight_decay=0.1, nesterov=nesterov, ns_coefficients=COEFFICIENTS, adjust_lr_fn=adjust
