@@ -11,7 +11,9 @@ import torch.distributed as dist
 
 def launch_ranks(count: int, words: list[str], name: str) -> str:
     """Run this program with more `words` on each rank; return what the first one prints. If a rank fails, exit."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
     processes = []
     for rank in range(count):
         here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
