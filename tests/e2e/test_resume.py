@@ -109,7 +109,7 @@ def test_a_lost_run_goes_on_from_its_copies(
     with s3_server.s3_server() as port:
         s3_server.use(monkeypatch, port)
         s3_server.make_bucket("models")
-        words = small_data.changed(*WORDS, *own, *place)
+        words = small_data.changed(*WORDS, *EXPERTS, *own, *place)
         first = finish(tmp_path, pretrain(*words, ranks=2))
         assert first.code == 0, first.explain()
         assert first.left == []
