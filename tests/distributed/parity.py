@@ -241,6 +241,7 @@ class Row:
 _FEW_MODELS = ("gpt2 tied", "llama GQA untied")
 # With more blocks the biases of GPT-2, which begin at zero, are more of rounding than a tensor group's rows allow.
 _DEEP_MODELS = ("composed MQA tied", "llama GQA untied")
+_OF_EXPERTS = "composed MQA untied"
 _HPZ = ("dp2",)  # ZeRO 3 alone has it; test_zero_parity.py has two groups of two ranks
 _MORE = ("tp2", "sp2", "pp2", "cp2")  # fp16, and offload, which by data alone has its own test
 _MUON = ("sp2 x dp2", "sp2 x cp2", "tp2 x pp2v2")  # and the largest; test_muon.py has further ones, and torch's Muon
@@ -253,10 +254,10 @@ def rows(layout: str) -> list[Row]:
     stages = LAYOUTS[layout].stages
     if LAYOUTS[layout].ranks > 4:  # shows that three axes meet; each two of them have their own layouts
         return [*(Row(layout, model, 1) for model in _FEW_MODELS), Row(layout, "llama GQA untied", 1, muon=True)]
-    if LAYOUTS[layout].of_experts:
-        precision = LAYOUTS[layout].of_experts
-        job = NO_CAPACITY if precision == "bf16" or _CP in LAYOUTS[layout].overrides else ()
-        return [Row(layout, "composed MQA untied", zero, precision, job=job) for zero in LAYOUTS[layout].few]
+    without_capacity = NO_CAPACITY if _CP in LAYOUTS[layout].overrides else ()
+    if precision := LAYOUTS[layout].of_experts:
+        job = NO_CAPACITY if precision == "bf16" else without_capacity
+        return [Row(layout, _OF_EXPERTS, zero, precision, job=job) for zero in LAYOUTS[layout].few]
     if few := LAYOUTS[layout].few:
         deep = LAYOUTS[layout].blocks > 2
         found = [Row(layout, *row) for row in zip(_DEEP_MODELS if deep else _FEW_MODELS, few, strict=False)]
@@ -267,7 +268,8 @@ def rows(layout: str) -> list[Row]:
         if layout in _STATES:
             found += [Row(layout, "llama GQA untied", 1, states=_STATES[layout])]
         return found
-    found = [Row(layout, model, zero) for model in MODELS for zero in stages]
+    jobs = {_OF_EXPERTS: without_capacity}
+    found = [Row(layout, model, zero, job=jobs.get(model, ())) for model in MODELS for zero in stages]
     low = [zero for zero in stages if zero > 0]
     found += [Row(layout, model, zero, "bf16") for model in _FEW_MODELS for zero in low]
     if layout in _MUON:
