@@ -85,7 +85,7 @@ _COMPOSED = {
 _GPT2 = {"model.style": "gpt2", "model.dropout": 0.1, "model.attention_dropout": 0.1}
 
 LAYOUTS: dict[str, Layout] = {
-    "zero0": Layout("fp32.json", 8, 2, settings={"zero_optimization": {"stage": 0}}),
+    "zero0": Layout("fp32.json", 8, 0, settings={"zero_optimization": {"stage": 0}}),
     "zero1": Layout("zero1.json", 8, 1),
     "zero2": Layout("zero2.json", 8, 2, rank=5),
     "zero3": Layout("zero3.json", 8, 3, rank=7),
