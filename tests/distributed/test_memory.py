@@ -80,7 +80,8 @@ def _measure_all(comm: Any, device: torch.device, prefix: Path, folder: Path) ->
 def _measure(comm: Any, device: torch.device, case: Case, prefix: Path, folder: Path) -> dict[str, int]:
     """Bytes per part at the second update; the first one makes the moments."""
     gc.collect()
-    before = _storages(_tensors())
+    there = _tensors()  # held, so that nothing new gets an address of theirs
+    before = _storages(there)
     engine, run, loader = start(comm, device, case, prefix, folder)
     stage = run.topology.coordinate(comm.rank).pipeline
     most = next(_most_gradients(plan, run) for plan in _plans(run) if plan.stage == stage)
@@ -98,6 +99,7 @@ def _measure(comm: Any, device: torch.device, case: Case, prefix: Path, folder: 
     for step in (1, 2):
         engine.train_step(loader.batch((step - 1) * run.batch.global_batch), step, 1e-3)
     loader.close()
+    del there
     return found
 
 
