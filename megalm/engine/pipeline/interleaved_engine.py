@@ -161,8 +161,7 @@ class InterleavedEngine(EngineBase):
         self._set_learning_rate(learning_rate)
         self._accumulate(len(batch.micro_batches))
         self._by_dataset.begin(batch)
-        sequences = len(batch.micro_batches) * len(batch.micro_batches[0].tokens)
-        self._loads.begin(sequences * self._copies.size, 1 / sequences)
+        self._begin_routing(len(batch.micro_batches) * len(batch.micro_batches[0].tokens))
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
         factor = self._state.loss_scale() * self._copies.size / batch.divisor
         total = torch.zeros((), device=self._device)
