@@ -137,7 +137,7 @@ def expert_groups_divide_the_experts(case: CheckContext) -> None:
 
 def expert_groups_reduce_gradients(case: CheckContext) -> None:
     """DeepSpeed's ways to reduce gradients that it has for experts too, and what a test compares with one rank."""
-    degree = case.config.parallel.expert
+    degree, virtual = case.config.parallel.expert, case.config.parallel.virtual_stages
     if degree == 1:
         return
     problems = []
@@ -147,14 +147,12 @@ def expert_groups_reduce_gradients(case: CheckContext) -> None:
         problems.append("zero_optimization.contiguous_gradients=false is without experts only; remove it")
     if case.zero.secondary_ranks:
         problems.append("zero_optimization.zero_hpz_partition_size copies weights that all ranks share; remove it")
-    if case.config.parallel.virtual_stages > 1:
-        problems.append(f"parallel.virtual_stages={case.config.parallel.virtual_stages} is not proven; remove it")
+    if virtual > 1:
+        problems.append(f"parallel.virtual_stages={virtual} is not proven; remove it")
     if any(offload.device == "nvme" for _, offload in case.offloads):
         problems.append("offload_optimizer.device=nvme is not proven; use cpu")
-    if case.config.parallel.expert > 1 and problems:
-        raise ConfigError(
-            *(f"{case.ds.path}: parallel.expert={case.config.parallel.expert} with {it}" for it in problems)
-        )
+    if problems:
+        raise ConfigError(*(f"{case.ds.path}: parallel.expert={degree} with {it}" for it in problems))
 
 
 def pipeline_has_enough_layers(case: CheckContext) -> None:
