@@ -63,8 +63,7 @@ class Topology:
             )
         if self.data_context % self.expert:
             ranks = self.data_context
-            legal = [degree for degree in range(1, ranks + 1) if ranks % degree == 0]
-            use = " or ".join(map(str, nearest(self.expert, legal)))
+            use = " or ".join(map(str, nearest(self.expert, divisors(ranks))))
             raise ConfigError(
                 f"parallel.expert={self.expert} does not divide the {ranks} rank(s) that hold the same layers (data x "
                 f"context); use {use}"
@@ -136,6 +135,12 @@ class Topology:
         if self.size(axis) == 1:
             return True
         return all(group[0] // ranks_per_node == group[-1] // ranks_per_node for group in self.groups(axis))
+
+
+def divisors(value: int) -> list[int]:
+    """Return the divisors of a number, the smallest first."""
+    small = [size for size in range(1, int(value**0.5) + 1) if value % size == 0]
+    return sorted({*small, *(value // size for size in small)})
 
 
 def nearest(degree: int, legal: Iterable[int]) -> list[int]:

@@ -13,7 +13,7 @@ from megalm.config.loading import LoadedConfig
 from megalm.config.schema import BatchStage
 from megalm.errors import ConfigError
 from megalm.planning.memory_fit import USABLE_MEMORY
-from megalm.topology import Topology
+from megalm.topology import Topology, divisors
 
 _CHOICE = f"the largest that divides the batch and fits into {USABLE_MEMORY:.0%} of the memory by the estimate"
 _SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -207,12 +207,6 @@ def _contradiction(named: str, total: int, micro: int, steps: int, topology: Top
 def _nearest_multiples(value: int, step: int) -> str:
     below = value // step * step
     return f"{below} or {below + step}" if below else str(step)
-
-
-def divisors(value: int) -> list[int]:
-    """Return the divisors of a number, the smallest first."""
-    small = [size for size in range(1, int(value**0.5) + 1) if value % size == 0]
-    return sorted({*small, *(value // size for size in small)})
 
 
 def _words(values: list[int]) -> str:

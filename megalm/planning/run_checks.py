@@ -32,6 +32,7 @@ from megalm.planning.model_checks import MODEL_RULES
 from megalm.planning.parallel_checks import PARALLEL_RULES
 from megalm.planning.training_stages import TrainingStages
 from megalm.rank_environment import JOB_FIELDS
+from megalm.topology import divisors, nearest
 from megalm.utils.addresses import public_address
 from megalm.utils.did_you_mean import likeness
 from megalm.utils.process_setup import require_extra
@@ -239,17 +240,11 @@ def lengths_divide_samples(case: CheckContext) -> None:
     for stage in stages:
         length, longest = stage.sequence_length, data.sample_length
         if longest % length:
-            near = _near_divisors(longest, length)
+            near = " or ".join(map(str, nearest(length, divisors(longest))))
             raise ConfigError(
                 f"data.stages, from step {stage.first_step}: sequence_length={length} does not divide the longest, "
                 f"{longest}, so samples cannot be cut into it; use {near}, or another longest length"
             )
-
-
-def _near_divisors(value: int, size: int) -> str:
-    """The divisors of `value` below and above `size`."""
-    found = [divisor for divisor in range(1, value + 1) if value % divisor == 0]
-    return " or ".join(map(str, [*[it for it in found if it < size][-1:], *[it for it in found if it > size][:1]]))
 
 
 def batches_divide_into_samples(case: CheckContext) -> None:

@@ -15,10 +15,11 @@ from megalm.config.deepspeed.json_schema import DeepSpeedSettings
 from megalm.config.loading import LoadedConfig
 from megalm.config.schema import ParallelSection, RunConfig
 from megalm.errors import ConfigError, MegalmError
-from megalm.planning.batch_size import BatchPlan, RunBatch, divisors
+from megalm.planning.batch_size import BatchPlan, RunBatch
 from megalm.planning.engine_checks import DEEPSPEED_RULES, CheckContext, Rule
 from megalm.planning.model_checks import MODEL_RULES
 from megalm.planning.parallel_checks import PARALLEL_RULES
+from megalm.topology import divisors
 
 _GRID_RULES: tuple[Rule, ...] = (*PARALLEL_RULES, *MODEL_RULES, *DEEPSPEED_RULES)
 
