@@ -29,15 +29,10 @@ from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_lo
 from megalm.engine.expert_loads import ExpertBiases, ExpertLoads
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
-from megalm.engine.optimizer.build_optimizer import (
-    build_optimizer,
-    group_without_parameters,
-    parameter_groups,
-    read_norm_once,
-)
+from megalm.engine.optimizer.build_optimizer import build_optimizer, group_without_parameters, parameter_groups
 from megalm.engine.optimizer.expert_states import count_experts_once, register_groups
 from megalm.engine.optimizer.muon import Muon
-from megalm.engine.optimizer.optimizer_state import FrozenWeights, OptimizerState, ReadFragment
+from megalm.engine.optimizer.optimizer_state import FrozenWeights, OptimizerState, ReadFragment, read_norm_once
 from megalm.engine.phase_clock import PhaseClock
 from megalm.model.layer_factory import WHOLE_SEQUENCE, ShardedAxis, VocabularyOutput, WholeSequence, shard_of
 from megalm.model.model_config import ModelConfig
@@ -302,7 +297,7 @@ class EngineBase(ABC):
         self._comm = context.comm
         self._device = context.device
         self._groups, self._copies = groups, groups.data_context
-        self._data_ranks = groups.topology.data
+        self._data_ranks, self._replicas = groups.topology.data, groups.data_context.size
         self._sequence = context.sequence
         # Every rank of the last stage's tensor group has the same loss: only the first reports it.
         self._reports_loss = output is not None and groups.tensor.index == 0
@@ -435,7 +430,7 @@ class EngineBase(ABC):
         engine = self._engine
         if micro_batches == engine.gradient_accumulation_steps():
             return
-        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self._copies.size)
+        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self._replicas)
         engine.micro_steps = engine.global_steps * micro_batches  # a boundary is where they divide
         if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO's copy
             engine.optimizer.gradient_accumulation_steps = micro_batches

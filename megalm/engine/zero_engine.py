@@ -74,7 +74,7 @@ class ZeroEngine(EngineBase):
         self._begin_routing(len(batch.micro_batches) * len(batch.micro_batches[0].tokens))
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
-        scale = self._copies.size / batch.divisor
+        scale = self._replicas / batch.divisor
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             self._by_dataset.of(micro_batch.datasets)

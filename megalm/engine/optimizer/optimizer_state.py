@@ -2,11 +2,12 @@
 
 Like other modules of this package it uses DeepSpeed's internals; tests/distributed holds them to the pinned version.
 A fragment is a flat range of one parameter that this rank owns: its fp32 master, and the moments of its group. Offsets
-are computed from addresses, not from DeepSpeed's own maps, which are wrong for some settings.
+are computed from addresses, not from DeepSpeed's own maps, which are wrong for some settings. `read_norm_once` patches how DeepSpeed reads its norm of the gradients.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -16,7 +17,13 @@ from typing import Any
 
 import deepspeed.comm as ds_comm
 import torch
+import torch.distributed as dist
+from deepspeed.comm import pg_utils
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, FragmentOnAccess, HasFragment
 from megalm.engine.nvme_offload import SwappedStates
@@ -475,3 +482,65 @@ class FrozenWeights:
     def _range(self, name: str, start: int, stop: int) -> FragmentKey:
         shard = self._shards[name]
         return FragmentKey(name, "master", shard.shape, start, stop, shard.rectangle)
+
+
+class _FillOnDevice(TorchFunctionMode):
+    """Fills the tensor of `torch.tensor(number, device=...)` there: a copy from the host would wait for the device."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.tensor and isinstance(args[0], float):
+            return torch.full((), args[0], **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@functools.cache
+def read_norm_once() -> None:
+    """Let DeepSpeed's optimizers read the global gradient norm from the device once a step.
+
+    They read it again wherever they compare it: is it valid, does it clip, for each parameter group. From here on they
+    compare a copy on the host. A norm that is not finite says that gradients overflowed; DeepSpeed's own search for
+    such gradients, with a reading of its own, comes to the same result and is left out.
+    """
+    DeepSpeedZeroOptimizer.scaled_global_norm = _summed_once(DeepSpeedZeroOptimizer.scaled_global_norm)
+    for owner, name in (
+        (DeepSpeedZeroOptimizer, "scaled_global_norm"),
+        (DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups"),
+        (bf16_optimizer, "get_global_norm_of_tensors"),
+    ):
+        setattr(owner, name, _norm_on_host(getattr(owner, name)))
+    for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.check_overflow = functools.wraps(optimizer.check_overflow)(lambda *_, **__: None)
+
+
+def _summed_once(norm_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """DeepSpeed's norm of ZeRO 1 and 2 with one sum over the ranks of a model's copy, not one for each parameter group.
+
+    Stages of a pipeline may have other groups, and would wait for each other for ever.
+    """
+
+    @functools.wraps(norm_of)
+    def norm(optimizer: Any, *args: Any, **options: Any) -> Tensor:
+        if not pg_utils.is_parallel(optimizer.model_parallel_group):
+            return norm_of(optimizer, *args, **options)
+        reduce = optimizer._model_parallel_all_reduce
+        optimizer._model_parallel_all_reduce = lambda **_: None
+        try:
+            square = norm_of(optimizer, *args, **options).square()  # infinite if a gradient is not finite
+        finally:
+            del optimizer._model_parallel_all_reduce
+        reduce(tensor=square, op=dist.ReduceOp.SUM)
+        return square.sqrt()
+
+    return norm
+
+
+def _norm_on_host(norm_of: Callable[..., Tensor | list[Tensor]]) -> Callable[..., Tensor]:
+    @functools.wraps(norm_of)
+    def read(*args: Any, **options: Any) -> Tensor:
+        if options.get("input_tensors") == []:  # of a rank whose parameters are frozen, or other ranks' as well
+            options["input_tensors"] = [torch.zeros(1)]
+        with _FillOnDevice():
+            norm = norm_of(*args, **options)
+        return (torch.stack(norm) if isinstance(norm, list) else norm).cpu()
+
+    return read
