@@ -2,7 +2,8 @@
 
 Like other modules of this package it uses DeepSpeed's internals; tests/distributed holds them to the pinned version.
 A fragment is a flat range of one parameter that this rank owns: its fp32 master, and the moments of its group. Offsets
-are computed from addresses, not from DeepSpeed's own maps, which are wrong for some settings. `read_norm_once` patches how DeepSpeed reads its norm of the gradients.
+are computed from addresses, not from DeepSpeed's own maps, which are wrong for some settings. `read_norm_once` changes
+how DeepSpeed reads the norm of its gradients.
 """
 
 from __future__ import annotations
