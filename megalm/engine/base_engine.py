@@ -408,32 +408,26 @@ class EngineBase(ABC):
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._phases is None else self._phases(name)
 
-    def _set_learning_rate(self, rate: float) -> None:
-        self._learning_rate = rate
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate * group["learning_rate_scale"]
+    def _begin_step(self, batch: GlobalBatch, learning_rate: float) -> None:
+        """Prepare a training step; the size of its micro-batches is the one that the engine was built for."""
+        engine, micro_batches = self._engine, len(batch.micro_batches)
+        self._learning_rate = learning_rate
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate * group["learning_rate_scale"]
+        if micro_batches != engine.gradient_accumulation_steps():
+            engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self._replicas)
+            engine.micro_steps = engine.global_steps * micro_batches  # a boundary is where they divide
+            if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO's copy
+                engine.optimizer.gradient_accumulation_steps = micro_batches
+        self._by_dataset.begin(batch)
+        if self._experts is not None:
+            sequences = micro_batches * len(batch.micro_batches[0].tokens)  # of this rank, or parts of them
+            # The gradient of the router's losses does not pass the loss. DeepSpeed takes the mean over data x context.
+            self._experts.begin(sequences * self._data_ranks, self._groups.context.size / sequences)
 
     def _micro_batch(self, index: int) -> int:
         """Return the number, among those of all data-parallel ranks in a step, of this rank's micro-batch `index`."""
         return index * self._data_ranks + self._groups.coordinate.data
-
-    def _begin_routing(self, sequences: int) -> None:
-        """Begin a step of this rank's `sequences`, or parts of them.
-
-        The gradient of the router's losses does not pass the loss. DeepSpeed takes the mean over data x context.
-        """
-        if self._experts is not None:
-            self._experts.begin(sequences * self._data_ranks, self._groups.context.size / sequences)
-
-    def _accumulate(self, micro_batches: int) -> None:
-        """Prepare a step of `micro_batches`, each of the size that the engine was built for."""
-        engine = self._engine
-        if micro_batches == engine.gradient_accumulation_steps():
-            return
-        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self._replicas)
-        engine.micro_steps = engine.global_steps * micro_batches  # a boundary is where they divide
-        if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO's copy
-            engine.optimizer.gradient_accumulation_steps = micro_batches
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return this rank's positions of tokens and labels, and whole documents, on the device."""
