@@ -275,7 +275,9 @@ def _schedules(plan: Plan) -> str:
     own, best = plan.resolved.pipeline, plan.recommended_schedule
     rows = [
         [
-            choice.schedule.name + " (this run)" * (choice.schedule == own),
+            choice.schedule.name
+            + " (this run)" * (choice.schedule == own)
+            + " (not compiled)" * (choice.schedule.divides_backward and plan.resolved.compiled),
             choice.schedule.virtual_stages,
             f"{choice.schedule.bubble_share:.1%}",
             f"{choice.waits:.1%}",

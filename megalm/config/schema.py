@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from megalm.rank_environment import expand_job_fields
+from megalm.topology import PipelineScheduleName
 
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -535,10 +536,6 @@ class ProfileSection(Section):
     )
 
 
-# Of `topology.PipelineScheduleName` those that an engine runs.
-RunnableSchedule = Literal["1f1b", "interleaved_1f1b"]
-
-
 class ParallelSection(Section):
     tensor: PositiveInt = 1
     pipeline: PositiveInt = 1
@@ -546,9 +543,10 @@ class ParallelSection(Section):
         default=1,
         description="stages of each rank of a pipeline, of blocks that lie apart: ranks wait less and send more",
     )
-    pipeline_schedule: RunnableSchedule | None = Field(
+    pipeline_schedule: PipelineScheduleName | None = Field(
         default=None,
-        description="order of passes in a pipeline; null: 1f1b, or interleaved_1f1b with virtual stages",
+        description="order of passes in a pipeline; null: 1f1b, or interleaved_1f1b with virtual stages; zb_v: two of "
+        "them, and gradients of weights where ranks would wait",
     )
     context: PositiveInt = Field(default=1, description="ranks that divide each sequence, also between the layers")
     context_method: ContextMethod = Field(
@@ -576,7 +574,7 @@ class ParallelSection(Section):
         return self.tensor * self.pipeline * math.lcm(self.context, self.expert)
 
     @property
-    def schedule_name(self) -> RunnableSchedule:
+    def schedule_name(self) -> PipelineScheduleName:
         """The schedule of the pipeline, given or implied."""
         return self.pipeline_schedule or ("1f1b" if self.virtual_stages == 1 else "interleaved_1f1b")
 

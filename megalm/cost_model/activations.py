@@ -72,7 +72,11 @@ def fullest_moment(case: MemoryCase, share: Share, gradients: int) -> tuple[int,
 def step_moments(case: MemoryCase, share: Share) -> Iterator[StepMoment]:
     """The moments of which one is the fullest of a step, of each stage of the rank."""
     hidden, kept = _stream(case, share) * case.element_bytes, kept_bytes(case, share)
-    most, trained = _most_kept(case, share, kept), _trained_blocks(case, share.blocks)
+    put_off = {
+        stage: sum(put_off_bytes(case, share, layer) for layer in _trained_blocks(case, numbers))
+        for stage, numbers in zip(share.stages, share.stage_blocks, strict=True)
+    }
+    most, trained = _most_kept(case, share, kept, put_off), _trained_blocks(case, share.blocks)
     # Gradients of the step's first micro-batch come one by one, unless DeepSpeed has room for all of them.
     comes_late = case.accumulation == 1 and case.zero.stage < 3 and not case.uses_bf16_optimizer
     for stage, numbers in zip(share.stages, share.stage_blocks, strict=True):
@@ -85,13 +89,15 @@ def step_moments(case: MemoryCase, share: Share) -> Iterator[StepMoment]:
             if case.shape.tie_word_embeddings:  # its gradient waits for that of the embedding
                 table = _table_bytes(case, share.tensor)
         below, whole = most - kept[stage] + (0 if is_last else hidden), _whole_blocks(case, numbers)
+        above = put_off[stage]
         offloaded = _inputs_on_device(case, share, at_once=2)  # the one in use, and one on its way
         for layer in _trained_blocks(case, numbers):
             block = block_bytes(case, share, "full" if layer in whole else case.recompute, layer)
             below += block.kept - (hidden if case.offload_activations and layer in whole else 0)
+            above -= put_off_bytes(case, share, layer)
             is_left = comes_late and not case.reduces_nothing
             left = (trained.index(layer) + 1) / len(trained) if is_left else 0.0
-            yield StepMoment(below + offloaded + hidden + block.working, table, left)
+            yield StepMoment(below + above + offloaded + hidden + block.working, table, left)
         if not trained:
             yield StepMoment(below + hidden, 0)
 
@@ -116,12 +122,12 @@ def kept_bytes(case: MemoryCase, share: Share) -> dict[int, int]:
     return kept
 
 
-def _most_kept(case: MemoryCase, share: Share, sizes: Mapping[int, int]) -> int:
-    """Of all micro-batches in flight at once, given what one keeps in each stage of the rank."""
+def _most_kept(case: MemoryCase, share: Share, sizes: Mapping[int, int], put_off: Mapping[int, int]) -> int:
+    """Of all micro-batches in flight at once, given what one keeps in each stage of the rank, as in `most_kept`."""
     schedule = case.schedule
     if schedule.name == "1f1b":  # micro-batches beyond the ranks are kept instead of others
         schedule = replace(schedule, micro_batches=min(schedule.micro_batches, schedule.ranks))
-    return int(most_kept(schedule.actions(share.stage), sizes))
+    return int(most_kept(schedule.actions(share.stage), sizes, put_off))
 
 
 def offloaded_inputs(case: MemoryCase, share: Share) -> dict[str, int]:
@@ -133,7 +139,28 @@ def offloaded_inputs(case: MemoryCase, share: Share) -> dict[str, int]:
         each = 1 << (each - 1).bit_length()  # torch allocates page-locked memory in powers of two
     counts = [len(_whole_blocks(case, blocks)) for blocks in share.stage_blocks]
     sizes = {stage: each * count for stage, count in zip(share.stages, counts, strict=True)}
-    return {"block inputs": _most_kept(case, share, sizes)}
+    return {"block inputs": _most_kept(case, share, sizes, dict.fromkeys(sizes, 0))}
+
+
+def put_off_bytes(case: MemoryCase, share: Share, layer: int) -> int:
+    """What a block keeps for the gradients of its weights that its backward pass puts off.
+
+    The inputs of its linear layers and the gradients of their outputs.
+    """
+    if not case.schedule.divides_backward:
+        return 0
+    shape, tensor, tokens = case.shape, share.tensor, case.tokens
+    outputs = 2 if shape.gated_mlp else 1  # of an MLP's first layers
+    stream = _stream(case, share)
+    heads = 2 * share.heads + 2 * share.key_value_heads
+    elements = 2 * stream + tokens * heads * shape.head_dim
+    if layer not in shape.moe_layers:
+        return (elements + 2 * stream + (1 + outputs) * tokens * shape.intermediate_size // tensor) * case.element_bytes
+    rows, expert = tokens * shape.num_experts_per_token, (shape.moe_intermediate_size or 0) // tensor
+    elements += 2 * rows * shape.hidden_size + (1 + outputs) * rows * expert
+    if shape.num_shared_experts:
+        elements += 2 * stream + (1 + outputs) * tokens * shape.num_shared_experts * expert
+    return elements * case.element_bytes
 
 
 def block_bytes(case: MemoryCase, share: Share, recompute: Recompute, layer: int = 0) -> BlockBytes:

@@ -126,19 +126,25 @@ def _needed(action: Action, last: int) -> _Pass | None:
     return ("I", stage + 1, micro_batch) if stage < last else ("F", stage, micro_batch)
 
 
-def most_kept(actions: Sequence[Action], sizes: Mapping[int, float]) -> float:
+def most_kept(
+    actions: Sequence[Action], sizes: Mapping[int, float], put_off: Mapping[int, float] | None = None
+) -> float:
     """The most activations that a rank keeps at once.
 
     Args:
         actions: of the rank.
-        sizes: of each stage of the rank, what one micro-batch keeps from its F to its B, or to its W.
+        sizes: of each stage of the rank, what one micro-batch keeps from its F to its B, or to its I.
+        put_off: what it keeps from its I to its W; None: the same.
     """
+    put_off = sizes if put_off is None else put_off
     kept: float = 0
     most: float = 0
     for kind, stage, _ in actions:
         if kind == "F":
             kept += sizes[stage]
-            most = max(most, kept)
-        elif kind != "I":
-            kept -= sizes[stage]
+        elif kind == "I":
+            kept += put_off[stage] - sizes[stage]
+        else:
+            kept -= sizes[stage] if kind == "B" else put_off[stage]
+        most = max(most, kept)
     return most

@@ -27,6 +27,7 @@ from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, ParameterInit, StageBuilder, initial_weight
+from megalm.model.weight_gradients import WeightGradients
 from megalm.parallel.context_parallel import ExchangedSequence, RingSequence
 from megalm.parallel.expert_parallel import DividedExperts
 from megalm.parallel.process_groups import ParallelGroups, make_groups
@@ -94,6 +95,8 @@ def build_engine(
         layers.experts = DividedExperts(groups.expert)
     layers.router_losses = RouterLosses(train.router_aux_loss, train.router_z_loss)
     layers.expert_capacity_factor = train.expert_capacity_factor
+    if run.pipeline.divides_backward:
+        layers.weight_gradients = WeightGradients()
     if run.compiled:
         # A graph for each length and kind of layer, in training and in validation, and the loss's last chunk.
         graphs = 4 * len(set(run.config.data.sequence_lengths)) * shape.kinds_of_layers

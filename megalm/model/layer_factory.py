@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from megalm.model.float8 import Float8Linear
+from megalm.model.float8 import Float8Linear, Float8Products, Products
 from megalm.model.loss import LogitRule, chunk_loss, linear_cross_entropy
 from megalm.model.modules import Dropout, DropoutClock, PositionEmbedding, RMSNorm
+from megalm.model.weight_gradients import SplitLinear, WeightGradients
 
 if TYPE_CHECKING:
     from megalm.model.attention_kernels import AttentionMask, ScoreRule
@@ -195,6 +196,7 @@ class LayerFactory:
         router_losses: of layers with experts.
         experts: which experts of a layer are held here.
         expert_capacity_factor: of an expert's equal share of a sequence, what it takes in training; None: everything.
+        weight_gradients: those of column and row layers built from now on may be put off; None: they never are.
     """
 
     def __init__(
@@ -213,15 +215,22 @@ class LayerFactory:
         self.router_losses = RouterLosses()
         self.experts = ALL_EXPERTS
         self.expert_capacity_factor: float | None = None
-        self._linear = Float8Linear if float8 else nn.Linear
+        self.weight_gradients: WeightGradients | None = None
+        self._float8 = float8
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
         """A linear layer whose output features may be divided over ranks, only between its equal `parts` (heads)."""
-        return self._linear(in_features, out_features, bias=bias)
+        return self._linear(in_features, out_features, bias)
 
     def row(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Module:
         """A linear layer whose input features may be divided between its `parts`; its output is whole."""
-        return self._linear(in_features, out_features, bias=bias)
+        return self._linear(in_features, out_features, bias)
+
+    def _linear(self, in_features: int, out_features: int, bias: bool) -> nn.Linear:
+        if self.weight_gradients is not None:
+            products = Float8Products if self._float8 else Products
+            return SplitLinear(in_features, out_features, bias, products, self.weight_gradients)
+        return (Float8Linear if self._float8 else nn.Linear)(in_features, out_features, bias=bias)
 
     def projection(self) -> Projection:
         """Applies the column layers of one input."""

@@ -371,6 +371,21 @@ def recomputed_flops_per_token(
     return total
 
 
+def costs_of_passes(
+    shape: ModelConfig, sequence_length: int, recompute: Recompute, every: int = 0
+) -> tuple[float, float]:
+    """The products of blocks in a forward pass, and for the gradient of its input, as parts of those for their weights.
+
+    Attention has products without weights, one in the forward pass for two of gradients. What is recomputed is done for
+    the gradient of the input.
+    """
+    layers = [size for name, size in shape.parameters().items() if name.startswith("layers.") and len(size) >= 2]
+    weights = sum(math.prod(shape.active(size)) for size in layers)
+    own = sum(_attention_products(shape, layer, sequence_length) for layer in range(shape.num_hidden_layers))
+    again = recomputed_flops_per_token(shape, sequence_length, recompute, every) / 2
+    return 1 + own / weights, 1 + (2 * own + again) / weights
+
+
 def float8_share(shape: ModelConfig, sequence_length: int, float8: bool, frozen: Set[str] = frozenset()) -> float:
     """The share of `flops_per_token` in float8: with `precision.float8` the layers' linear maps, else none."""
     linear, others = _flops_of_products(shape, sequence_length, frozen)

@@ -23,6 +23,7 @@ from megalm.model.layer_factory import LayerFactory
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import ACTIVATIONS
 from megalm.model.recomputation import in_backward
+from megalm.model.weight_gradients import SplitGroupedProduct
 
 STATISTICS = (
     "dropped",
@@ -130,7 +131,7 @@ class Experts(nn.Module):
         assert count is not None
         assert inner is not None
         self.activation = ACTIVATIONS[shape.hidden_act]
-        self._held = layers.experts
+        self._held, self._gradients = layers.experts, layers.weight_gradients
         self.gate = layers.stacked((count, inner, hidden), divided=1) if shape.gated_mlp else None
         self.up = layers.stacked((count, inner, hidden), divided=1)  # [L, I, H]
         self.down = layers.stacked((count, hidden, inner), divided=2)  # [L, H, I]
@@ -149,20 +150,21 @@ class Experts(nn.Module):
         sorted_rows = Rows.apply(tokens, order // top, place, top)  # type: ignore[no-untyped-call]  # torch: untyped
         rows, held, combine = self._held.dispatch(sorted_rows, counts)
         ends = held.cumsum(0).to(torch.int32)  # [L]
-        inner = _grouped(rows, self.up, ends)
+        inner = self._grouped(rows, self.up, ends)
         if self.gate is None:
             inner = self.activation(inner)
         else:
-            inner = self.activation(_grouped(rows, self.gate, ends)) * inner
-        outputs = Rows.apply(combine(_grouped(inner, self.down, ends)), place, order, 1)  # type: ignore[no-untyped-call]  # torch: untyped
+            inner = self.activation(self._grouped(rows, self.gate, ends)) * inner
+        outputs = Rows.apply(combine(self._grouped(inner, self.down, ends)), place, order, 1)  # type: ignore[no-untyped-call]  # torch: untyped
         # A product, which adds up in fp32.
         outputs = outputs.view(*experts.shape, -1)
         return torch.bmm(weights.to(outputs.dtype).unsqueeze(1), outputs).squeeze(1)
 
-
-def _grouped(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
-    """[A, in], [L, out, in] -> [A, out]: rows up to the first of `ends` [L] by the first matrix, and so on."""
-    return functional.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
+    def _grouped(self, rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+        """[A, in], [L, out, in] -> [A, out]: rows up to the first of `ends` [L] by the first matrix, and so on."""
+        if self._gradients is not None:
+            return SplitGroupedProduct.apply(rows, matrices, ends, self._gradients)  # type: ignore[no-untyped-call]  # torch: untyped
+        return functional.grouped_mm(rows, matrices.transpose(1, 2), offs=ends)
 
 
 class Rows(torch.autograd.Function):

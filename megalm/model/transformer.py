@@ -284,6 +284,7 @@ class StageBuilder:
         self.shape = shape
         self.slices = layers.slices
         self.sequence = layers.sequence
+        self.weight_gradients = layers.weight_gradients
         self._layers = layers
         self._clock = clock
         self._chunk_tokens = chunk_tokens

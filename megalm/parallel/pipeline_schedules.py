@@ -17,8 +17,6 @@ times and memory.
 | 1f1b | 1 | one forward, one backward: PipeDream-Flush, Narayanan et al. 2021, section 2.2.1; also DeepSpeed's |
 | interleaved_1f1b | 2 or more | Narayanan et al. 2021, section 2.2.2; of Megatron-LM |
 | zb_v | 2 | zero bubble in the shape of a V: Qi et al. 2023 (arXiv:2401.10241), section 6; greedy here |
-
-No engine divides a backward pass into I and W yet, so configurations do not name zb_v (config/schema.py).
 """
 
 from __future__ import annotations
@@ -85,9 +83,14 @@ class PipelineSchedule:
         """The stages of a rank, in their order."""
         return tuple(stage for stage, owner in enumerate(self.stage_ranks) if owner == rank)
 
+    @property
+    def divides_backward(self) -> bool:
+        """Whether a backward pass is I and W instead of B."""
+        return self.name == "zb_v"
+
     def actions(self, rank: int) -> tuple[Action, ...]:
         """The actions of a rank, in their order."""
-        return _zb_v(self)[rank] if self.name == "zb_v" else _one_forward_one_backward(self, rank)
+        return _zb_v(self)[rank] if self.divides_backward else _one_forward_one_backward(self, rank)
 
     @property
     def bubble_share(self) -> float:

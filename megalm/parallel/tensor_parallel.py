@@ -10,6 +10,7 @@ held here.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from megalm.model.layer_factory import (
 )
 from megalm.model.loss import LogitRule
 from megalm.model.modules import DropoutClock, PositionEmbedding, RMSNorm
+from megalm.model.weight_gradients import WeightGradients
 from megalm.parallel import collectives
 from megalm.parallel.process_groups import AxisGroup
 from megalm.parallel.sharded_linear import TensorProducts
@@ -43,16 +45,20 @@ class ColumnLinear(nn.Linear):
 
 
 class ColumnProjection:
-    """Applies column layers to the residual stream, together: only their common input and its gradient communicate."""
+    """Applies column layers to the residual stream, together: only their common input and its gradient communicate.
 
-    def __init__(self, products: TensorProducts) -> None:
-        self._products = products
+    Args:
+        gradients: of the weights, where they may be put off.
+    """
+
+    def __init__(self, products: TensorProducts, gradients: WeightGradients | None) -> None:
+        self._how = products, gradients
 
     def __call__(self, hidden: Tensor, *columns: ColumnLinear) -> tuple[Tensor, ...]:
         sharers = [column.part.sharers for column in columns]
         weights = [column.weight for column in columns]
         biases = [column.bias for column in columns if column.bias is not None]
-        return _Columns.apply(hidden, self._products, sharers, *weights, *biases)  # type: ignore[no-untyped-call]  # torch: untyped
+        return _Columns.apply(hidden, *self._how, sharers, *weights, *biases)  # type: ignore[no-untyped-call]  # torch: untyped
 
 
 class _Columns(torch.autograd.Function):
@@ -63,22 +69,39 @@ class _Columns(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, products: TensorProducts, sharers: Sequence[int], *parameters: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        products: TensorProducts,
+        later: WeightGradients | None,
+        sharers: Sequence[int],
+        *parameters: Tensor,
     ) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(sharers)], parameters[len(sharers) :]
         ctx.save_for_backward(hidden, *weights)
-        ctx.products, ctx.sharers = products, sharers
+        ctx.products, ctx.sharers, ctx.later = products, sharers, later
+        if later is not None:
+            ctx.weights = weights  # the parameters: a recomputation gives what is saved without their hooks
         return tuple(products.columns(hidden, weights, biases))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         hidden, *weights = ctx.saved_tensors
-        products: TensorProducts = ctx.products
-        of_hidden, _, _, *of_parameters = ctx.needs_input_grad
+        of_hidden, _, _, _, *of_parameters = ctx.needs_input_grad
+        compute = partial(ctx.products.columns_backward, hidden, weights, gradients, ctx.sharers)
         needed = [of_hidden, *of_parameters]
-        found = products.columns_backward(hidden, weights, gradients, ctx.sharers, needed)
-        hidden_gradient, *others = (each if it else None for each, it in zip(found, needed, strict=True))
-        return hidden_gradient, None, None, *others
+        if ctx.later is None:
+            found = _needed(compute(needed), needed)
+        else:
+            ends = 1 + len(weights)
+            of_weights = [False, *needed[1:ends], *(False for _ in needed[ends:])]
+            others = [it and not of_weight for it, of_weight in zip(needed, of_weights, strict=True)]
+            found = _needed(compute(others), others)
+            found[1:ends] = ctx.later.of(ctx.weights, lambda: _needed(compute(of_weights), of_weights)[1:ends])
+        return found[0], None, None, None, *found[1:]
+
+
+def _needed(gradients: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor | None]:
+    return [each if it else None for each, it in zip(gradients, needed, strict=True)]
 
 
 class TensorLayers(LayerFactory):
@@ -121,7 +144,7 @@ class TensorLayers(LayerFactory):
 
     def row(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Module:
         part = whole_parts(in_features, parts, self._group.size, self._group.index)
-        layer = RowLinear(part, out_features, bias, self._products)
+        layer = RowLinear(part, out_features, bias, self._products, self.weight_gradients)
         _annotate(layer.weight, (out_features, in_features), 1, part)
         if bias:
             assert layer.bias is not None
@@ -129,7 +152,7 @@ class TensorLayers(LayerFactory):
         return layer
 
     def projection(self) -> ColumnProjection:
-        return ColumnProjection(self._products)
+        return ColumnProjection(self._products, self.weight_gradients)
 
     def stacked(self, size: tuple[int, ...], divided: int) -> nn.Parameter:
         part = whole_parts(size[divided], size[divided], self._group.size, self._group.index)
@@ -229,15 +252,22 @@ class _SumOverRanks(torch.autograd.Function):
 class RowLinear(nn.Module):
     """Columns `part` of a linear layer's weight [H, F]; its input is the output of column layers of this rank."""
 
-    def __init__(self, part: DimRange, out_features: int, bias: bool, products: TensorProducts) -> None:
+    def __init__(
+        self,
+        part: DimRange,
+        out_features: int,
+        bias: bool,
+        products: TensorProducts,
+        gradients: WeightGradients | None,
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, part.size))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
-        self._products = products
+        self._how = products, gradients
 
     def forward(self, features: Tensor) -> Tensor:
         """[B, T, F] -> the stream [B, S, H]; the bias is added once, to the sum."""
-        joined = _Row.apply(features, self.weight, self._products)  # type: ignore[no-untyped-call]  # torch: untyped
+        joined = _Row.apply(features, self.weight, *self._how)  # type: ignore[no-untyped-call]  # torch: untyped
         return joined if self.bias is None else joined + self.bias
 
 
@@ -245,19 +275,26 @@ class _Row(torch.autograd.Function):
     """The product of a row layer, summed over the ranks."""
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, weight: Tensor, products: TensorProducts) -> Tensor:
+    def forward(
+        ctx: Any, features: Tensor, weight: Tensor, products: TensorProducts, later: WeightGradients | None
+    ) -> Tensor:
         ctx.save_for_backward(features, weight)
-        ctx.products = products
+        ctx.products, ctx.later = products, later
+        if later is not None:
+            ctx.weight = weight
         (result,) = products.row(features, weight)
         return result
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        features, weight = ctx.saved_tensors
-        products: TensorProducts = ctx.products
-        needed = list(ctx.needs_input_grad[:2])
-        found = products.row_backward(features, weight, gradients[0], needed)
-        return *(each if it else None for each, it in zip(found, needed, strict=True)), None
+        of_features, of_weight, _, _ = ctx.needs_input_grad
+        compute = partial(ctx.products.row_backward, *ctx.saved_tensors, gradients[0])
+        if ctx.later is None:
+            needed = [of_features, of_weight]
+            return *_needed(compute(needed), needed), None, None
+        # A slice of the gradient is gathered twice: the whole would be kept for longer than any other activation.
+        features_gradient, _ = _needed(compute([of_features, False]), [of_features, False])
+        return features_gradient, *ctx.later.of([ctx.weight], lambda: compute([False, True])[1:]), None, None
 
 
 def _annotate(parameter: Tensor, shape: tuple[int, ...], dimension: int, part: DimRange) -> None:

@@ -247,9 +247,10 @@ def gradients_are_reduced_as_the_stage_can(case: CheckContext) -> None:
 
 
 def runs_compiled(config: RunConfig, device: DeviceFacts) -> bool:
-    """Return whether blocks and loss run compiled."""
-    wanted = config.compile
-    return device.kind == "cuda" and device.compiles if wanted == "auto" else wanted
+    """Return whether blocks and loss run compiled; a schedule that divides backward passes has none that are."""
+    if config.compile == "auto":
+        return device.kind == "cuda" and device.compiles and config.parallel.schedule_name != "zb_v"
+    return config.compile
 
 
 def no_recomputation(kind: Recompute, config: RunConfig, device: DeviceFacts, zero: ZeroSection) -> str:

@@ -10,11 +10,11 @@ from collections.abc import Iterable
 from typing import get_args
 
 from megalm.config.deepspeed.json_schema import ZeroSection
-from megalm.config.schema import RunConfig, RunnableSchedule
+from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError
 from megalm.parallel.pipeline_schedules import virtual_stages_of
-from megalm.planning.engine_checks import CheckContext, Rule, float8_divides_the_model
-from megalm.topology import AXES, nearest
+from megalm.planning.engine_checks import CheckContext, Rule, float8_divides_the_model, runs_compiled
+from megalm.topology import AXES, PipelineScheduleName, nearest
 
 
 def degrees_divide_the_ranks(case: CheckContext) -> None:
@@ -187,11 +187,26 @@ def pipeline_schedule_is_legal(case: CheckContext) -> None:
     legal = virtual_stages_of(parallel.schedule_name)
     if virtual not in legal:
         count = f"{legal[0]} or more" if len(legal) > 1 else str(legal[0])
-        fitting = [other for other in get_args(RunnableSchedule) if virtual in virtual_stages_of(other)]
+        fitting = [other for other in get_args(PipelineScheduleName) if virtual in virtual_stages_of(other)]
         raise ConfigError(
             f"parallel.pipeline_schedule={name} with parallel.virtual_stages={virtual}: it has {count} on each rank; "
             f"use parallel.virtual_stages={legal[0]}, or parallel.pipeline_schedule={' or '.join(fitting)}"
         )
+
+
+def backward_passes_divide(case: CheckContext) -> None:
+    config, why = case.config, ""
+    if config.parallel.schedule_name != "zb_v":
+        return
+    if runs_compiled(config, case.device):
+        why = "compiled blocks compute all gradients at once; set compile=false"
+    elif config.train.mlp_chunk_tokens is not None:
+        why = (
+            f"train.mlp_chunk_tokens={config.train.mlp_chunk_tokens} computes all gradients of a tile at once, and "
+            "keeps none of it; remove one of them"
+        )
+    if why:
+        raise ConfigError(f"parallel.pipeline_schedule=zb_v puts gradients of weights off, but {why}")
 
 
 def pipeline_needs_low_zero(case: CheckContext) -> None:
@@ -255,6 +270,7 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     expert_groups_reduce_gradients,
     pipeline_has_enough_layers,
     pipeline_schedule_is_legal,
+    backward_passes_divide,
     pipeline_needs_low_zero,
     pipeline_sums_tied_gradients,
     pipeline_keeps_its_states,

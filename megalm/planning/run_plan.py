@@ -10,7 +10,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import get_args
 
-from megalm.config.schema import RunnableSchedule
 from megalm.cost_model.gpu_specs import data_sheet_peak
 from megalm.cost_model.memory import MemoryCase, MemoryPlan, checkpoint_bytes, estimate_stages
 from megalm.cost_model.pipeline_balance import balanced_by_parameters, parameter_costs
@@ -18,6 +17,7 @@ from megalm.cost_model.pipeline_simulation import ActionCosts, simulate
 from megalm.model.model_config import (
     ModelConfig,
     build_model_config,
+    costs_of_passes,
     float8_share,
     flops_per_token,
     recomputed_flops_per_token,
@@ -28,6 +28,7 @@ from megalm.planning.batch_size import TrainingStage
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
+from megalm.topology import PipelineScheduleName
 from megalm.utils.plotting import new_plot, save_plot
 
 
@@ -85,7 +86,7 @@ class ScheduleChoice:
     """A schedule for the run's pipeline.
 
     Attributes:
-        waits: the share of a step that ranks wait, with the stages' own blocks and head, and equal F, I and W.
+        waits: the share of a step that ranks wait, with the products of the stages' own blocks and head.
         activations: bytes on the rank that keeps most.
     """
 
@@ -136,32 +137,44 @@ class Plan:
     @cached_property
     def schedule_choices(self) -> tuple[ScheduleChoice, ...]:
         """The run's schedule and others for its pipeline and micro-batches, those of fewer stages first."""
-        own = self.resolved.pipeline
+        own, tiles = self.resolved.pipeline, self.resolved.config.train.mlp_chunk_tokens is not None
         counts = {2, 4, own.virtual_stages}
-        kinds = {(name, count) for name in get_args(RunnableSchedule) for count in {1, *counts}}
+        kinds = {(name, count) for name in get_args(PipelineScheduleName) for count in {1, *counts}}
         return tuple(
             self._choice(replace(own, name=name, virtual_stages=count))
             for name, count in sorted(kinds, key=lambda kind: (kind[1], kind[0]))
-            if count in virtual_stages_of(name) and own.ranks * count <= self.shape.num_hidden_layers
+            if count in virtual_stages_of(name)
+            and own.ranks * count <= self.shape.num_hidden_layers
+            and not (tiles and name == "zb_v")  # which is refused
         )
 
     def _choice(self, schedule: PipelineSchedule) -> ScheduleChoice:
         case = replace(self.case, schedule_name=schedule.name, virtual_stages=schedule.virtual_stages)
         blocks = balanced_by_parameters(self.shape, schedule.stage_ranks)
-        products = replace(parameter_costs(self.shape), embedding=0)  # rows are looked up
-        times = products.of_stages(blocks)
+        costs = replace(parameter_costs(self.shape), embedding=0)  # rows are looked up
+        weights = replace(costs, head=0).of_stages(blocks)
+        recomputed = case.recompute, case.checkpoint_activations_every
+        in_forward, of_input = costs_of_passes(self.shape, case.sequence_length, *recomputed)
+        # The head's gradients are computed in the forward pass, too.
+        forward = replace(costs, block=in_forward * costs.block, head=3 * costs.head).of_stages(blocks)
+        inputs = tuple(of_input * cost for cost in weights)
         ranks = [schedule.actions(rank) for rank in range(schedule.ranks)]
-        shares = simulate(ranks, schedule.stage_ranks, ActionCosts(times, times, times)).bubble_shares
+        shares = simulate(ranks, schedule.stage_ranks, ActionCosts(forward, inputs, weights)).bubble_shares
         memory = list(estimate_stages(case))
         fit = MemoryFit.of(max(memory, key=lambda stage: stage.peak), self.resolved.device)
         return ScheduleChoice(schedule, sum(shares) / len(shares), max(it.activations for it in memory), fit)
 
     @property
     def recommended_schedule(self) -> ScheduleChoice:
-        """Of those that fit, the one of fewest stages that waits hardly longer than any; if none fits the smallest."""
-        fitting = [choice for choice in self.schedule_choices if choice.fit.level == "fits"]
+        """Of those that fit, the one of fewest stages that waits hardly longer than any; if none fits the smallest.
+
+        None that would keep the run's blocks from being compiled.
+        """
+        compiled = self.resolved.compiled
+        choices = [it for it in self.schedule_choices if not (compiled and it.schedule.divides_backward)]
+        fitting = [choice for choice in choices if choice.fit.level == "fits"]
         if not fitting:
-            return min(self.schedule_choices, key=lambda choice: choice.fit.needed)
+            return min(choices, key=lambda choice: choice.fit.needed)
         shortest = min(choice.waits for choice in fitting)
         return next(choice for choice in fitting if choice.waits <= shortest + _ALIKE)
 

@@ -30,6 +30,7 @@ FLOAT8 = ("precision.float8=true", "model.intermediate_size=96", "data.sequence_
 LONG = ("train.mlp_chunk_tokens=20", "train.offload_activations=true")
 FOUR_LAYERS = ("model.num_hidden_layers=4",)
 FIVE_LAYERS = ("model.num_hidden_layers=5",)  # in four stages, of which the third has two
+EXPERTS = ("model.num_experts=4", "model.moe_intermediate_size=24", "model.num_shared_experts=1")
 
 
 def frozen(*patterns: str) -> str:
@@ -46,15 +47,11 @@ PACKED = ("data.packing=best_fit",)  # a mixture, under a document mask, with pa
 # Under a document mask targets are missing at random places: no two micro-batches have equally many.
 CASES = {
     "gpt2 masked": _case((*GPT2, *PACKED)),
-    "gpt2 dropout": _case((*GPT2, *DROPOUT)),
     "gpt2 dropout recomputed": _case((*GPT2, *DROPOUT, "train.checkpoint_activations_every=2", *LONG)),
     "llama masked recomputed": _case((*LLAMA, "data.document_mask=true", "train.recompute=norms")),
     "llama fewer micro-batches than stages": _case(LLAMA, micro_batch=16),
     "llama undecayed embeddings": _case((*LLAMA, "train.embedding_weight_decay=false"), gradient_clipping=0),
     "gpt2 zero0": _case(GPT2, zero_optimization={"stage": 0}),
-    "gpt2 bf16": _case((*GPT2, "data.document_mask=true"), precision="bf16"),
-    # A rounding in fp32 may become one in float8, so nothing is added up in another order: no clipping by a norm.
-    "llama float8": _case((*LLAMA, *FLOAT8), gradient_clipping=0),
     "gpt2 frozen first stage": _case(
         (*GPT2, "train.ema_decay=0.6", "data.document_mask=true", frozen("embedding.*", "layers.[01].*"))
     ),
@@ -75,6 +72,13 @@ CASES = {
         )
     ),
     "llama tied": _case((*LLAMA, "model.tie_word_embeddings=true"), precision="bf16"),
+    "zb_v gpt2 zero0": _case(
+        (*GPT2, *FIVE_LAYERS, *PACKED, *DROPOUT, "train.checkpoint_activations_every=2"),
+        zero_optimization={"stage": 0},
+    ),
+    "zb_v gpt2 bf16": _case((*GPT2, *FOUR_LAYERS, "data.document_mask=true"), precision="bf16"),
+    # A rounding in fp32 may become one in float8, so nothing is added up in another order: no clipping by a norm.
+    "zb_v llama float8": _case((*LLAMA, *FOUR_LAYERS, *FLOAT8), gradient_clipping=0),
     "interleaved gpt2": _case((*GPT2, *FIVE_LAYERS, *PACKED, *DROPOUT, "train.checkpoint_activations_every=2", *LONG)),
     "interleaved llama frozen growing": _case(
         (
@@ -85,27 +89,30 @@ CASES = {
     ),
 }
 FOUR_RANKS = {
-    "pp4": _case((*GPT2, *FOUR_LAYERS, *DROPOUT, "train.recompute=attention")),
+    "pp4 zb_v": _case((*GPT2, "model.num_hidden_layers=9", *DROPOUT, "train.recompute=attention")),
     "pp2 dp2 gpt2": _case((*GPT2, *DROPOUT, "data.document_mask=true")),
-    "pp2 dp2 llama": _case(LLAMA),
+    "pp2 dp2 zb_v": _case((*LLAMA, *FIVE_LAYERS, *EXPERTS, "train.recompute=norms")),
     "pp2 dp2 bf16": _case(GPT2, precision="bf16"),
     "pp2 tp2 gpt2": _case((*GPT2, *PACKED)),
-    "pp2 tp2 sequence": _case((*LLAMA, "model.tie_word_embeddings=true", "train.recompute=mlp")),
+    "pp2 tp2 zb_v sequence": _case(
+        (*LLAMA, *FIVE_LAYERS, "model.tie_word_embeddings=true", "train.recompute=mlp", frozen("*.key.*", "*.up.*"))
+    ),
     "pp4 frozen": _case((*GPT2, *FOUR_LAYERS, frozen("embedding.*", "layers.[013].*", "final_norm.*"))),
     "pp2 tp2 frozen sequence": _case((*LLAMA, frozen("embedding.*", "layers.[01].*", "*.attention.key.*", "*.up.*"))),
-    "pp2 tp2 zero0": _case(GPT2, zero_optimization={"stage": 0}),
+    "pp2 tp2 zb_v zero0": _case((*GPT2, *FOUR_LAYERS), zero_optimization={"stage": 0}),
 }
 TENSOR = ("parallel.tensor=2",)
-INTERLEAVED = ("parallel.pipeline=2", "parallel.virtual_stages=2")
+TWO_STAGES = ("parallel.pipeline=2", "parallel.virtual_stages=2")
+ZB_V = "parallel.pipeline_schedule=zb_v"
 LAYOUTS = {
-    "interleaved gpt2": INTERLEAVED,
-    "interleaved llama frozen growing": INTERLEAVED,
-    "pp4": ("parallel.pipeline=4",),
+    **dict.fromkeys(("interleaved gpt2", "interleaved llama frozen growing"), TWO_STAGES),
+    **{name: (*TWO_STAGES, ZB_V) for name in (*CASES, *FOUR_RANKS) if "zb_v" in name},
+    "pp4 zb_v": ("parallel.pipeline=4", "parallel.virtual_stages=2", ZB_V),
     "pp4 frozen": ("parallel.pipeline=4",),
     "pp2 tp2 frozen sequence": ("parallel.pipeline=2", *TENSOR, "parallel.sequence=true"),
     "pp2 tp2 gpt2": ("parallel.pipeline=2", *TENSOR),
-    "pp2 tp2 sequence": ("parallel.pipeline=2", *TENSOR, "parallel.sequence=true"),
-    "pp2 tp2 zero0": ("parallel.pipeline=2", *TENSOR),
+    "pp2 tp2 zb_v sequence": (*TWO_STAGES, ZB_V, *TENSOR, "parallel.sequence=true"),
+    "pp2 tp2 zb_v zero0": (*TWO_STAGES, ZB_V, *TENSOR),
 }
 
 

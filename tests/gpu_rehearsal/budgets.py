@@ -65,6 +65,7 @@ _SEQUENCE = {**_TENSOR, "parallel.sequence": True}
 _OVERLAP = {"parallel.overlap_tensor_communication": True}  # with so few tokens not by itself
 _CONTEXT, _RING = {"parallel.context": 2}, {"parallel.context_method": "ring"}
 _STAGES = {"parallel.pipeline": 2}
+_TWO_STAGES = {**_STAGES, "parallel.virtual_stages": 2, "model.num_hidden_layers": 4}
 _MIDDLE = {"parallel.pipeline": 4, "model.num_hidden_layers": 4}
 _LONG = {
     "train.recompute": "full",
@@ -140,8 +141,9 @@ LAYOUTS: dict[str, Layout] = {
     "last stage, untied, document mask": Layout(
         "pipeline.json", 8, 1, rank=4, keys={**_STAGES, "model.tie_word_embeddings": False, "data.document_mask": True}
     ),
-    "interleaved pipeline": Layout(
-        "pipeline.json", 8, 1, rank=7, keys={**_STAGES, "parallel.virtual_stages": 2, "model.num_hidden_layers": 4}
+    "interleaved pipeline": Layout("pipeline.json", 8, 1, rank=7, keys=_TWO_STAGES),
+    "zero-bubble pipeline": Layout(
+        "pipeline.json", 8, 1, rank=1, keys={**_TWO_STAGES, "parallel.pipeline_schedule": "zb_v"}
     ),
     "stage of a tensor group": Layout("pipeline.json", 8, 1, rank=5, keys={**_STAGES, **_SEQUENCE, **_LONG}),
 }

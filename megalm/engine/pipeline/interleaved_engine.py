@@ -64,6 +64,7 @@ class PipelinePart(nn.Module):
     def __init__(self, build: StageBuilder, blocks: Sequence[int], stages: Sequence[int]) -> None:
         super().__init__()
         self.shape, self.slices, self.sequence = build.shape, build.slices, build.sequence
+        self.weight_gradients = build.weight_gradients
         self.stages = tuple(stages)
         self._ends = tuple(accumulate(blocks))
         self._blocks = {stage: range(self._ends[stage] - blocks[stage], self._ends[stage]) for stage in stages}
@@ -235,7 +236,10 @@ class InterleavedEngine(EngineBase):
 
         trains = begin is not None
         lowest = self._lowest if trains else None
-        executor = StageExecutor(run_stage, self._pipeline, self._part.last, empty, lowest, self._phase)
+        part = self._part
+        executor = StageExecutor(
+            run_stage, self._pipeline, part.last, empty, lowest, self._phase, part.weight_gradients
+        )
         executor.run(self._steps_of(len(inputs), trains))
 
     def _steps_of(self, micro_batches: int, trains: bool) -> list[Step]:

@@ -7,8 +7,8 @@ the same order of all of them, from which no deadlock follows, whatever the sche
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from megalm.cost_model.pipeline_simulation import ActionCosts, simulate
+from megalm.model.weight_gradients import WeightGradients
 from megalm.parallel.pipeline_schedules import Action
 from megalm.parallel.process_groups import AxisGroup
 
@@ -96,6 +97,7 @@ class StageExecutor:
         hidden: makes an empty tensor for a micro-batch's hidden states, or their gradient.
         lowest: the first stage with a backward pass; None: forward passes alone.
         phase: marks a phase of the step.
+        weight_gradients: of the stages, where the schedule divides backward passes.
     """
 
     def __init__(
@@ -106,16 +108,19 @@ class StageExecutor:
         hidden: Callable[[int], Tensor],
         lowest: int | None,
         phase: Callable[[str], AbstractContextManager[None]],
+        weight_gradients: WeightGradients | None = None,
     ) -> None:
         self._run_stage = run_stage
         self._pipeline, self._last = pipeline, last
         self._hidden = hidden
         self._lowest = last + 1 if lowest is None else lowest
         self._phase = phase
+        self._weight_gradients = weight_gradients
         self._made: dict[Message, Tensor] = {}
         self._arriving: dict[Message, tuple[dist.Work, Tensor]] = {}
         self._sent: deque[tuple[dist.Work, Tensor]] = deque()
         self._passes: dict[tuple[int, int], tuple[Tensor | None, GradientEdge]] = {}  # forward, not yet backward
+        self._later: dict[tuple[int, int], deque[Callable[[], None]]] = {}  # put off by I, not yet done by W
 
     def run(self, steps: Iterable[Step]) -> None:
         """Collective over the pipeline: run this rank's steps of `with_transfers`."""
@@ -124,11 +129,14 @@ class StageExecutor:
                 self._begin(step)
             elif step.kind == "F":
                 self._run_forward(step.stage, step.micro_batch)
+            elif step.kind == "W":
+                self._run_weights(step.stage, step.micro_batch)
             else:
-                self._run_backward(step.stage, step.micro_batch)
+                self._run_backward(step.stage, step.micro_batch, whole=step.kind == "B")
         while self._sent:
             self._finish_sending()
-        assert not any((self._made, self._arriving, self._passes)), "a schedule leaves work undone"
+        left = self._made, self._arriving, self._passes, self._later
+        assert not any(left), "a schedule leaves work undone"
 
     def _run_forward(self, stage: int, micro_batch: int) -> None:
         hidden = None if stage == 0 else self._take(Message(stage - 1, micro_batch, is_gradient=False))
@@ -141,15 +149,27 @@ class StageExecutor:
         if stage < self._last:
             self._made[Message(stage, micro_batch, is_gradient=False)] = output.detach()
 
-    def _run_backward(self, stage: int, micro_batch: int) -> None:
+    def _run_backward(self, stage: int, micro_batch: int, whole: bool) -> None:
         is_last = stage == self._last
         gradient = None if is_last else self._take(Message(stage + 1, micro_batch, is_gradient=True))
         hidden, edge = self._passes.pop((stage, micro_batch))
-        with self._phase("backward"):
+        with self._phase("backward"), nullcontext() if whole else self._put_off(stage, micro_batch):
             torch.autograd.backward(edge, gradient)
         if hidden is not None and hidden.requires_grad:
             assert hidden.grad is not None
             self._made[Message(stage, micro_batch, is_gradient=True)] = hidden.grad
+
+    @contextmanager
+    def _put_off(self, stage: int, micro_batch: int) -> Iterator[None]:
+        assert self._weight_gradients is not None
+        with self._weight_gradients.put_off() as self._later[stage, micro_batch]:
+            yield
+
+    def _run_weights(self, stage: int, micro_batch: int) -> None:
+        later = self._later.pop((stage, micro_batch))
+        with self._phase("backward"):
+            while later:  # what each keeps is free as soon as it is done
+                later.popleft()()
 
     def _take(self, message: Message) -> Tensor:
         """Return what a stage has made, once it is here."""

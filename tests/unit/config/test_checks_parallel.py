@@ -28,6 +28,7 @@ OVERLAP = "parallel.overlap_tensor_communication=true"
 RING = "parallel.context_method=ring"
 EXPERTS_6 = ("model.num_experts=6", "model.moe_intermediate_size=64")
 SCHEDULE = "parallel.pipeline_schedule={}"
+ZB_V = ["parallel.pipeline=2", "parallel.virtual_stages=2", SCHEDULE.format("zb_v")]
 FLOAT8 = "precision.float8=true"
 CPU_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 EMBEDDING_GROUP = "train.parameter_groups=[{match: embedding.*, learning_rate_scale: 0.1}]"  # the preset ties the head
@@ -174,6 +175,9 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
         (2, ["parallel.virtual_stages=2"], {}, ["parallel.virtual_stages=2", "parallel.pipeline=1"]),
         (1, [SCHEDULE.format("1f1b")], {}, [SCHEDULE.format("1f1b"), "parallel.pipeline=1"]),
         (2, ["parallel.pipeline=2", "parallel.virtual_stages=2"], zero(1), None),
+        (2, ZB_V, zero(1), None),
+        (2, [*ZB_V, "compile=true"], zero(1), [SCHEDULE.format("zb_v"), "compile=false"]),
+        (2, [*ZB_V, "train.mlp_chunk_tokens=64"], zero(1), [SCHEDULE.format("zb_v"), "train.mlp_chunk_tokens=64"]),
         (
             4,
             ["parallel.pipeline=4", "parallel.virtual_stages=2"],
@@ -200,6 +204,7 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
             for name, virtual, legal, other in (
                 ("1f1b", 2, 1, "interleaved_1f1b"),
                 ("interleaved_1f1b", 1, 2, "=1f1b"),
+                ("zb_v", 4, 2, "interleaved_1f1b"),
             )
         ),
     ],

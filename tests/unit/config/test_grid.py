@@ -102,14 +102,16 @@ def test_64_ranks_are_shown(start: Start) -> None:
     assert list(schedules) == [
         ("1f1b (this run)", "1"),
         ("interleaved_1f1b", "2"),
+        ("zb_v (not compiled)", "2"),
         ("interleaved_1f1b", "4"),
     ]
     bubbles, waits, _, messages, fits = zip(*schedules.values(), strict=True)
-    assert bubbles == ("8.6%", "4.5%", "2.3%")
+    assert bubbles == ("8.6%", "4.5%", "1.5%", "2.3%")
     assert all(float(more.rstrip("%")) >= float(share.rstrip("%")) for share, more in zip(bubbles, waits, strict=True))
-    assert messages == ("3", "7", "15")
+    assert messages == ("3", "7", "6", "15")
     assert set(fits) == {"fits"}
     percents = [float(share.rstrip("%")) for share in waits]
+    del schedules["zb_v (not compiled)", "2"], percents[2]  # blocks on this GPU are compiled
     name, count = next(key for key, share in zip(schedules, percents, strict=True) if share <= min(percents) + 1)
     keys = f"parallel.pipeline_schedule={name}", f"parallel.virtual_stages={count}"
     assert_names(line_of(text, "recommended:"), *keys)
@@ -146,8 +148,8 @@ def test_a_rank_keeps_what_its_schedule_leaves_in_flight(start: Start) -> None:
     name, count = "interleaved_1f1b", 2
     one = activations(8) - activations(2)  # a stage more than the 4 of two micro-batches
     assert activations(2) - activations(1) == 2 * one > two
-    name = "zb_v"  # 4 too, of which the last stage's are the larger ones
-    assert activations(1) < activations(8) <= activations(2)
+    name = "zb_v"  # 4 too; of two micro-batches one keeps only what gradients of weights need by then
+    assert activations(1) < activations(2) < activations(8) == activations(32)
 
 
 def test_a_grid_with_context_is_shown(start: Start) -> None:

@@ -114,6 +114,7 @@ def test_what_is_kept_is_weighed() -> None:
     actions = [Action("F", 0, 0), Action("F", 1, 0), Action("B", 1, 0), Action("F", 0, 1), Action("I", 0, 0)]
     assert most_kept(actions, {0: 3, 1: 1}) == 6
     assert most_kept([*actions, Action("W", 0, 0), Action("F", 0, 2)], {0: 3, 1: 4}) == 7
+    assert most_kept(actions, {0: 3, 1: 1}, {0: 5, 1: 0}) == 8, "what W reads may be more than what I did"
 
 
 @pytest.mark.parametrize(("name", "virtual"), KINDS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 
 from megalm.engine.pipeline.stage_executor import Message, Step, Transfer, with_transfers
@@ -12,6 +14,7 @@ KINDS: tuple[tuple[PipelineScheduleName, int], ...] = (
     ("1f1b", 1),
     ("interleaved_1f1b", 2),
     ("interleaved_1f1b", 3),
+    ("zb_v", 2),
 )
 
 
@@ -30,6 +33,8 @@ def _run_without_buffers(ranks: list[list[Step]], stage_ranks: tuple[int, ...], 
         for rank, steps in enumerate(left):
             while steps and isinstance(steps[-1], Action):
                 kind, stage, micro_batch = steps.pop()
+                if kind == "W":
+                    continue
                 is_gradient = kind != "F"
                 source = Message(stage + 1 if is_gradient else stage - 1, micro_batch, is_gradient)
                 assert source in here[rank] or not 0 <= source.stage < len(stage_ranks), "computed before it is there"
@@ -57,14 +62,15 @@ def _run_without_buffers(ranks: list[list[Step]], stage_ranks: tuple[int, ...], 
 def test_no_ranks_wait_for_each_other(name: PipelineScheduleName, virtual: int, ranks: int) -> None:
     for micro_batches in (1, 2, 3, 4, 5, 8, 9):
         schedule = PipelineSchedule(name, ranks, virtual, micro_batches)
-        between = schedule.stages - 1
-        for trains, lowest in ((True, 0), (True, between), (True, 1), (False, 0)):
+        between = [one != other for one, other in pairwise(schedule.stage_ranks)]
+        for trains, lowest in ((True, 0), (True, schedule.stages - 1), (True, 1), (False, 0)):
             steps = with_transfers(_orders(schedule, trains), schedule.stage_ranks, lowest)
             sent = _run_without_buffers(steps, schedule.stage_ranks, lowest)
-            back = between - lowest if trains else 0
-            assert len(sent) == micro_batches * (between + back)
+            back = between[lowest:] if trains else []
+            assert len(sent) == micro_batches * sum([*between, *back])
             actions = [step for of_rank in steps for step in of_rank if isinstance(step, Action)]
-            assert len(actions) == micro_batches * (schedule.stages + (schedule.stages - lowest if trains else 0))
+            backward = (schedule.stages - lowest) * (2 if schedule.divides_backward else 1) if trains else 0
+            assert len(actions) == micro_batches * (schedule.stages + backward)
 
 
 def test_a_receiver_begins_when_the_message_is_made() -> None:
