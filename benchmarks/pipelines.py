@@ -2,10 +2,10 @@
 
     python benchmarks/pipelines.py [--ranks 2 4] [--blocks 8] [--micro-batches 8] [--milliseconds 5] [--rounds 5]
 
-What a block computes is tiny; beside it, it sleeps some milliseconds in the forward pass and twice as many in the
-backward pass. So ranks do not take cores from each other, as they would on a CPU, and each stage takes the time that it
-would on a device of its own: what is measured is the schedule and all that the engines add to it. The engines of one
-number of ranks are built in the same processes and take their steps in turn.
+What a block computes is tiny; beside it, it sleeps some milliseconds in the forward pass, and as many for the
+gradient of its input and for those of its weights. So ranks do not take cores from each other, as they would on a CPU,
+and each stage takes the time that it would on a device of its own: what is measured is the schedule and all that the
+engines add to it. The engines of one number of ranks are built in the same processes and take their steps in turn.
 
 - s/step: median over the rounds of the slowest rank's `train_step`.
 - ideal: without any waiting.
@@ -46,16 +46,25 @@ from megalm.cost_model.pipeline_simulation import ActionCosts, simulate  # noqa:
 from megalm.engine.build import build_engine  # noqa: E402
 from megalm.engine.device import claim_device, device_facts  # noqa: E402
 from megalm.engine.distributed import start_distributed  # noqa: E402
+from megalm.model.float8 import Products  # noqa: E402
 from megalm.model.model_config import build_model_config  # noqa: E402
 from megalm.model.transformer import Block  # noqa: E402
+from megalm.model.weight_gradients import SplitLinear  # noqa: E402
 from megalm.parallel.pipeline_schedules import PipelineSchedule  # noqa: E402
 from megalm.planning.resolve import resolve  # noqa: E402
 from megalm.rank_environment import rank_facts  # noqa: E402
+from megalm.topology import PipelineScheduleName  # noqa: E402
 from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
 
 _VOCABULARY, _SEQUENCE = 64, 16
 _WARM_UP = 2
-_BACKWARD = 2  # times the forward pass
+_KINDS: dict[str, tuple[PipelineScheduleName, int]] = {
+    "1f1b": ("1f1b", 1),
+    "interleaved, 2 stages a rank": ("interleaved_1f1b", 2),
+    "zb_v": ("zb_v", 2),
+    "interleaved, 4 stages a rank": ("interleaved_1f1b", 4),
+}
+_MATRICES = 7  # of a block
 
 
 def main() -> None:
@@ -72,68 +81,67 @@ def main() -> None:
         _rank(arguments)
         return
     print(f"{arguments.blocks} blocks of {arguments.milliseconds:g} ms, {arguments.micro_batches} micro-batches a step")
-    print(f"{'ranks':>5}{'virtual stages':>16}{'s/step':>9}{'ideal':>8}{'waits':>8}{'simulated':>11}")
+    print(f"{'ranks':>5}  {'schedule':30}{'s/step':>9}{'ideal':>8}{'waits':>8}{'simulated':>11}")
     with tempfile.TemporaryDirectory() as folder:
         write_random_tokens(Path(folder) / "data", _VOCABULARY, _SEQUENCE)
         for ranks in arguments.ranks:
             words = ["--one-of", str(ranks), "--folder", folder]
             found = json.loads(launch_ranks(ranks, words, f"{ranks} ranks").splitlines()[-1])
             ideal = _ideal(arguments, ranks)
-            for virtual, seconds in found.items():
-                simulated = _simulated(arguments, ranks, int(virtual))
+            for kind, seconds in found.items():
+                simulated = _simulated(arguments, ranks, kind)
                 waits = 1 - ideal / seconds
-                print(f"{ranks:5}{virtual:>16}{seconds:9.3f}{ideal:8.3f}{waits:8.1%}{simulated:11.1%}", flush=True)
+                print(f"{ranks:5}  {kind:30}{seconds:9.3f}{ideal:8.3f}{waits:8.1%}{simulated:11.1%}", flush=True)
 
 
 def _ideal(arguments: argparse.Namespace, ranks: int) -> float:
     passes: float = arguments.micro_batches * arguments.blocks / ranks
-    return passes * (1 + _BACKWARD) * arguments.milliseconds / 1000
+    return passes * 3 * arguments.milliseconds / 1000
 
 
-def _simulated(arguments: argparse.Namespace, ranks: int, virtual: int) -> float:
-    schedule = _schedule(ranks, virtual, arguments.micro_batches)
+def _simulated(arguments: argparse.Namespace, ranks: int, kind: str) -> float:
+    name, virtual = _KINDS[kind]
+    schedule = PipelineSchedule(name, ranks, virtual, arguments.micro_batches)
     actions = [schedule.actions(rank) for rank in range(ranks)]
-    costs = ActionCosts.equal(schedule.stages, 1, _BACKWARD / 2, _BACKWARD / 2)
-    return statistics.mean(simulate(actions, schedule.stage_ranks, costs).bubble_shares)
-
-
-def _schedule(ranks: int, virtual: int, micro_batches: int) -> PipelineSchedule:
-    return PipelineSchedule("1f1b" if virtual == 1 else "interleaved_1f1b", ranks, virtual, micro_batches)
+    return statistics.mean(simulate(actions, schedule.stage_ranks, ActionCosts.equal(schedule.stages)).bubble_shares)
 
 
 def _rank(arguments: argparse.Namespace) -> None:
     """One rank: takes steps with each engine in turn; the first prints the median of each."""
     torch.set_num_threads(1)
-    Block.run = _sleeping(Block.run, arguments.milliseconds / 1000)  # type: ignore[method-assign]
+    seconds = arguments.milliseconds / 1000
+    Block.run = _sleeping(Block.run, seconds)  # type: ignore[method-assign]
+    Products.weight_gradient = _slower(Products.weight_gradient, seconds / _MATRICES)  # type: ignore[method-assign]
     ranks = rank_facts()
     comm = start_distributed(ranks, device := claim_device(ranks))
     engines = {}
-    for virtual in (1, 2, 4):
+    for kind, (_, virtual) in _KINDS.items():
         if arguments.one_of * virtual <= arguments.blocks:
-            engines[virtual] = _step(arguments, comm, device, virtual)
-    found: dict[int, list[float]] = {virtual: [] for virtual in engines}
+            engines[kind] = _step(arguments, comm, device, kind)
+    found: dict[str, list[float]] = {kind: [] for kind in engines}
     for number in range(1, _WARM_UP + arguments.rounds + 1):
-        for virtual, step in engines.items():
+        for kind, step in engines.items():
             comm.barrier()
             start = time.perf_counter()
             step(number)
             (slowest,) = comm.max([time.perf_counter() - start])
             if number > _WARM_UP:
-                found[virtual].append(slowest)
+                found[kind].append(slowest)
     if comm.is_main:
-        print(json.dumps({virtual: statistics.median(seconds) for virtual, seconds in found.items()}))
+        print(json.dumps({kind: statistics.median(seconds) for kind, seconds in found.items()}))
     exit_process(0)
 
 
-def _step(arguments: argparse.Namespace, comm: Any, device: torch.device, virtual: int) -> Callable[[int], None]:
+def _step(arguments: argparse.Namespace, comm: Any, device: torch.device, kind: str) -> Callable[[int], None]:
     """Build an engine; return what takes a step with it."""
+    name, virtual = _KINDS[kind]
     content = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
     content |= {
         "train_batch_size": arguments.micro_batches,
         "train_micro_batch_size_per_gpu": 1,
         "bf16": {"enabled": False},
     }
-    path = arguments.folder / f"{virtual}-{comm.rank}.json"
+    path = arguments.folder / f"{name}-{virtual}-{comm.rank}.json"
     path.write_text(json.dumps(content))
     overrides = [
         "model.style=llama",
@@ -143,6 +151,7 @@ def _step(arguments: argparse.Namespace, comm: Any, device: torch.device, virtua
         f"data.sequence_length={_SEQUENCE}",
         f"parallel.pipeline={comm.size}",
         f"parallel.virtual_stages={virtual}",
+        f"parallel.pipeline_schedule={name}",
     ]
     facts = device_facts(comm.size)
     run = resolve(load_run_config(None, overrides), read_deepspeed_json(str(path)), comm.size, facts, _VOCABULARY)
@@ -160,19 +169,34 @@ class _Sleep(torch.autograd.Function):
     """The same tensor, some time later; its gradient too."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, seconds: float) -> torch.Tensor:
-        ctx.seconds = seconds
+    def forward(ctx: Any, hidden: torch.Tensor, seconds: float, backward_seconds: float) -> torch.Tensor:
+        ctx.seconds = backward_seconds
         time.sleep(seconds)
         return hidden.view_as(hidden)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
-        time.sleep(_BACKWARD * ctx.seconds)
-        return gradients[0], None
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        time.sleep(ctx.seconds)
+        return gradients[0], None, None
 
 
 def _sleeping(run: Callable[..., torch.Tensor], seconds: float) -> Callable[..., torch.Tensor]:
-    return lambda *args, **options: _Sleep.apply(run(*args, **options), seconds)  # type: ignore[no-untyped-call]
+    def sleeping(block: Block, *args: Any) -> torch.Tensor:
+        # Layers that put gradients of weights off sleep for these themselves.
+        matrices = sum(isinstance(module, SplitLinear) for module in block.modules())
+        assert matrices in (0, _MATRICES)
+        passes = 1 if matrices else 2
+        return _Sleep.apply(run(block, *args), seconds, passes * seconds)  # type: ignore[no-untyped-call]
+
+    return sleeping
+
+
+def _slower(function: Callable[..., torch.Tensor], seconds: float) -> Callable[..., torch.Tensor]:
+    def slower(*args: torch.Tensor) -> torch.Tensor:
+        time.sleep(seconds)
+        return function(*args)
+
+    return slower
 
 
 if __name__ == "__main__":
