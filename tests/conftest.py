@@ -49,6 +49,13 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         require("slurm", not missing, f"no {', '.join(missing)}; {_SLURM_INSTALL}")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of pytest's processes side by side each takes whole modules, and one of them all that needs the Slurm cluster."""
+    for item in items:
+        group = "slurm" if item.get_closest_marker("slurm") else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test writes to the MLflow server, or is one rank of the job, of the shell that started it."""

@@ -228,7 +228,7 @@ class Row:
             self.precision,
             (*MODELS[self.model], f"model.num_hidden_layers={self._blocks}", *self.job, AVERAGED, *overrides),
             {
-                "train_batch_size": 16,
+                "train_batch_size": 8,
                 "train_micro_batch_size_per_gpu": 2,
                 "gradient_clipping": CLIPPING,
                 "optimizer": {**optimizer, "type": "Muon" if self.muon else "AdamW"},

@@ -25,6 +25,8 @@ from tests.ranks import FORK_SERVER, rank_environment
 
 # What the other ranks have once one has failed; launchers give them half a minute.
 _GRACE_SECONDS = 15.0
+# Of pytest's processes side by side, each begins at another core.
+_FIRST_CORE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
 
 class ForkedRanks:
@@ -44,7 +46,7 @@ class ForkedRanks:
         self.ranks = []
         for rank in range(ranks):
             place = rank_environment(rank, ranks, self._store.port) if self._store else {}
-            arguments = (list(words), str(folder), {**environment, **place}, str(self._output), os.getpid() + rank)
+            arguments = (list(words), str(folder), {**environment, **place}, str(self._output), _FIRST_CORE + rank)
             self.ranks.append(FORK_SERVER.Process(target=_run, args=arguments))
         for process in self.ranks:
             process.start()
