@@ -22,6 +22,7 @@ from megalm.planning.engine_checks import ALLOW_CPU_FP16
 from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps
 
 STEPS = 5
+SEQUENCES = {"fp32": 8, "bf16": 16, "fp16": 16}  # a step; what is rounded more needs more of them to average out
 # Adam moves a weight by a whole step however small its gradient is, down to about epsilon. At the usual 1e-8 it would
 # make steps of gradients that are rounding alone; gradients here are about 1e-4.
 EPSILON = 1e-6
@@ -228,7 +229,7 @@ class Row:
             self.precision,
             (*MODELS[self.model], f"model.num_hidden_layers={self._blocks}", *self.job, AVERAGED, *overrides),
             {
-                "train_batch_size": 8,
+                "train_batch_size": SEQUENCES[self.precision],
                 "train_micro_batch_size_per_gpu": 2,
                 "gradient_clipping": CLIPPING,
                 "optimizer": {**optimizer, "type": "Muon" if self.muon else "AdamW"},
