@@ -35,10 +35,12 @@ class _Gpu:
 # Compute capabilities from which on a chip computes in these types.
 BF16_CAPABILITY, FLOAT8_CAPABILITY = (8, 0), (8, 9)
 
-# By NVIDIA's data sheets; half of a number with sparsity. GeForce and RTX A6000 by the white papers
-# of their architectures (Ampere GA102, Ada, Blackwell), "with FP32 accumulate", float8 included. B200 and GB200: an
-# eighth of an HGX board and a 72nd of an NVL72 rack. A800 and H800 differ from A100 and H100 in NVLink and fp64 only.
+# By NVIDIA's data sheets; half of a number with sparsity. GeForce and RTX cards by the white papers of their
+# architectures (Ampere GA102, Ada, Blackwell), "with FP32 accumulate", float8 included. B200 and B300: an eighth of an
+# HGX board; GB200 and GB300: a 72nd of an NVL72 rack. A800 and H800 differ from A100 and H100 in NVLink and fp64 only.
 _GPUS = (
+    _Gpu("GB300", 2500, 80, 278, (10, 3), 5000),
+    _Gpu("B300", 2250, 75, 268, (10, 3), 4500),
     _Gpu("GB200", 2500, 80, 186, (10, 0), 5000),
     _Gpu("B200", 2250, 75, 180, (10, 0), 4500),
     _Gpu("GH200", 989, 67, 96, (9, 0), 1979),
@@ -57,6 +59,8 @@ _GPUS = (
     _Gpu("L4", 121, 30.3, 24, (8, 9), 242.5, inline_ecc=True),
     _Gpu("A40", 149.7, 37.4, 48, (8, 6), inline_ecc=True),
     _Gpu("A10", 125, 31.2, 24, (8, 6), inline_ecc=True),
+    _Gpu("RTX PRO 6000", 503.8, 126, 96, (12, 0), 1007.6),
+    _Gpu("RTX 6000 Ada", 364.2, 91.1, 48, (8, 9), 728.5),
     _Gpu("RTX A6000", 154.8, 38.7, 48, (8, 6)),
     _Gpu("RTX 5090", 209.5, 104.8, 32, (12, 0), 419),
     _Gpu("RTX 4090", 165.2, 82.6, 24, (8, 9), 330.3),
@@ -65,9 +69,9 @@ _GPUS = (
     _Gpu("V100", 125, 15.7, 32, (7, 0)),
     _Gpu("T4", 65, 8.1, 16, (7, 5), inline_ecc=True),
 )
-# A name matches whole, because a laptop or another card of a similar name has other speeds. These suffixes, form factor
-# and memory, do not change the speed; GH200 has the memory of its CPU there.
-_SAME_CHIP = r"(-?(SXM\d?|PCIE|\d+GB?|HBM\w*)| )*$"
+# A name matches whole, because a laptop or another card of a similar name has other speeds. These suffixes,
+# form factor, memory and the fullest edition, do not change the speed; GH200 has the memory of its CPU there.
+_SAME_CHIP = r"(-?(SXM\d?( AC)?|PCIE|\d+GB?|HBM\w*|Generation|Blackwell Workstation Edition)| )*$"
 _GIB = 2**30
 _BESIDE_ECC = 15 / 16
 
@@ -107,7 +111,7 @@ def known_gpus() -> tuple[str, ...]:
 
 
 def gpu_by_name(name: str) -> DeviceFacts:
-    """The device of a rank by the name of its GPU: "A100", "a100-40gb", "RTX 4090", "A6000".
+    """The device of a rank by the name of its GPU: "A100", "a100-40gb", "RTX 4090", "A6000", "pro-6000".
 
     Raises:
         ConfigError: the table has no such GPU; the message lists all.
