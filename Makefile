@@ -41,7 +41,7 @@ install: $(STAMPS)/megalm ## Make .venv with everything that training needs
 # Modules run side by side, the long ones first. The tests of one stay together: they share what they train.
 test: install $(STAMPS)/dev ## Install, then run the tests that every change has to pass (ARGS="-k name")
 ifeq ($(strip $(ARGS)),)
-	$(VENV)/bin/python -m pytest --durations=20 -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder \
+	$(VENV)/bin/python -m pytest --durations=20 -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
 		tests/distributed tests/e2e tests/gpu_rehearsal tests/unit
 else
 	$(VENV)/bin/python -m pytest --durations=20 $(ARGS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -37,6 +38,23 @@ def _require() -> Callable[[str, object, str], None]:
     return require
 
 
+@pytest.fixture
+def mounted_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`mounted_disk("5m")`: a folder that is a disk of that size."""
+    disk = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+        require("tmpfs", mounted, "no small disk: mounting a tmpfs needs root")
+        return disk
+
+    yield mount
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", disk], check=True)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """The markers `gpu` and `slurm` name what a test needs; looked for only where a test has them."""
     if item.get_closest_marker("gpu"):
@@ -47,13 +65,6 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
         missing = [program for program in _SLURM_PROGRAMS if shutil.which(program, path=path) is None]
         require("slurm", not missing, f"no {', '.join(missing)}; {_SLURM_INSTALL}")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Of pytest's processes side by side each takes whole modules, and one of them all that needs the Slurm cluster."""
-    for item in items:
-        group = "slurm" if item.get_closest_marker("slurm") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(autouse=True)

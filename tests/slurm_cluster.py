@@ -23,6 +23,8 @@ from pathlib import Path
 
 import psutil
 
+from tests import WORKER
+
 ROOT = Path(__file__).resolve().parents[1]
 _START_SECONDS = 90.0
 _REAPER_SECONDS = 20.0
@@ -200,6 +202,7 @@ def _slurm_conf(folder: Path, nodes: Sequence[str], has_gpus: bool) -> str:
     gpus = f" Gres=gpu:{_NODE_GPUS}" if has_gpus else ""
     lines = [
         "ClusterName=megalmtest",
+        f"FirstJobId={1 + 4000 * WORKER}",  # from it train.sh has the port of a job
         f"SlurmctldHost={host}(127.0.0.1)",
         f"SlurmUser={user}",
         f"SlurmdUser={user}",

@@ -21,12 +21,11 @@ from pathlib import Path
 import psutil
 from torch.distributed import TCPStore
 
+from tests import WORKER
 from tests.ranks import FORK_SERVER, rank_environment
 
 # What the other ranks have once one has failed; launchers give them half a minute.
 _GRACE_SECONDS = 15.0
-# Of pytest's processes side by side, each begins at another core.
-_FIRST_CORE = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
 
 
 class ForkedRanks:
@@ -46,7 +45,7 @@ class ForkedRanks:
         self.ranks = []
         for rank in range(ranks):
             place = rank_environment(rank, ranks, self._store.port) if self._store else {}
-            arguments = (list(words), str(folder), {**environment, **place}, str(self._output), _FIRST_CORE + rank)
+            arguments = (list(words), str(folder), {**environment, **place}, str(self._output), WORKER + rank)
             self.ranks.append(FORK_SERVER.Process(target=_run, args=arguments))
         for process in self.ranks:
             process.start()
