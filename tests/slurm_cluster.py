@@ -97,7 +97,8 @@ def slurm_cluster(named_hosts: bool | None = None) -> Iterator[SlurmCluster]:
     # Short: a socket's path holds about a hundred characters.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     reaper = subprocess.Popen(
-        [sys.executable, __file__, str(folder)],
+        [sys.executable, "-m", "tests.slurm_cluster", str(folder)],
+        cwd=ROOT,
         stdin=subprocess.PIPE,
         start_new_session=True,  # a Ctrl-C is for the tests
     )
