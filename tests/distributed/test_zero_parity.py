@@ -152,7 +152,7 @@ def test_equal_to_one_rank(traces: dict[int, list[dict[str, Trace]]], name: str,
 def test_it_learns(traces: dict[int, list[dict[str, Trace]]]) -> None:
     """Equal to a reference that stands still would prove nothing."""
     losses = traces[1][0]["zero1"].losses
-    assert losses[-1] < losses[0] - 0.5
+    assert losses[-1] < losses[0] - 0.2
 
 
 @pytest.fixture(scope="module")
