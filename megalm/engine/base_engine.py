@@ -377,7 +377,7 @@ class EngineBase(ABC):
         first = [name for name, group in copies.items() if group.index == 0]
         self._state = OptimizerState(self._engine, trained, shards, first, run.config.train.ema_decay)
         if isinstance(inner, Muon):
-            units = self._state.units_of("momentum_buffer", self._copies.size)
+            units = self._state.units_of("momentum_buffer", self._copies.size, groups.expert.size)
             inner.lay_out(units, groups, is_copied=self._stage == 0)
         self._check.measure = self._state.gradient_squares
         self._first_counters = self._counters(self._state.optimizer_step())
@@ -449,10 +449,11 @@ class EngineBase(ABC):
     def _begin_routing(self, sequences: int) -> None:
         """Begin a step of so many sequences of this rank, or parts of them.
 
-        The gradient of the router's losses does not pass the loss. DeepSpeed takes the mean over data x context.
+        The gradient of the router's losses does not pass the loss. DeepSpeed takes the mean over data x context, and
+        divides by the loss scale.
         """
         grid = self._groups.topology
-        self._loads.begin(sequences * grid.data, grid.context / sequences)
+        self._loads.begin(sequences * grid.data, self._state.loss_scale() * grid.context / sequences)
 
     def _accumulate(self, micro_batches: int) -> None:
         """Prepare a step of so many micro-batches, each of the size that the engine was built for."""
