@@ -6,6 +6,7 @@ errors here. Names carry their units. The models are frozen: derived values are 
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Annotated, ClassVar, Literal
 
@@ -568,6 +569,11 @@ class ParallelSection(Section):
         description="a tensor group communicates one chunk of a micro-batch while it multiplies the next; auto: on a "
         "GPU with enough tokens, not on a CPU",
     )
+
+    @property
+    def fewest_ranks(self) -> int:
+        """The smallest number of ranks with these degrees."""
+        return self.tensor * self.pipeline * math.lcm(self.context, self.expert)
 
     @property
     def schedule_name(self) -> RunnableSchedule:

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from megalm.errors import ConfigError
+from megalm.utils.did_you_mean import did_you_mean
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -263,17 +264,31 @@ def bad_values(model: type[BaseModel], leaves: Mapping[str, Any]) -> dict[str, s
                 bad.setdefault(path, str(item["msg"]))
                 continue
             bad.setdefault(path, expected(fields[path]))
-            if (inside := _wrong_key(fields[path], parts[len(path.split(".")) :])) and path in leaves:
+            inside = _wrong_part(fields[path].annotation, parts[len(path.split(".")) :], item["type"] == "missing")
+            if inside and path in leaves:
                 bad[path] += f"; {inside}"
     return bad
 
 
-def _wrong_key(field: FieldInfo, parts: Sequence[str]) -> str:
-    """Return what is wrong with a key inside a mapping that is one value; "" if the field takes no such mapping."""
-    for member in members(field.annotation):
-        if len(parts) == 1 and getattr(member, "is_value", False):
-            own = member.model_fields.get(parts[0])
-            return f"unknown key {parts[0]}" if own is None else f"{parts[0]} has to be {expected(own)}"
+def _wrong_part(annotation: Any, parts: Sequence[str], is_missing: bool) -> str:
+    """Return which key of a mapping, also of one in a list, is wrong and how; "" where the value has no such part.
+
+    Args:
+        parts: keys, and places in lists, from the value to the part.
+    """
+    if parts and "[" in parts[0]:  # the member of a union, as pydantic names it
+        parts = parts[1:]
+    for member in members(annotation) if parts else ():
+        first, *more = parts
+        if get_origin(member) is tuple and first.isdigit():
+            inside = _wrong_part(get_args(member)[0], more, is_missing)
+            return inside and f"item {int(first) + 1}: {inside}"
+        if isinstance(member, type) and issubclass(member, BaseModel):
+            field = member.model_fields.get(first)
+            if field is None:
+                return f"unknown key {first}{did_you_mean(first, member.model_fields)}"
+            inside = _wrong_part(field.annotation, more, is_missing)
+            return inside or (f"{first} is missing" if is_missing else f"{first} has to be {expected(field)}")
     return ""
 
 

@@ -188,7 +188,7 @@ def _contradiction(named: str, total: int, micro: int, steps: int, topology: Top
     fitting, remainder = divmod(total, micro * (steps if explicit_steps else 1))
     if explicit_steps:
         world = fitting * topology.world_size // ranks
-        fits = f"use {fitting} data-parallel ranks (--world-size {world}), or " if not remainder else ""
+        fits = f"use {fitting} data-parallel ranks ({world} ranks in all), or " if not remainder else ""
         also = "" if total % (micro * ranks) == 0 else ' and write train_micro_batch_size_per_gpu "auto"'
         return (
             f"{named}={total} is not train_micro_batch_size_per_gpu={micro} x "

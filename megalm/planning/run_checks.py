@@ -295,8 +295,8 @@ def packing_has_no_overlap(case: CheckContext) -> None:
         return
     if len(set(data.sequence_lengths)) > 1:
         raise ConfigError(
-            f"data.stages with sequence_length cut samples into parts, and documents that data.packing={data.packing} "
-            "keeps whole; give all stages one length, or data.packing=stream"
+            "data.stages with sequence_length cuts samples into parts, and with them documents that "
+            f"data.packing={data.packing} keeps whole; give all stages one length, or data.packing=stream"
         )
     if data.stride not in (None, data.sample_length):
         raise ConfigError(

@@ -115,6 +115,16 @@ def _kernels(capability: tuple[int, int]) -> Iterator[Replacement]:
     # Without torch.compile, which would compile a kernel, flex attention holds all scores; its operator holds none.
     module = importlib.import_module("torch.nn.attention.flex_attention")
     yield module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True
+    # torch.compile differentiates a soft cap while no hook of autograd is at work. Those of a recomputed block take it
+    # for the block's backward pass: they compute the whole block at once, and keep it.
+    operator = importlib.import_module("torch._higher_order_ops.flex_attention")
+    differentiated = operator.create_fw_bw_graph
+
+    def without_hooks(*args: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            return differentiated(*args)
+
+    yield operator, "create_fw_bw_graph", without_hooks
 
 
 def _of_deepspeed(sequence_length: int) -> Iterator[Replacement]:

@@ -18,7 +18,10 @@ _IN_TEXT = re.compile(rf"{_SCHEME}[^\s\"'<>`]*")
 _AFTER = ").,;:!]}"  # ends a sentence or a bracket around an address
 _WHOLE_WORD = re.compile(rf"([\w.\-]*=)?({_SCHEME}.*)", re.DOTALL)
 _QUERY = re.compile(r"\?(?=[\w.\-%\[\]]+=)")
+_QUERY_OR_MARK = re.compile(r"[?#;]")
 _HOST = re.compile(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/?#@;\[\]]*)(:\d*)?(,[^\s/?#@;]*)?")
+# Names there may hold what elsewhere begins a query: `?` in a glob, `#`, `;`.
+_OBJECT_STORES = ("s3://", "gs://", "hf://")
 # Query parameters whose values, if short, are words of any message: `sslmode=require`.
 _SECRET_NAME = re.compile(r"pass|pwd|token|secret|key|sig|cred|auth|user|uid", re.IGNORECASE)
 _LONG = 8
@@ -29,7 +32,7 @@ def public_address(address: str) -> str:
     match = _ADDRESS.fullmatch(address)
     if match is None:
         return address
-    scheme, (_, place, _) = match[1], _split(match[2])
+    scheme, (_, place, _) = match[1], _split(match[1], match[2])
     host = _HOST.match(place)
     end = 0 if host is None else host.end()
     if end < len(place) and place[end] != "/":
@@ -63,15 +66,18 @@ def _public_in_text(match: re.Match[str]) -> str:
     return public_address(address) + match[0][len(address) :]
 
 
-def _split(rest: str) -> tuple[str, str, str]:
+def _split(scheme: str, rest: str) -> tuple[str, str, str]:
     """Split what follows the scheme into credentials, place and query."""
     if rest.startswith("/"):  # a path, in which all but a query may be part of a name
         place = _QUERY.split(rest, maxsplit=1)[0]
         return "", place, rest[len(place) + 1 :]
     query = _QUERY.search(rest)
-    at = rest.rfind("@", 0, query.start() if query is not None else len(rest))
+    before = rest[: query.start()] if query is not None else rest
+    if scheme.lower() == "hf://":  # behind a slash, @ begins a revision
+        before = before.partition("/")[0]
+    at = before.rfind("@")
     credentials, rest = rest[: max(at, 0)], rest[at + 1 :]
-    place = re.split(r"[?#;]", rest, maxsplit=1)[0]
+    place = (_QUERY if scheme.lower() in _OBJECT_STORES else _QUERY_OR_MARK).split(rest, maxsplit=1)[0]
     return credentials, place, rest[len(place) + 1 :]
 
 
@@ -80,7 +86,7 @@ def _secrets(address: str) -> set[str]:
     match = _ADDRESS.fullmatch(address)
     if match is None:
         return set()
-    credentials, _, query = _split(match[2])
+    credentials, _, query = _split(match[1], match[2])
     user, colon, password = credentials.partition(":")
     found = {credentials, password if colon else user, query}
     found |= set(re.split(r"[@/:?#&\s]", password if colon else user))  # an error may name a part of it

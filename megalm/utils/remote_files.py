@@ -28,6 +28,14 @@ T = TypeVar("T")
 
 # Scheme -> the package that reads it, and the extra of setup.py that installs it.
 SCHEMES = {"s3": ("s3fs", "s3"), "gs": ("gcsfs", "gs"), "hf": ("huggingface_hub", "hf")}
+# Scheme -> where its tools find credentials and server.
+_SETTINGS = {
+    "s3": "AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL",
+    "gs": "GOOGLE_APPLICATION_CREDENTIALS",
+    "hf": "HF_TOKEN and HF_ENDPOINT",
+}
+_HF_KIND = "(?:datasets|models|spaces|buckets)/"
+_HF_PLACE = re.compile(rf"(?:{_HF_KIND})?(?!{_HF_KIND})[\w.\-]+/[\w.\-]+(?:@[^/]+)?(?:/.*)?", re.DOTALL)
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.*)", re.DOTALL)
 _BLOCK_BYTES = 1 << 22
 _SMALLEST_BLOCK_BYTES = 1 << 15
@@ -52,7 +60,7 @@ def check_address(address: str, named: str, schemes: tuple[str, ...] = tuple(SCH
         named: the key or option and its value, for the message.
 
     Raises:
-        ConfigError: it is of another scheme, has no bucket, holds credentials, or its package is missing.
+        ConfigError: it is of another scheme, has no bucket or repository, holds credentials, or its package is missing.
     """
     match = _SCHEME.fullmatch(address)
     if match is None:
@@ -64,8 +72,10 @@ def check_address(address: str, named: str, schemes: tuple[str, ...] = tuple(SCH
     if public_address(address) != address:
         raise ConfigError(
             f"{named}: an address must not hold credentials or options; set them where the tools of {scheme}:// look, "
-            "as in AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL"
+            f"as in {_SETTINGS[scheme]}"
         )
+    if scheme == "hf" and _HF_PLACE.fullmatch(place) is None:
+        raise ConfigError(f"{named}: the address names no repository; write hf://datasets/OWNER/NAME/FILE")
     if not place.strip("/"):
         raise ConfigError(f"{named}: the address names no bucket; write {scheme}://BUCKET/FOLDER")
     package, extra = SCHEMES[scheme]
@@ -118,7 +128,8 @@ def lasting_problem(error: BaseException) -> str:
         return "does not exist"
     if names & {*_NO_CREDENTIALS}:
         return "needs credentials, and none are set"
-    if isinstance(error, PermissionError) or names & {*_REFUSED}:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, PermissionError) or names & {*_REFUSED} or status in (401, 403):
         return f"access is refused ({short_reason(error)})"
     return ""
 
@@ -192,7 +203,15 @@ class RemoteVersion:
 def remote_version(address: str, warn: Callable[[str], None] = lambda _: None) -> RemoteVersion:
     """Ask for a file's version. Raises: DataError: it does not exist, or the server does not answer."""
     filesystem, place = open_filesystem(address)
-    return RemoteVersion.of(tried_again(lambda: filesystem.info(place), address, warn=warn))
+    return RemoteVersion.of(tried_again(lambda: _info(filesystem, place), address, warn=warn))
+
+
+def _info(filesystem: AbstractFileSystem, place: str) -> Mapping[str, Any]:
+    """Ask the server about a file, whatever listings are kept."""
+    # huggingface_hub keeps listings always, and names a file's version only in what it calls expanded.
+    fresh = {"refresh": True, "expand_info": True} if "hf" in filesystem.protocol else {}
+    info: Mapping[str, Any] = filesystem.info(place, **fresh)
+    return info
 
 
 def has_glob(address: str) -> bool:
@@ -209,6 +228,7 @@ def list_remote(address: str, warn: Callable[[str], None] = lambda _: None) -> d
     scheme = address.partition("://")[0]
 
     def find() -> dict[str, Mapping[str, Any]]:
+        filesystem.invalidate_cache()
         if has_glob(address):
             return filesystem.glob(place, detail=True)
         info = filesystem.info(place)
@@ -275,15 +295,17 @@ class RemoteFile(io.RawIOBase):
 
     def _read_block(self, most: int) -> bytes:
         start, end = self._position, self._position + min(most, self._most)
+        # The file objects behind hf:// would read ahead, and drop what they read.
+        exact = {"cache_type": "none"} if "hf" in self._filesystem.protocol else {}
         try:
-            content: bytes = self._filesystem.cat_file(self._place, start=start, end=end)
+            content: bytes = self._filesystem.cat_file(self._place, start=start, end=end, **exact)
             if len(content) != end - start:
                 raise OSError(f"{len(content)} bytes came instead of {end - start}")
         except Exception:
             self._most = max(_SMALLEST_BLOCK_BYTES, self._most // 2)
             found = None
             with contextlib.suppress(Exception):  # it is asked again soon
-                found = RemoteVersion.of(self._filesystem.info(self._place))
+                found = RemoteVersion.of(_info(self._filesystem, self._place))
             if found not in (None, self.version):
                 raise self._changed() from None
             raise

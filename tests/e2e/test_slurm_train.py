@@ -319,26 +319,32 @@ def test_gpus_that_do_not_work_are_refused(slurm: SlurmCluster, small_data: Smal
     assert not (tmp_path / "runs").exists()
 
 
-def test_trains_stops_and_goes_on(slurm: SlurmCluster, small_data: SmallData, tmp_path: Path) -> None:
+def test_trains_stops_and_goes_on_with_the_node_that_is_left(
+    slurm: SlurmCluster, small_data: SmallData, tmp_path: Path
+) -> None:
     by_hand, on_nodes = tmp_path / "by hand", tmp_path / "on nodes"
     by_hand.mkdir()
     on_nodes.mkdir()
     same = (*small_data.words, "schedule.kind=constant")
     finished = finish(by_hand, pretrain(*same, f"train.steps={COMPARED_STEPS}"))
     assert finished.code == 0, finished.explain()
-    line = [
-        *("--export=ALL,DS_ACCELERATOR=cpu", "--output=train.log", TRAIN),
+    words = [
+        *("--nodes=1-2", "--export=ALL,DS_ACCELERATOR=cpu", "--output=train.log", TRAIN),
         *("--deepspeed_config", DS_CONFIGS / "fp32.json", *same),
         *(f"train.steps={STEPS}", "run.name=mine", "--resume", "auto"),
     ]
 
-    first = slurm.sbatch(on_nodes, *line)
+    first = slurm.sbatch(on_nodes, *words)
     until(lambda: any(row["step"] > COMPARED_STEPS for row in train_rows(on_nodes)), JOB_SECONDS)
-    slurm.ask("scancel", "--signal=TERM", first)
-    job = slurm.wait(first, JOB_SECONDS)
+    slurm.ask("scontrol", "update", f"nodename={slurm.nodes[1]}", "state=drain", "reason=test")
+    try:
+        slurm.ask("scancel", "--signal=TERM", first)
+        job = slurm.wait(first, JOB_SECONDS)
+    finally:
+        slurm.ask("scontrol", "update", f"nodename={slurm.nodes[1]}", "state=resume")
     log = (on_nodes / "train.log").read_text()
     assert (job["JobState"], job["ExitCode"], job["Restarts"]) == ("COMPLETED", "0:0", "1"), log
-    assert job["NumNodes"] == "2"
+    assert job["NumNodes"] == "1"
     for node in slurm.nodes:
         assert f"launch task StepId={first}.0" in (slurm.folder / "log" / f"slurmd-{node}.log").read_text()
     expected = losses(by_hand)
@@ -349,6 +355,13 @@ def test_trains_stops_and_goes_on(slurm: SlurmCluster, small_data: SmallData, tm
     assert [(row["step"], row["attempt"]) for row in train_rows(on_nodes)] == [
         (step, 1 if step <= stopped else 2) for step in range(1, STEPS + 1)
     ]
+    (resumed,) = (row for row in rows(on_nodes) if row.get("event") == "resume")
+    (line,) = (line for line in resumed["changed"] if line.startswith("the grid "))
+    was, now = line.split(", is ")
+    assert_names(was, "data 2")
+    assert_names(now, "data 1")
+    each_step = {row["samples"] // row["step"] for row in train_rows(on_nodes)}
+    assert len(each_step) == 1, "the global batch stays"
     ends = [(row["event"], row["status"]) for row in rows(on_nodes) if row.get("event") == "end"]
     assert ends == [("end", "stopped"), ("end", "finished")]
     assert log.count(f"job {first} on") == 2, "one log of both starts"

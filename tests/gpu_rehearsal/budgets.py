@@ -108,7 +108,9 @@ LAYOUTS: dict[str, Layout] = {
     "dropout, document mask": Layout("zero2.json", 8, 2, keys={**_GPT2, "data.document_mask": True}),
     "recomputation": Layout("zero3.json", 8, 3, keys={"train.checkpoint_activations_every": 1}),
     "tiles, offloaded inputs": Layout("zero3.json", 8, 3, keys=_LONG),
-    "document mask, composed": Layout("zero2.json", 8, 2, keys={"data.document_mask": True, **_COMPOSED}),
+    "document mask, composed": Layout(
+        "zero2.json", 8, 2, keys={"data.document_mask": True, "train.recompute": "full", "compile": False, **_COMPOSED}
+    ),
     "grouped queries, untied, experts": Layout(
         "zero2.json",
         8,

@@ -158,6 +158,15 @@ def test_overlap_sends_the_same_bytes_in_more_messages(
     assert plain.keys() == overlapped.keys()
 
 
+@pytest.mark.parametrize("name", ["document mask, composed"])
+def test_recomputed_blocks_with_soft_caps_keep_nothing(name: str, found: dict[str, Rehearsed]) -> None:
+    _, plan, rehearsal = found[name]
+    start = rehearsal.phase("start")
+    assert start is not None
+    # The moments come with the first step, beside small numbers.
+    assert step_of(rehearsal).kept_bytes - start.kept_bytes < 2 * plan.memory.moments
+
+
 def test_ranks_of_one_stage_do_the_same(found: dict[str, Rehearsed]) -> None:
     """The number of data-parallel ranks and the rank's number change no wait."""
     waits = [

@@ -32,7 +32,7 @@ def command(
     ranks: Annotated[
         int | None,
         typer.Option(
-            "--ranks", min=1, help="The ranks of the run. Default: the recipe's documented GPUs, else one data rank."
+            "--ranks", min=1, help="The ranks of the run. Default: the recipe's documented GPUs, else as few as can be."
         ),
     ] = None,
     gpu: Annotated[
@@ -54,8 +54,9 @@ def command(
     """
     device = _ANY_GPU if gpu is None else gpu_by_name(gpu)
     files = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks or 1)
-    degrees, documented = files.loaded.config.parallel, files.loaded.config.documented.devices
-    case = make_case(files, ranks or documented or degrees.tensor * degrees.pipeline, device, fp32)
+    own = files.loaded.config
+    ranks = ranks or own.documented.devices or own.parallel.fewest_ranks
+    case = make_case(files, ranks, device, fp32)
     began = time.monotonic()
     with ProgressBar("comparing", PARTS) as bar:
         report = run_parity(case, bar.advance)

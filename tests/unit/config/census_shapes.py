@@ -169,7 +169,7 @@ SHAPES: dict[str, Shape] = {
     ),
     "on-the-wrong-ranks": Shape(
         plain(train_batch_size=64, train_micro_batch_size_per_gpu=4, gradient_accumulation_steps=2),
-        refused=("train_batch_size", "--world-size 8"),
+        refused=("train_batch_size", "8 ranks"),
     ),
     "no-divisor": Shape(plain(train_micro_batch_size_per_gpu=3), refused=("train_micro_batch_size_per_gpu",)),
     # Precision.

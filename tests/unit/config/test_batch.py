@@ -95,7 +95,7 @@ def test_the_values_that_are_proposed_work(total: int, micro: int, ranks: int) -
             2,
             ["train_batch_size=16", "train_micro_batch_size_per_gpu=4", "gradient_accumulation_steps=4", 2, 32],
         ),
-        (256, 8, 4, 2, ["train_batch_size=256", "--world-size 8", 64]),
+        (256, 8, 4, 2, ["train_batch_size=256", "8 ranks", 64]),
         (256, 4, None, 3, ["train_batch_size=256", 255, 258, 64]),
         (16, None, 3, 2, ["gradient_accumulation_steps=3"]),
         (16, "auto", 100, 2, ["gradient_accumulation_steps=100"]),

@@ -131,6 +131,10 @@ def test_overrides_are_yaml(override: str, section: str, key: str, value: object
             "model.rope_scaling={rope_type: yarn, factor: 0.5, atention_factor: 2}",
             ["model.rope_scaling", "factor", "number of at least 1", "unknown key atention_factor"],
         ),
+        ("train.parameter_groups=[{match: a}, {match: b, frozn: true}]", ["item 2", "frozn", "frozen"]),
+        ("data.stages=[{from_step: 0, sequence_length: 8}]", ["item 1", "from_step", 0]),
+        ("schedule.batch=[{from_step: 1}]", ["item 1", "sequences is missing"]),
+        ("data.train=[{prefix: a, weight: -1}]", ["item 1", "weight", 0]),
     ],
 )
 def test_a_bad_override_is_named_in_full(override: str, names: list[object]) -> None:

@@ -75,6 +75,15 @@ def test_a_miniature_has_layers_with_experts_and_without() -> None:
     assert changes["model.num_experts"] == (64, 4)
 
 
+def test_the_fewest_ranks_have_all_degrees() -> None:
+    words = ("parallel.tensor=2", "parallel.context=2", "parallel.expert=4", "model.num_experts=4", "compile=false")
+    assert read_settings(None, words, "zero1.json", resume=False, ranks=8).loaded.config.parallel.fewest_ranks == 8
+    assert case(*words, ranks=8).run.topology.expert == 2
+    with pytest.raises(ConfigError) as error:
+        case(*words, ranks=4)
+    assert_names(error.value, "parallel.expert=4")
+
+
 def test_choices_of_layers_still_have_an_effect() -> None:
     choices = "model.sliding_window=9", "model.full_attention_layers=[0, 1, 2, 3]"
     shape = case("model.num_hidden_layers=8", *choices).shape
