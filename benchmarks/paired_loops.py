@@ -160,8 +160,8 @@ def _megalm(shape: Shape, precision: str, words: list[str], folder: Path) -> Pro
         "run.name": "paired",
         "run.root": folder,
     }
-    stated = [*(f"{key}={value}" for key, value in settings.items()), *words]
-    command = [str(ROOT / "launch" / "pretrain.py"), "--deepspeed_config", str(folder / "deepspeed.json"), *stated]
+    overrides = [*(f"{key}={value}" for key, value in settings.items()), *words]
+    command = [str(ROOT / "launch" / "pretrain.py"), "--deepspeed_config", str(folder / "deepspeed.json"), *overrides]
     return _start(command, folder / "paired" / "metrics.jsonl", folder / "megalm.log", folder, {})
 
 

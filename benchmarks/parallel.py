@@ -2,7 +2,7 @@
 
     python benchmarks/parallel.py [--shape quickstart|34m|124m|1.3b] [--layouts one dp2 tp2 ...] [--steps 8] [--zero 1]
 
-Each layout is started by itself, as so many processes of this file, one a GPU or, on a CPU, sharing the cores: there
+Each layout is started by itself, as several processes of this file, one a GPU or, on a CPU, sharing the cores: there
 layouts cannot be faster than one rank, and what the table shows is what they cost and what they save. Columns:
 
 - s/step: median of `--steps` steps after three others; the whole of `train_step`.
@@ -266,10 +266,10 @@ def _resolve(arguments: argparse.Namespace, bench: Bench) -> ResolvedRun:
         "model.num_attention_heads": bench.heads,
         "data.sequence_length": bench.sequence,
     }
-    stated = [*(f"{key}={value}" for key, value in sizes.items()), *LAYOUTS[arguments.one_of][1]]
+    overrides = [*(f"{key}={value}" for key, value in sizes.items()), *LAYOUTS[arguments.one_of][1]]
     device = device_facts(ranks.local_world_size)
     return resolve(
-        load_run_config(None, stated), read_deepspeed_json(str(ours)), ranks.world_size, device, bench.vocabulary
+        load_run_config(None, overrides), read_deepspeed_json(str(ours)), ranks.world_size, device, bench.vocabulary
     )
 
 

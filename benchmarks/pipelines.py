@@ -2,7 +2,7 @@
 
     python benchmarks/pipelines.py [--ranks 2 4] [--blocks 8] [--micro-batches 8] [--milliseconds 5] [--rounds 5]
 
-What a block computes is tiny; beside it, it sleeps so many milliseconds in the forward pass and twice as many in the
+What a block computes is tiny; beside it, it sleeps some milliseconds in the forward pass and twice as many in the
 backward pass. So ranks do not take cores from each other, as they would on a CPU, and each stage takes the time that it
 would on a device of its own: what is measured is the schedule and all that the engines add to it. The engines of one
 number of ranks are built in the same processes and take their steps in turn.
@@ -135,7 +135,7 @@ def _step(arguments: argparse.Namespace, comm: Any, device: torch.device, virtua
     }
     path = arguments.folder / f"{virtual}-{comm.rank}.json"
     path.write_text(json.dumps(content))
-    stated = [
+    overrides = [
         "model.style=llama",
         f"model.num_hidden_layers={arguments.blocks}",
         "model.hidden_size=32",
@@ -145,7 +145,7 @@ def _step(arguments: argparse.Namespace, comm: Any, device: torch.device, virtua
         f"parallel.virtual_stages={virtual}",
     ]
     facts = device_facts(comm.size)
-    run = resolve(load_run_config(None, stated), read_deepspeed_json(str(path)), comm.size, facts, _VOCABULARY)
+    run = resolve(load_run_config(None, overrides), read_deepspeed_json(str(path)), comm.size, facts, _VOCABULARY)
     shape = build_model_config(run.config.model, _VOCABULARY, _SEQUENCE)
     engine = build_engine(run, shape, device, comm)
     loader = random_batches(run, arguments.folder / "data", comm.rank)

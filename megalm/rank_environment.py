@@ -250,7 +250,7 @@ def node_name(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def host_of_rank(rank: int, ranks: RankFacts, environment: Mapping[str, str] = os.environ) -> str | None:
-    """Return the node of a rank that has not told it: by Slurm's layout, or this one if it has all; None: unknown."""
+    """Return the node of a rank that is not here: by Slurm's layout, or this one if it has all; None: unknown."""
     if ranks.local_world_size == ranks.world_size:
         return node_name(environment)
     if environment.get("SLURM_STEP_NUM_TASKS") != str(ranks.world_size):
@@ -281,7 +281,7 @@ def describe_ranks(ranks: Iterable[tuple[int, str | None]]) -> str:
 
 
 def exclude_advice(hosts: Iterable[str | None], environment: Mapping[str, str] = os.environ) -> str:
-    """Return how a Slurm job of several nodes goes on without these; empty where that is no way."""
+    """Return how a Slurm job of several nodes continues without these; empty where that is no way."""
     names = sorted({host for host in hosts if host})
     if not names or environment.get("SLURM_JOB_NUM_NODES", "1") == "1":
         return ""

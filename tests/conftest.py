@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -40,6 +41,23 @@ def require(name: str, present: object, reason: str) -> None:
 def _require() -> Callable[[str, object, str], None]:
     """`require("chromium", shutil.which("chromium"), "no chromium; apt-get install chromium")`."""
     return require
+
+
+@pytest.fixture
+def mounted_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """`mounted_disk("5m")`: a folder that is a disk of that size."""
+    disk = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        disk.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk]
+        mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
+        require("tmpfs", mounted, "no small disk: mounting a tmpfs needs root")
+        return disk
+
+    yield mount
+    if disk.is_mount():
+        subprocess.run(["umount", "-l", disk], check=True)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

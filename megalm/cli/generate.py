@@ -39,7 +39,7 @@ _HELP = """/temperature X         0: always the most likely token
 /seed N                seed of the next text; each later text adds 1
 /settings              show the settings
 //...                  a prompt that starts with /
-...\\                   the prompt goes on in the next line"""
+...\\                   the prompt continues in the next line"""
 _FIELDS = {
     "temperature": "temperature",
     "tokens": "max_new_tokens",
@@ -79,7 +79,7 @@ class PromptLoop:
                 importlib.import_module("readline")  # line editing and history
         if isinstance(sys.stdin, io.TextIOWrapper):
             sys.stdin.reconfigure(errors="replace")
-        begun = ""  # the lines of a prompt that goes on
+        begun = ""  # the lines of a prompt that continues
         while True:
             try:
                 line = input(("... " if begun else "> ") if self._terminal else "")

@@ -20,14 +20,14 @@ from megalm.cli.plan_text import fit_text, plan_text
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.config.loading import parse_override
 from megalm.config.schema import DocumentedSection
-from megalm.cost_model.gpu_specs import gpu_by_name, known_gpus
+from megalm.cost_model.gpu_specs import data_sheet_peak, gpu_by_name, known_gpus
 from megalm.errors import EXIT_FAILED, ConfigError
 from megalm.planning.largest_model import FitRequest, free_stem, largest_model, refuse_existing
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, ResolvedRun, expected_vocab_size, known_vocab_size, resolve
 from megalm.planning.run_plan import ASSUMED_RATE, Plan, Rate, draw_rates, make_plan
 from megalm.runs.run_settings import Arguments, ConfigFiles, read_settings
-from megalm.tracking.measured_rate import measured_rate
+from megalm.tracking.compare_runs import read_run, results
 from megalm.train.resume.compatibility import grid_notes, with_last_step, with_schedule
 from megalm.train.run_summary import planned_data
 from megalm.utils.atomic_files import refuse_overwriting_inputs, writing_to
@@ -371,3 +371,29 @@ def own_device(local_ranks: int) -> DeviceFacts:
             f"a plan for this machine needs torch ({error}); plan for other GPUs with --gpu NAME or --gpu-memory SIZE"
         ) from None
     return device_facts(local_ranks)
+
+
+def measured_rate(folder: Path, device: DeviceFacts) -> Rate:
+    """Return the median speed of a run's steps: as MFU between GPUs with data sheets, else for the same device alone.
+
+    Raises:
+        ConfigError: the run has no measured speed, or another device without a data sheet.
+        DataError: its metrics cannot be read.
+    """
+    run = read_run(folder)
+    found, facts = results(run), run.environment
+    flops, ranks = facts.get("flops_per_token"), facts.get("world_size")
+    if not found.tokens_per_second or not isinstance(flops, int) or not isinstance(ranks, int):
+        raise ConfigError(f"--rate-of {folder}: the run has not measured its speed; name a run that has trained steps")
+    origin = f"the median of {folder}"
+    theirs = str(facts.get("device"))
+    if found.mfu and data_sheet_peak(theirs, low_precision=True) and data_sheet_peak(device.name or "", True):
+        return Rate(found.mfu, origin)
+    is_same = device.kind == "cpu" == facts.get("device_kind") or device.name == theirs
+    if not is_same:
+        here = device.name or device.kind
+        raise ConfigError(
+            f"--rate-of {folder}: its speed on {theirs} does not carry over to {here}: only between GPUs with a data "
+            "sheet does it; state a share of the peak with --mfu"
+        )
+    return Rate(found.mfu or 0.0, origin, flops=found.tokens_per_second * flops / ranks)

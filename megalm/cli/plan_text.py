@@ -13,10 +13,10 @@ from megalm.config.validation import leaf_fields, shown
 from megalm.cost_model.memory import MemoryPlan
 from megalm.cost_model.pipeline_balance import balanced_by_parameters
 from megalm.model.model_config import ModelConfig
+from megalm.planning.data_checks import how_to_give_data
 from megalm.planning.memory_fit import USABLE_MEMORY, remedies
 from megalm.planning.recipe_claims import changed_keys, judge, tolerances
 from megalm.planning.resolve import ResolvedRun
-from megalm.planning.run_checks import how_to_give_data
 from megalm.planning.run_plan import Plan
 from megalm.topology import Axis, Overlay
 from megalm.utils.formatting import format_bytes, format_duration, table, terminal_width, wrapped

@@ -213,7 +213,7 @@ class ModelSection(Section):
         default=None, description="of an expert; null: intermediate_size, which layers without experts have"
     )
     num_shared_experts: NonNegativeInt = Field(
-        default=0, description="experts of every token, as one MLP of so many times moe_intermediate_size (DeepSeek)"
+        default=0, description="experts of every token, as one MLP of this multiple of moe_intermediate_size (DeepSeek)"
     )
     moe_layers: LayerChoice | None = Field(
         default=None, description="layers with experts: numbers from 0, or n: every n-th layer; null: all"
@@ -491,8 +491,8 @@ class TrainSection(Section):
     )
     expert_capacity_factor: PositiveFloat | None = Field(
         default=None,
-        description="in training an expert takes so many times its equal share of a sequence's tokens, the first ones, "
-        "and drops the others; null: it drops none",
+        description="in training an expert takes at most this multiple of its equal share of a sequence's tokens, the "
+        "first ones, and drops the others; null: it drops none",
     )
     loss_chunk_tokens: PositiveInt | None = Field(
         default=None,

@@ -540,7 +540,7 @@ def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
     low, accumulated = case.element_bytes, case.gradient_bytes
     offload, same_type = case.offloads_optimizer, case.gradient_precision == case.precision
     if case.zero.stage == 3:
-        # With offload the accumulated gradients lie beside the fp32 ones that the optimizer reads.
+        # With offload the accumulated gradients are beside the fp32 ones that the optimizer reads.
         return (0, (accumulated + 4) * own) if offload else (accumulated * own, 0)
     if case.uses_bf16_optimizer:
         # Whole fp32 gradients, and autograd's own, which DeepSpeed zeroes but never frees.

@@ -1,4 +1,4 @@
-"""The base of both DeepSpeed engines: construction, the check before each update, optimizer state, end of a step."""
+"""The base of the DeepSpeed engines: construction, the check before each update, optimizer state, end of a step."""
 
 from __future__ import annotations
 
@@ -18,28 +18,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
-from deepspeed.comm import pg_utils
-from deepspeed.runtime import bf16_optimizer
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
-from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from megalm.checkpoint.shard_spec import HasFragment
 from megalm.communicator import Communicator
-from megalm.data.sampling.batch_loader import MicroBatch
+from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.data.sampling.samples import IGNORE_INDEX
 from megalm.engine.cpp_extensions import load_async_io
-from megalm.engine.dataset_losses import DatasetLosses
 from megalm.engine.deepspeed_patches import import_muon_uncompiled, prints_to_log
 from megalm.engine.expert_loads import ExpertBiases, ExpertLoads
 from megalm.engine.interface import JudgeUpdate, StepResult, UpdateVerdict
 from megalm.engine.nvme_offload import SwapFolder
 from megalm.engine.optimizer.build_optimizer import build_optimizer, group_without_parameters, parameter_groups
 from megalm.engine.optimizer.expert_states import count_experts_once, register_groups
-from megalm.engine.optimizer.frozen_weights import FrozenWeights
 from megalm.engine.optimizer.muon import Muon
-from megalm.engine.optimizer.optimizer_state import OptimizerState, ReadFragment
+from megalm.engine.optimizer.optimizer_state import FrozenWeights, OptimizerState, ReadFragment, read_norm_once
 from megalm.engine.phase_clock import PhaseClock
 from megalm.model.layer_factory import WHOLE_SEQUENCE, ShardedAxis, VocabularyOutput, WholeSequence, shard_of
 from megalm.model.model_config import ModelConfig
@@ -153,66 +146,46 @@ class HostCopy:
         return self._read
 
 
-class _FillOnDevice(TorchFunctionMode):
-    """Fills the tensor of `torch.tensor(number, device=...)` there: a copy from the host would wait for the device."""
+class DatasetLosses:
+    """Adds up the losses of forward passes by dataset, in one training step of a mixture.
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function is torch.tensor and isinstance(args[0], float):
-            return torch.full((), args[0], **(kwargs or {}))
-        return function(*args, **(kwargs or {}))
+    Shapes: b samples of a micro-batch, D datasets.
 
-
-@functools.cache
-def read_norm_once() -> None:
-    """Let DeepSpeed's optimizers read the global gradient norm from the device once a step.
-
-    They read it again wherever they compare it: is it valid, does it clip, for each parameter group. From here on they
-    compare a copy on the host. A norm that is not finite says that gradients overflowed; DeepSpeed's own search for
-    such gradients, with a reading of its own, comes to the same result and is left out.
-    """
-    DeepSpeedZeroOptimizer.scaled_global_norm = _summed_once(DeepSpeedZeroOptimizer.scaled_global_norm)
-    for owner, name in (
-        (DeepSpeedZeroOptimizer, "scaled_global_norm"),
-        (DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups"),
-        (bf16_optimizer, "get_global_norm_of_tensors"),
-    ):
-        setattr(owner, name, _norm_on_host(getattr(owner, name)))
-    for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
-        optimizer.check_overflow = functools.wraps(optimizer.check_overflow)(lambda *_, **__: None)
-
-
-def _summed_once(norm_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """DeepSpeed's norm of ZeRO 1 and 2 with one sum over the ranks of a model's copy, not one for each parameter group.
-
-    Stages of a pipeline may have other groups, and would wait for each other for ever.
+    Args:
+        output: of the model, where this rank computes the loss and reports it; None elsewhere: its sums are zeros.
     """
 
-    @functools.wraps(norm_of)
-    def norm(optimizer: Any, *args: Any, **options: Any) -> Tensor:
-        if not pg_utils.is_parallel(optimizer.model_parallel_group):
-            return norm_of(optimizer, *args, **options)
-        reduce = optimizer._model_parallel_all_reduce
-        optimizer._model_parallel_all_reduce = lambda **_: None
-        try:
-            square = norm_of(optimizer, *args, **options).square()  # infinite if a gradient is not finite
-        finally:
-            del optimizer._model_parallel_all_reduce
-        reduce(tensor=square, op=dist.ReduceOp.SUM)
-        return square.sqrt()
+    def __init__(self, output: VocabularyOutput | None, device: torch.device) -> None:
+        self._device, self._output = device, output
+        self._targets: tuple[int, ...] = ()
+        self._sums = torch.zeros(0, dtype=torch.float64, device=device)  # [D]
+        self._datasets: Tensor | None = None  # [b] of the micro-batch in work
 
-    return norm
+    def begin(self, batch: GlobalBatch) -> None:
+        """Begin a training step."""
+        self._targets = batch.dataset_targets
+        self._sums = torch.zeros(len(self._targets), dtype=torch.float64, device=self._device)
+        self._datasets = None
+        if self._output is not None:
+            self._output.observe = self._add if self._targets else None
 
+    def of(self, datasets: npt.NDArray[np.int64] | None) -> None:
+        """Set the datasets [b] of the next forward pass; None: its losses are not added."""
+        to = None if datasets is None else torch.from_numpy(datasets)
+        self._datasets = None if to is None else to.to(self._device, non_blocking=True)
 
-def _norm_on_host(norm_of: Callable[..., Tensor | list[Tensor]]) -> Callable[..., Tensor]:
-    @functools.wraps(norm_of)
-    def read(*args: Any, **options: Any) -> Tensor:
-        if options.get("input_tensors") == []:  # of a rank whose parameters are frozen, or other ranks' as well
-            options["input_tensors"] = [torch.zeros(1)]
-        with _FillOnDevice():
-            norm = norm_of(*args, **options)
-        return (torch.stack(norm) if isinstance(norm, list) else norm).cpu()
+    def sums(self) -> list[Tensor]:
+        """Return this rank's sum of losses in nats, by dataset."""
+        return list(self._sums)
 
-    return read
+    def means(self, sums: Sequence[float]) -> tuple[float | None, ...]:
+        """Return the losses per target, given the sums over all ranks, which come last in `sums`."""
+        own = sums[len(sums) - len(self._targets) :]
+        return tuple(nats / count if count else None for nats, count in zip(own, self._targets, strict=True))
+
+    def _add(self, losses: Tensor) -> None:
+        if self._datasets is not None:
+            self._sums.index_add_(0, self._datasets, losses.view(len(self._datasets), -1).double().sum(1))
 
 
 class ModelParallelUnit:
@@ -285,11 +258,19 @@ def _mark_owned(parameters: dict[str, nn.Parameter], shards: dict[str, ShardedAx
 
 
 def _swap_folder(offload: dict[str, Any], elements: int) -> SwapFolder:
-    """Return the folder of states on NVMe, of so many elements on each rank, which DeepSpeed's settings then name."""
+    """Return the folder of states on NVMe, `elements` of them on each rank, which DeepSpeed's settings then name."""
     load_async_io()
     found = SwapFolder(offload["nvme_path"], _SWAPPED_BYTES * elements * rank_facts().local_world_size)
     offload["nvme_path"] = str(found.path)
     return found
+
+
+def _expert_loads(part: nn.Module, context: EngineContext) -> ExpertLoads:
+    train, device = context.run.config.train, context.device
+    counts = context.groups.tensor.index == 0
+    saves = counts and context.groups.data_context.index == 0
+    biases = ExpertBiases(part, context.shape, device, train.expert_bias_rate, saves)
+    return ExpertLoads(part, context.shape, device, biases, counts, train.expert_capacity_factor is not None)
 
 
 class EngineBase(ABC):
@@ -316,6 +297,7 @@ class EngineBase(ABC):
         self._comm = context.comm
         self._device = context.device
         self._groups, self._copies = groups, groups.data_context
+        self._data_ranks, self._replicas = groups.topology.data, groups.data_context.size
         self._sequence = context.sequence
         # Every rank of the last stage's tensor group has the same loss: only the first reports it.
         self._reports_loss = output is not None and groups.tensor.index == 0
@@ -323,20 +305,7 @@ class EngineBase(ABC):
         self._multiple: int = model.slices * context.sequence.multiple  # type: ignore[assignment, operator]
         self._output = output if self._reports_loss else None
         self._by_dataset = DatasetLosses(self._output, context.device)
-        self._loads = ExpertLoads(
-            part,
-            context.shape,
-            context.device,
-            counts=groups.tensor.index == 0,
-            drops=run.config.train.expert_capacity_factor is not None,
-        )
-        self._biases = ExpertBiases(
-            part,
-            context.shape,
-            context.device,
-            run.config.train.expert_bias_rate,
-            saves=groups.tensor.index == self._copies.index == 0,
-        )
+        self._experts = _expert_loads(part, context) if context.shape.moe_layers else None
         self._stage = int(settings["zero_optimization"]["stage"])
         self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
         parameters = dict(part.named_parameters())
@@ -385,7 +354,8 @@ class EngineBase(ABC):
     def fragments(self) -> Iterator[HasFragment]:
         yield from self._state.fragments()
         yield from self._frozen.fragments()
-        yield from self._biases.fragments()
+        if self._experts is not None:
+            yield from self._experts.biases.fragments()
 
     def counters(self) -> dict[str, Any]:
         # Without ZeRO, a pipeline stage whose parameters are all frozen counts no updates.
@@ -403,7 +373,8 @@ class EngineBase(ABC):
         self._frozen.load(read)
         self._state.load(read, counters["optimizer_step"])
         self._frozen.forget_second_copies()
-        self._biases.load(read)
+        if self._experts is not None:
+            self._experts.biases.load(read)
         self._count_from(counters, step)
 
     def reset(self) -> None:
@@ -437,32 +408,26 @@ class EngineBase(ABC):
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return nullcontext() if self._phases is None else self._phases(name)
 
-    def _set_learning_rate(self, rate: float) -> None:
-        self._learning_rate = rate
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = rate * group["learning_rate_scale"]
+    def _begin_step(self, batch: GlobalBatch, learning_rate: float) -> None:
+        """Prepare a training step; the size of its micro-batches is the one that the engine was built for."""
+        engine, micro_batches = self._engine, len(batch.micro_batches)
+        self._learning_rate = learning_rate
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate * group["learning_rate_scale"]
+        if micro_batches != engine.gradient_accumulation_steps():
+            engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self._replicas)
+            engine.micro_steps = engine.global_steps * micro_batches  # a boundary is where they divide
+            if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO's copy
+                engine.optimizer.gradient_accumulation_steps = micro_batches
+        self._by_dataset.begin(batch)
+        if self._experts is not None:
+            sequences = micro_batches * len(batch.micro_batches[0].tokens)  # of this rank, or parts of them
+            # The gradient of the router's losses does not pass the loss. DeepSpeed takes the mean over data x context.
+            self._experts.begin(sequences * self._data_ranks, self._groups.context.size / sequences)
 
     def _micro_batch(self, index: int) -> int:
         """Return the number, among those of all data-parallel ranks in a step, of this rank's micro-batch `index`."""
-        return index * self._groups.topology.data + self._groups.coordinate.data
-
-    def _begin_routing(self, sequences: int) -> None:
-        """Begin a step of so many sequences of this rank, or parts of them.
-
-        The gradient of the router's losses does not pass the loss. DeepSpeed takes the mean over data x context.
-        """
-        grid = self._groups.topology
-        self._loads.begin(sequences * grid.data, grid.context / sequences)
-
-    def _accumulate(self, micro_batches: int) -> None:
-        """Prepare a step of so many micro-batches, each of the size that the engine was built for."""
-        engine = self._engine
-        if micro_batches == engine.gradient_accumulation_steps():
-            return
-        engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self._copies.size)
-        engine.micro_steps = engine.global_steps * micro_batches  # a boundary is where they divide
-        if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO's copy
-            engine.optimizer.gradient_accumulation_steps = micro_batches
+        return index * self._data_ranks + self._groups.coordinate.data
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return this rank's positions of tokens and labels, and whole documents, on the device."""
@@ -499,7 +464,7 @@ class EngineBase(ABC):
     @torch.no_grad()
     def row_losses(self, batch: MicroBatch) -> npt.NDArray[np.float64]:
         """Return the sum of losses in nats of each row, fp64 [B]; the data-parallel ranks share the rows."""
-        rows, ranks = len(batch.tokens), self._groups.topology.data
+        rows, ranks = len(batch.tokens), self._data_ranks
         extra = ((0, -rows % ranks), (0, -batch.tokens.shape[1] % self._multiple))  # all ranks have as many rows
         own = slice(self._groups.coordinate.data, None, ranks)
         tokens = np.pad(batch.tokens, extra)[own]
@@ -551,7 +516,8 @@ class EngineBase(ABC):
             found = [(it.grad, copies) for it, copies in self._owned if it.grad is not None]
             norms = [torch.linalg.vector_norm(it, dtype=torch.float64) / math.sqrt(copies) for it, copies in found]
             squares = [torch.stack(norms).square().sum() if norms else torch.zeros((), device=self._device)]
-        sums = self._sum_over_ranks(loss_sum, *squares, self._loads.sums(), *self._by_dataset.sums())
+        routing = [] if self._experts is None else [self._experts.sums()]
+        sums = self._sum_over_ranks(loss_sum, *squares, *routing, *self._by_dataset.sums())
         self._step_sums.request(sums)
         self._divisor = divisor
         self._check.arm(self._loss_and_norm)
@@ -581,11 +547,12 @@ class EngineBase(ABC):
             # DeepSpeed found an overflow and did not call `step`: normal with a loss scale, a fault without one.
             verdict = replace(self._check.judge(loss, self._last_norm), refuses=True)
         sums = self._step_sums.read()
-        routing = self._loads.statistics(sums[1 if self._stage else 2 :])
+        routing = None if self._experts is None else self._experts.statistics(sums[1 if self._stage else 2 :])
         if verdict is not None and not verdict.refuses:
             self._state.ema.update()
-            if routing is not None and self._learning_rate > 0:  # as weights, biases stay at rate zero
-                self._biases.follow(routing)
+            # As weights, biases stay at rate zero.
+            if self._experts is not None and routing is not None and self._learning_rate > 0:
+                self._experts.biases.follow(routing)
         by_dataset = self._by_dataset.means(sums)
         return StepResult(loss, self._last_norm, self._state.loss_scale(), verdict, by_dataset, routing)
 

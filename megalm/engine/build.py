@@ -22,13 +22,13 @@ from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.interface import Engine, JudgeUpdate
 from megalm.engine.traffic_counter import TrafficCounter
 from megalm.model.activation_offload import OffloadedInputs
-from megalm.model.layer_factory import LayerFactory, RouterLosses, annotate_shard, shard_of
+from megalm.model.layer_factory import WHOLE_SEQUENCE, LayerFactory, RouterLosses, annotate_shard, shard_of
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, ParameterInit, StageBuilder, initial_weight
-from megalm.parallel.context_parallel import divided_sequence
-from megalm.parallel.expert_parallel import divided_experts
+from megalm.parallel.context_parallel import ExchangedSequence, RingSequence
+from megalm.parallel.expert_parallel import DividedExperts
 from megalm.parallel.process_groups import ParallelGroups, make_groups
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
@@ -78,7 +78,10 @@ def build_engine(
         with_stages=run.optimizer.muon is not None,
         node_ranks=run.deepspeed_source.settings.zero_optimization.secondary_ranks,
     )
-    sequence = divided_sequence(groups.context, run.config.parallel.context_method == "ring")
+    sequence = WHOLE_SEQUENCE
+    if groups.context.size > 1:
+        divided = RingSequence if run.config.parallel.context_method == "ring" else ExchangedSequence
+        sequence = divided(groups.context)
     context = EngineContext(run, shape, device, comm, groups, judge, sequence)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
@@ -87,7 +90,8 @@ def build_engine(
     if run.topology.tensor > 1:
         how = run.config.parallel.sequence, run.compiled, float8, run.tensor_chunks
         layers = TensorLayers(clock, groups.tensor, *how, train.z_loss, sequence)
-    layers.experts = divided_experts(groups.expert)
+    if groups.expert.size > 1:
+        layers.experts = DividedExperts(groups.expert)
     layers.router_losses = RouterLosses(train.router_aux_loss, train.router_z_loss)
     layers.expert_capacity_factor = train.expert_capacity_factor
     if run.compiled:

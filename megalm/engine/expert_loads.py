@@ -21,11 +21,21 @@ class ExpertLoads:
 
     Args:
         part: the modules on this rank, under their paths in the model.
+        biases: of the same layers.
         counts: whether this rank counts its tokens: one rank of a tensor group, which all see the same.
         drops: whether experts have a capacity.
     """
 
-    def __init__(self, part: nn.Module, shape: ModelConfig, device: torch.device, counts: bool, drops: bool) -> None:
+    def __init__(
+        self,
+        part: nn.Module,
+        shape: ModelConfig,
+        device: torch.device,
+        biases: ExpertBiases,
+        counts: bool,
+        drops: bool,
+    ) -> None:
+        self.biases = biases
         self._experts = shape.num_experts or 0
         self._top = shape.num_experts_per_token
         self._layers = shape.moe_layers
@@ -51,7 +61,7 @@ class ExpertLoads:
             module.statistics = torch.zeros(self._width, dtype=torch.float64, device=self._device)
 
     def sums(self) -> Tensor:
-        """This rank's addends, fp64 [L x width]."""
+        """This rank's addends, fp64, flat [L x width]."""
         found = torch.zeros(len(self._layers), self._width, dtype=torch.float64, device=self._device)
         for index, module in self._held.items() if self._counts else ():
             assert module.statistics is not None
@@ -65,10 +75,8 @@ class ExpertLoads:
         """Of `sums`."""
         return len(self._layers) * self._width
 
-    def statistics(self, sums: Sequence[float]) -> RoutingStatistics | None:
-        """The step's routing, given the sums over all ranks; None for a model without experts."""
-        if not self._layers:
-            return None
+    def statistics(self, sums: Sequence[float]) -> RoutingStatistics:
+        """The step's routing, given the sums over all ranks."""
         rows = [sums[start : start + self._width] for start in range(0, self.size, self._width)]
         counts = tuple(tuple(map(int, row[: self._experts])) for row in rows)
         dropped, entropy, balance, z = (

@@ -68,13 +68,10 @@ class ZeroEngine(EngineBase):
         engine = self._engine
         engine.train()
         self._state.release_buffers()
-        self._set_learning_rate(learning_rate)
-        self._accumulate(len(batch.micro_batches))
-        self._by_dataset.begin(batch)
-        self._begin_routing(len(batch.micro_batches) * len(batch.micro_batches[0].tokens))
+        self._begin_step(batch, learning_rate)
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
-        scale = self._copies.size / batch.divisor
+        scale = self._replicas / batch.divisor
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             self._by_dataset.of(micro_batch.datasets)

@@ -67,7 +67,7 @@ class _Architecture:
         window_every: it has windows, and every n-th layer is full; 0: it has none.
         needs_window: it has them always.
         window_theta: base of the rotations in windows; None: that of the others.
-        wide_scale_layers: a model of so many layers has its scores scaled by the width of a head's share of the model.
+        wide_scale_layers: with this many layers scores are scaled by the width of a head's share of the model.
         no_rope_every: every n-th layer does not rotate; 0: all rotate.
         fuses_qkv: query, key and value are one tensor.
         rotates_neighbours: it rotates neighbouring rows of a head, megalm (as transformers) the two halves of a head.

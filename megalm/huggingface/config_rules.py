@@ -19,7 +19,7 @@ from megalm.model.model_config import ModelConfig
 
 Config = Mapping[str, Any]
 Values = dict[str, Any]  # fields of ModelConfig
-REQUIRED = ...  # a key that has to be stated, because classes or versions of transformers have different defaults
+REQUIRED = ...  # a key that has to be there, because classes or versions of transformers have different defaults
 
 
 class Rule(Protocol):
@@ -83,7 +83,7 @@ class Key:
 
 
 def computed(function: Callable[[Values], Any], values: Values) -> Any:
-    """None where a field that it needs is missing or no number, which is told about that field."""
+    """None where a field that it needs is missing or no number, which is reported for that field."""
     try:
         return function(values)
     except (KeyError, TypeError, ValueError, ZeroDivisionError):
@@ -112,9 +112,9 @@ class Derived:
 
     def read(self, config: Config, values: Values, problems: list[str]) -> None:
         values[self.field] = computed(self.value, values)
-        stated = config.get(self.key) if self.key else None
-        if stated is not None and stated != values[self.field]:
-            problems.append(f"{self.key}={stated!r} (supported: {values[self.field]!r})")
+        given = config.get(self.key) if self.key else None
+        if given is not None and given != values[self.field]:
+            problems.append(f"{self.key}={given!r} (supported: {values[self.field]!r})")
 
     def write(self, shape: ModelConfig) -> Values:
         return {}
@@ -322,7 +322,7 @@ class LayerTypes:
         return any(config.get(key) is not None for key in self.period_keys)
 
     def _pattern(self, config: Config, values: Values, count: int) -> list[str] | None:
-        """The kinds of layers of a file without `layer_types`; None: they cannot be told."""
+        """The kinds of layers of a file without `layer_types`; None: they are not known."""
         if self.period is None:
             return [FULL if layer not in values.get("no_rope_layers", ()) else SLIDING for layer in range(count)]
         if self.period == 0:
@@ -393,8 +393,8 @@ class Rope:
         share = _one({key: config.get(key) for key in share_keys}, places, "partial_rotary_factor", problems)
         default = self.partial[0] if self.partial else 1.0
         if not self.partial and share not in (None, 1):
-            stated = [key for key in (*share_keys, *_SPELLINGS) if config.get(key) is not None]
-            problems.extend(f"{key}={config[key]!r}" for key in stated)
+            given = [key for key in (*share_keys, *_SPELLINGS) if config.get(key) is not None]
+            problems.extend(f"{key}={config[key]!r}" for key in given)
         values["partial_rotary_factor"] = default if share is None else share
         self._read_scaling(config, places, values, problems)
         if self.by_layer_type:
@@ -437,8 +437,8 @@ class Rope:
     def _read_local(self, config: Config, values: Values, problems: list[str]) -> None:
         nested = config.get("rope_parameters") or {}
         inner = nested.get(SLIDING) or {}
-        stated = {self.local[1]: config.get(self.local[1])} if self.local else {}
-        theta = _one(stated, {f"rope_parameters.{SLIDING}": inner}, "rope_theta", problems)
+        given = {self.local[1]: config.get(self.local[1])} if self.local else {}
+        theta = _one(given, {f"rope_parameters.{SLIDING}": inner}, "rope_theta", problems)
         if inner.get("partial_rotary_factor", 1) != 1 or _is_scaled(inner):
             problems.append(f"rope_parameters={nested!r}")
         if theta is None:
@@ -461,9 +461,9 @@ class Rope:
         return {**written, "rope_parameters": {FULL: own, SLIDING: {"rope_type": "default", "rope_theta": local}}}
 
 
-def _one(stated: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]], key: str, problems: list[str]) -> Any:
+def _one(given: Mapping[str, Any], places: Mapping[str, Mapping[str, Any]], key: str, problems: list[str]) -> Any:
     """The number that keys and places agree on; None: none states it."""
-    found = {**stated, **{f"{place}.{key}": value.get(key) for place, value in places.items()}}
+    found = {**given, **{f"{place}.{key}": value.get(key) for place, value in places.items()}}
     found = {place: value for place, value in found.items() if value is not None}
     values: Sequence[Any] = list(found.values())
     if any(value != values[0] for value in values):
@@ -507,5 +507,5 @@ def _written(scaling: RopeScaling | None) -> Values:
         return {}
     needed, further = _SCALINGS[scaling.rope_type]
     kept = {key: getattr(scaling, key) for key in (*needed, *further)}
-    stated = {key: value for key, value in kept.items() if value is not None and (key, value) != ("truncate", True)}
-    return {"rope_type": scaling.rope_type, **stated}
+    given = {key: value for key, value in kept.items() if value is not None and (key, value) != ("truncate", True)}
+    return {"rope_type": scaling.rope_type, **given}

@@ -66,10 +66,10 @@ class Family:
     Attributes:
         name: `model_type` of config.json.
         architecture: the class with a head; base: the one without.
-        style: of the model section; each choice is stated beside it.
+        style: of the model section; each choice is given beside it.
         fixed: fields of ModelConfig that the class leaves no choice of.
         rules: give all other fields.
-        required: a key that is stated must have one of these values.
+        required: a key that is there must have one of these values.
         ignored: keys that this class does not read, though others do.
         heads_divide_hidden: the class refuses other sizes.
     """

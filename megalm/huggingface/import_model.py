@@ -205,8 +205,8 @@ def _training_notes(optimizer: OptimizerFacts) -> Iterator[str]:
         f"{f' of {optimizer.updates:,} updates, for {skipped:,} were skipped' if skipped else ''}"
     )
     for settings in optimizer.settings:
-        stated = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
-        yield f"a parameter group of DeepSpeed's had {stated}; state it in the DeepSpeed JSON and the schedule"
+        given = ", ".join(f"{name}={value}" for name, value in settings.items() if value is not None)
+        yield f"a parameter group of DeepSpeed's had {given}; state it in the DeepSpeed JSON and the schedule"
     yield "the learning-rate schedule and the position in the data are not imported: the run's own hold"
 
 

@@ -298,8 +298,8 @@ def _optimizer(folder: Path, parameters: Iterable[Path]) -> OptimizerFacts:
         )
     inner = state.get("optimizer_state_dict")
     groups = [group for group in state.get("param_groups") or () if isinstance(group, dict)]
-    stated = [path / "step.pt" for path in parameters if (path / "step.pt").is_file()]
-    found = [load_torch_file(path, check_values=True) for path in stated]
+    saved = [path / "step.pt" for path in parameters if (path / "step.pt").is_file()]
+    found = [load_torch_file(path, check_values=True) for path in saved]
     if isinstance(inner, dict) and isinstance(inner.get("state"), dict):  # ZeRO 3
         found += [each["step"] for each in inner["state"].values() if isinstance(each, dict) and "step" in each]
     found += [group["step"] for group in groups if "step" in group]

@@ -225,7 +225,7 @@ def add_tokens(tokenizer: Tokenizer, tokens: Sequence[dict[str, Any]], folder: P
 
 
 def _check_added(made: Tokenizer, before: Tokenizer, added: Sequence[dict[str, Any]]) -> None:
-    """Raises DataError if a token has another id than stated, or its text does not become it and come back."""
+    """Raises DataError if a token has another id than given, or its text does not become it and come back."""
     vocabulary = made.vocabulary()
     for token in added:
         text = token["content"]

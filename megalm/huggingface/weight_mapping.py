@@ -22,7 +22,7 @@ class HFTensor:
     Attributes:
         parts: canonical names and shapes of the parameters that it concatenates.
         transposed: the tensor is their transpose.
-        heads: it concatenates the parts of each of so many heads; 0: the parts as a whole.
+        heads: it concatenates the parts of each of this many heads; 0: the parts as a whole.
         expert: it is this row of its part, whose shape is that of a row; None: the part as a whole.
     """
 

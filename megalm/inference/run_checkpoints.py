@@ -38,7 +38,7 @@ def follow(run: Path, tell: Callable[[str], None]) -> Iterator[Path]:
         tell: called once with each other checkpoint and the reason.
     """
     done: set[tuple[str, int, object]] = set()  # a later attempt may save the same step again
-    told: set[str] = set()
+    reported: set[str] = set()
     while True:
         is_last_look = not is_held(run)  # before looking: a job's last checkpoint is complete before it ends
         entries = list_checkpoints(run / "checkpoints")
@@ -51,8 +51,8 @@ def follow(run: Path, tell: Callable[[str], None]) -> Iterator[Path]:
                 new.append(entry.path)
                 done.add(identity)
                 break  # those after it may be deleted while this one is in use
-            if (line := f"{entry.path.name}: {defect}") not in told and entry.path.exists():
-                told.add(line)
+            if (line := f"{entry.path.name}: {defect}") not in reported and entry.path.exists():
+                reported.add(line)
                 tell(line)
         yield from new
         if not new:

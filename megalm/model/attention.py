@@ -19,7 +19,7 @@ from megalm.model.attention_kernels import (
     flex,
     fused_attention,
 )
-from megalm.model.layer_factory import LayerFactory
+from megalm.model.layer_factory import AttentionInputs, LayerFactory
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import DropoutClock, RMSNorm, RotaryEmbedding, uncompiled
 
@@ -94,17 +94,16 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(key, value)
         by_head = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        mixed = self.sequence.attend(self._attend, *by_head, mask, self.rule, self.sinks)
+        mixed = self.sequence.attend(self._attend, AttentionInputs(*by_head, mask, self.sinks), self.rule)
         return self.output(mixed.transpose(1, 2).flatten(2))
 
     def _heads(self, projected: Tensor) -> Tensor:
         return projected.view(*projected.shape[:2], -1, self.head_dim)
 
-    def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None, sinks: Tensor | None
-    ) -> Tensor:
+    def _attend(self, inputs: AttentionInputs) -> Tensor:
         if self.training and self.dropout_rate:
-            return self._attend_with_dropout(query, key, value, mask, sinks)
+            return self._attend_with_dropout(inputs)
+        query, key, value, mask, sinks = inputs
         new, known = query.shape[2], key.shape[2]
         if new < known:  # the keys of a cache come first
             seen = self.rule.seen(new, known, query.device)
@@ -116,9 +115,8 @@ class Attention(nn.Module):
         return fused_attention(query, key, value, is_causal=True, scale=self.rule.scale)
 
     @uncompiled  # as in Dropout: a compiled seed would be a constant
-    def _attend_with_dropout(
-        self, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None, sinks: Tensor | None
-    ) -> Tensor:
+    def _attend_with_dropout(self, inputs: AttentionInputs) -> Tensor:
+        query, key, value, mask, sinks = inputs
         # The kernel draws from the device's generator: seed it for this place, and restore it afterwards.
         devices = [query.device] if query.device.type == "cuda" else []
         rate, length = self.dropout_rate, query.shape[2]

@@ -132,6 +132,14 @@ def _ordered(blocks: Tensor) -> tuple[Tensor, Tensor]:
     return blocks.sum(-1, dtype=torch.int32).unsqueeze(1), numbers.int().unsqueeze(1)
 
 
+def soft_capped(scores: Tensor, cap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Scores under a soft cap and its slope there; without one the scores and None."""
+    if cap is None:
+        return scores, None
+    ratio = torch.tanh(scores / cap)
+    return ratio * cap, 1 - ratio.square()
+
+
 def dense_attention(
     query: Tensor, key: Tensor, value: Tensor, rule: ScoreRule, mask: Tensor, sinks: Tensor | None, dropout: float = 0.0
 ) -> Tensor:
@@ -145,9 +153,7 @@ def dense_attention(
     if rule.softcap is None and sinks is None:
         return fused_attention(query, key, value, attn_mask=mask, dropout_p=dropout, scale=rule.scale)
     key, value = _repeated(query, key, value)
-    scores = query @ key.transpose(2, 3) * rule.scale
-    if rule.softcap is not None:
-        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores, _ = soft_capped(query @ key.transpose(2, 3) * rule.scale, rule.softcap)
     scores = scores.masked_fill(~mask, -math.inf)
     if sinks is not None:
         scores = torch.cat((scores, sinks.to(scores.dtype).view(-1, 1, 1).expand(*scores.shape[:3], 1)), dim=-1)
@@ -340,10 +346,7 @@ class _Block:
         """
         start, end, first = self._start, self._end, self._first
         scores = _rows(query, start, end) @ key[:, self.keys].transpose(1, 2)
-        slope = None
-        if self._softcap is not None:
-            ratio = torch.tanh(scores / self._softcap)
-            scores, slope = ratio * self._softcap, 1 - ratio.square()
+        scores, slope = soft_capped(scores, self._softcap)
         sizes = (*query.shape[:2], end - start, end - first)
         by_head = scores.view(sizes)
         later = torch.ones(end - start, end - start, dtype=torch.bool, device=query.device).triu_(1)

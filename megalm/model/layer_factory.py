@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +27,26 @@ Rectangle = tuple[tuple[int, int], ...]
 # The residual stream [B, T, H] and column layers that all read it -> [B, T, out features held here] of each layer. One
 # call, so that the communication that they need happens once.
 Projection = Callable[..., tuple[Tensor, ...]]
-# Queries [B, N, T, D], keys and values [B, K, T, D], the mask of whole sequences, sinks [N] or None -> [B, N, T, D].
-Attend = Callable[[Tensor, Tensor, Tensor, "AttentionMask | None", Tensor | None], Tensor]
+
+
+class AttentionInputs(NamedTuple):
+    """What attention reads, of some heads.
+
+    Attributes:
+        query: [B, N, T, D].
+        key, value: [B, K, T, D].
+        mask: of whole sequences.
+        sinks: [N] scores of no token, or None.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: AttentionMask | None
+    sinks: Tensor | None
+
+
+Attend = Callable[[AttentionInputs], Tensor]  # -> [B, N, T, D]
 
 
 class WholeSequence:
@@ -54,24 +72,13 @@ class WholeSequence:
         """Which positions of the whole sequence are the `length` held here, C."""
         return slice(0, length)
 
-    def attend(
-        self,
-        attention: Attend,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask | None,
-        rule: ScoreRule,
-        sinks: Tensor | None,
-    ) -> Tensor:
-        """Queries [B, N, C, D] and keys and values [B, K, C, D] of positions held here -> [B, N, C, D].
+    def attend(self, attention: Attend, inputs: AttentionInputs, rule: ScoreRule) -> Tensor:
+        """Attention [B, N, C, D] of queries [B, N, C, D] and keys and values [B, K, C, D] of positions held here.
 
         Args:
             attention: of some heads over whole sequences, by `rule`.
-            mask: of whole sequences.
-            sinks: [N] scores of no token, or None.
         """
-        return attention(query, key, value, mask, sinks)
+        return attention(inputs)
 
     def total(self, addends: Tensor) -> Tensor:
         """The sum of what ranks have of the parts of the same sequences; without a gradient."""

@@ -24,7 +24,7 @@ from megalm.config.schema import (
     RouterScores,
 )
 
-# What a style stands for; each setting can be stated beside it.
+# What a style stands for; each setting can be given beside it.
 STYLES: Mapping[ModelStyle, Mapping[str, Any]] = {
     "gpt2": {
         "normalization": "layer_norm",

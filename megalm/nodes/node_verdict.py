@@ -48,7 +48,7 @@ def judge_nodes(reports: Sequence[RankReport], slow_factor: float) -> list[NodeF
 
     Args:
         reports: of all ranks, in their order.
-        slow_factor: a device whose matrix product takes so many times the median is slow.
+        slow_factor: a device whose matrix product takes this multiple of the median is slow.
     """
     found = [*_unseen_folders(reports), *_differences(reports), *_clocks(reports)]
     device = "cuda" if any(report.device.startswith("cuda") for report in reports) else "cpu"

@@ -25,7 +25,7 @@ from megalm.runs.metrics_log import describe_straggler
 Quantity = Literal["compute", "data"]
 
 _EXCHANGE_SECONDS = 10.0
-_EXCHANGES_TO_REPORT = 4  # at least so many must find a rank slow, however short train.slow_seconds is
+_EXCHANGES_TO_REPORT = 4  # at least this many must find a rank slow, however short train.slow_seconds is
 _PROBE_SIZE, _PROBE_PRODUCTS = 2048, 20  # about half a millisecond, and 24 MiB
 
 

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.model.attention_kernels import AttentionMask, ScoreRule
-from megalm.model.layer_factory import WHOLE_SEQUENCE, Attend, WholeSequence
+from megalm.model.attention_kernels import ScoreRule
+from megalm.model.layer_factory import Attend, AttentionInputs, WholeSequence
 from megalm.model.modules import uncompiled
 from megalm.parallel import collectives
 from megalm.parallel.process_groups import AxisGroup
@@ -65,17 +65,9 @@ class ExchangedSequence(_DividedSequence):
         first = self._group.index * length
         return slice(first, first + length)
 
-    def attend(
-        self,
-        attention: Attend,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask | None,
-        rule: ScoreRule,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, attention: Attend, inputs: AttentionInputs, rule: ScoreRule) -> Tensor:
         ranks = self.parts
+        query, key, value, mask, sinks = inputs
         if key.shape[1] < ranks:
             key, value = (x.repeat_interleave(ranks // x.shape[1], dim=1) for x in (key, value))
         # One message for all three: [B, N, C, D] -> [B, R, N / R, C, D] of each.
@@ -85,7 +77,7 @@ class ExchangedSequence(_DividedSequence):
         whole = arrived.movedim(0, 2).flatten(2, 3)  # [B, M, T, D]
         query, key, value = whole.split(heads, dim=1)
         own = None if sinks is None else sinks.chunk(ranks)[self._group.index]
-        mixed = attention(query, key, value, mask, own)  # [B, N / R, T, D]
+        mixed = attention(AttentionInputs(query, key, value, mask, own))  # [B, N / R, T, D]
         returned = self._exchange(mixed.unflatten(2, (ranks, -1)).movedim(2, 0))  # [R, B, N / R, C, D]
         return returned.permute(1, 3, 0, 2, 4).flatten(2, 3).transpose(1, 2)  # as the output projection reads it
 
@@ -111,17 +103,9 @@ class RingSequence(_DividedSequence):
         return self._places.positions(self._group.index, length, device)
 
     @uncompiled
-    def attend(
-        self,
-        attention: Attend,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: AttentionMask | None,
-        rule: ScoreRule,
-        sinks: Tensor | None,
-    ) -> Tensor:
+    def attend(self, attention: Attend, inputs: AttentionInputs, rule: ScoreRule) -> Tensor:
         """Attention by the same rule in the place of `attention`; it has no dropout (planning/parallel_checks.py)."""
+        query, key, value, mask, sinks = inputs
         documents = None if mask is None else mask.documents
         return ring_attention(query, key, value, documents, rule, sinks, self._places)
 
@@ -158,10 +142,3 @@ _OPERATORS = torch.library.Library("megalm", "FRAGMENT")
 _OPERATORS.define("exchange(Tensor parts, str group) -> Tensor")
 _OPERATORS.impl("exchange", _all_to_all, "CompositeExplicitAutograd")
 torch.library.register_fake("megalm::exchange", lambda parts, group: torch.empty_like(parts), lib=_OPERATORS)
-
-
-def divided_sequence(group: AxisGroup, ring: bool) -> WholeSequence:
-    """How the ranks of a context group hold sequences; `ring`: which of the two methods attention takes."""
-    if group.size == 1:
-        return WHOLE_SEQUENCE
-    return RingSequence(group) if ring else ExchangedSequence(group)

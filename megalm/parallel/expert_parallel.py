@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.model.layer_factory import ALL_EXPERTS, AllExperts
+from megalm.model.layer_factory import AllExperts
 from megalm.model.moe import Rows
 from megalm.parallel.process_groups import AxisGroup
 
@@ -83,8 +83,3 @@ def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: AxisGr
     result = rows.new_empty(sum(received), rows.shape[1])
     dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group.process_group)
     return result
-
-
-def divided_experts(group: AxisGroup) -> AllExperts:
-    """How the ranks of an expert group hold the experts of a layer."""
-    return ALL_EXPERTS if group.size == 1 else DividedExperts(group)

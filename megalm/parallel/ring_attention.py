@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megalm.model.attention_kernels import ScoreRule
+from megalm.model.attention_kernels import ScoreRule, soft_capped
 from megalm.parallel.process_groups import AxisGroup
 
 _TILE = 1024  # queries, and keys
@@ -233,10 +233,7 @@ def _scores(
     scores = query[:, :, tile.queries].flatten(1, 2) @ key[:, tile.keys].transpose(1, 2)
     rows, columns = tile.queries.stop - tile.queries.start, scores.shape[-1]
     by_head = scores.to(torch.promote_types(scores.dtype, torch.float32)).view(shared, groups, rows, columns)
-    slope = None
-    if rule.softcap is not None:
-        ratio = torch.tanh(by_head / rule.softcap)
-        by_head, slope = ratio * rule.softcap, 1 - ratio.square()
+    by_head, slope = soft_capped(by_head, rule.softcap)
     if tile.ahead < columns - 1:
         later = torch.ones(rows, columns, dtype=torch.bool, device=query.device).triu_(tile.ahead + 1)
         by_head.masked_fill_(later, -math.inf)

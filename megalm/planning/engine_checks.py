@@ -93,12 +93,12 @@ Rule = Callable[[CheckContext], None]
 
 
 def one_learning_rate(case: CheckContext) -> None:
-    stated = case.settings.peak_learning_rate
-    if stated is not None and "schedule.peak_learning_rate" in case.loaded.explicit_keys:
+    given = case.settings.peak_learning_rate
+    if given is not None and "schedule.peak_learning_rate" in case.loaded.explicit_keys:
         peak = case.config.schedule.peak_learning_rate
         source = case.loaded.sources["schedule.peak_learning_rate"]
         raise ConfigError(
-            f"{stated[0]}={stated[1]:g} ({case.ds.path}) and schedule.peak_learning_rate={peak:g} ({source}) "
+            f"{given[0]}={given[1]:g} ({case.ds.path}) and schedule.peak_learning_rate={peak:g} ({source}) "
             "set the same value; remove one"
         )
 

@@ -21,7 +21,7 @@ _SMALLER_STATES: dict[OptimizerStateKind, tuple[OptimizerStateKind, ...]] = {
     "8bit": (),
 }
 
-_TILE = 4096  # tokens: a matrix product of so many fills a GPU
+_TILE = 4096  # tokens: a matrix product of this many fills a GPU
 
 FitLevel = Literal["fits", "tight", "does not fit"]
 

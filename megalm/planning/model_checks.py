@@ -147,7 +147,7 @@ def _experts_not_proven(case: CheckContext) -> Iterator[str]:
         (
             config.parallel.context > 1 and config.train.expert_capacity_factor is not None,
             f"train.expert_capacity_factor: with parallel.context={config.parallel.context} no rank has a whole "
-            "sequence, of which an expert takes so many tokens; remove one of them",
+            "sequence, of which an expert takes a share of the tokens; remove one of them",
         ),
         (
             config.parallel.balance == "time" and config.parallel.pipeline > 1,

@@ -114,5 +114,5 @@ def optimizer_facts(ds: DeepSpeedConfig) -> tuple[OptimizerFacts, list[str]]:
         return OptimizerFacts("adamw" if adamw else "adam", *adam), notices
     muon = MuonFacts(params.momentum, params.nesterov, params.ns_coefficients, params.ns_steps, params.adjust_lr_fn)
     rates: tuple[tuple[Algorithm, float | None], ...] = (("muon", params.muon_lr), ("adam", params.adam_lr))
-    stated = tuple((algorithm, rate) for algorithm, rate in rates if rate is not None)
-    return OptimizerFacts("muon", *adam, muon, stated), notices
+    given = tuple((algorithm, rate) for algorithm, rate in rates if rate is not None)
+    return OptimizerFacts("muon", *adam, muon, given), notices

@@ -19,7 +19,7 @@ from megalm.cost_model.pipeline_balance import LARGE_BUBBLE, micro_batches_for
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.model.model_config import ModelConfig, build_model_config, recomputed_flops_per_token
 from megalm.parallel.pipeline_schedules import PipelineSchedule
-from megalm.planning.batch_size import BatchPlan, RunBatch, chooses_micro_batch, plan_batch
+from megalm.planning.batch_size import BatchPlan, RunBatch, TrainingStages, chooses_micro_batch, plan_batch
 from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
 from megalm.planning.engine_checks import (
     CheckContext,
@@ -33,7 +33,6 @@ from megalm.planning.memory_fit import MemoryFit, memory_notices
 from megalm.planning.optimizer_facts import OptimizerFacts, optimizer_facts
 from megalm.planning.parallel_checks import parallel_notices, second_copy_notices
 from megalm.planning.run_checks import check_run, with_steps
-from megalm.planning.training_stages import TrainingStages
 from megalm.topology import Topology
 
 __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "loss_chunk_tokens", "memory_case", "resolve"]
@@ -278,9 +277,9 @@ def schedule_facts(loaded: LoadedConfig, ds: DeepSpeedConfig) -> tuple[ScheduleF
     """Return the schedule of both files together, and notices of rates that are not used or not reached."""
     schedule, steps = loaded.config.schedule, loaded.config.train.steps
     peak, notices = schedule.peak_learning_rate, []
-    stated = ds.settings.peak_learning_rate
-    if stated is not None:  # run_checks.py has refused another peak of a person's: this one is a preset's or a default
-        (name, peak), source = stated, loaded.sources["schedule.peak_learning_rate"]
+    given = ds.settings.peak_learning_rate
+    if given is not None:  # run_checks.py has refused another peak of a person's: this one is a preset's or a default
+        (name, peak), source = given, loaded.sources["schedule.peak_learning_rate"]
         notices = [
             f"peak learning rate {peak:g} is {name} of {ds.path}; "
             f"schedule.peak_learning_rate={schedule.peak_learning_rate:g} ({source}) is not used"

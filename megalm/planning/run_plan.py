@@ -24,10 +24,10 @@ from megalm.model.model_config import (
 )
 from megalm.model.parameter_groups import Algorithm, frozen_parameters, group_keys, group_settings, optimizer_groups
 from megalm.parallel.pipeline_schedules import PipelineSchedule, virtual_stages_of
+from megalm.planning.batch_size import TrainingStage
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
 from megalm.planning.resolve import ResolvedRun, memory_case
-from megalm.planning.training_stages import TrainingStage
 from megalm.utils.plotting import new_plot, save_plot
 
 
@@ -38,7 +38,7 @@ class Rate:
     Attributes:
         share: MFU; of an assumed rate before bubble, recomputation and offload, which lower it.
         origin: where the number is from, for a sentence.
-        is_assumed: nobody has measured or stated it.
+        is_assumed: it is neither measured nor given.
         flops: operations per second of a rank on a device without a data sheet; takes precedence.
     """
 

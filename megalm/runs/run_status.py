@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalm.errors import MegalmError
-from megalm.planning.training_stages import TrainingStages
+from megalm.planning.batch_size import TrainingStages
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, read_newest_first
 from megalm.runs.run_folder import RunFolder, read_mapping
 from megalm.runs.run_lock import is_held

@@ -18,10 +18,10 @@ from megalm.data.tokenizers.tokenizer import describe_ends
 from megalm.errors import ConfigError, DataError
 from megalm.model.model_config import ModelConfig, model_settings
 from megalm.model.parameter_groups import frozen_parameters
+from megalm.planning.batch_size import TrainingStage
 from megalm.planning.lr_schedule import ENDLESS
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import mean_flops_per_token
-from megalm.planning.training_stages import TrainingStage
 from megalm.rank_environment import RankPlace
 from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.tracking.mlflow_mirror.run_facts import where_to_look

@@ -147,7 +147,7 @@ def pretrain(arguments: Arguments, supervisor: RankSupervisor) -> int:
     if settings is not None and ranks.rank == 0:
         try:
             check_copies(settings.run.config, settings.options)
-        except ConfigError as error:  # every rank is told, where they agree on the device
+        except ConfigError as error:  # every rank learns of it where they agree on the device
             report = replace(report, problem=str(error))
     limit = (
         TrainSection().start_timeout_seconds if settings is None else settings.run.config.train.start_timeout_seconds
@@ -402,9 +402,9 @@ def _limits(run: ResolvedRun, hooks: RunHooks, supervisor: RankSupervisor) -> Ti
     train, watchdog = run.config.train, None
     if train.hang_timeout_seconds is not None and hooks.stacks is not None:
         watchdog = Watchdog(hooks.stacks, train.hang_timeout_seconds, supervisor.abort_hung_rank)
-    stated = wall_time_seconds(train.max_wall_time) if train.max_wall_time is not None else None
+    limit = wall_time_seconds(train.max_wall_time) if train.max_wall_time is not None else None
     started = process_start()
-    limits = TimeLimits(wall_seconds(stated, started), started, watchdog)
+    limits = TimeLimits(wall_seconds(limit, started), started, watchdog)
     if supervisor.heartbeat is not None:
         limits.progress = supervisor.heartbeat.progress
     return limits

@@ -12,7 +12,7 @@ from megalm.config.schema import RunConfig
 from megalm.data.analysis.sample_sources import TokenSpan, spans_of
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
-from megalm.planning.training_stages import TrainingStages
+from megalm.planning.batch_size import TrainingStages
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, live_rows, read_metrics
 from megalm.runs.run_folder import RunFolder
 from megalm.train.datasets import find_data, open_datasets

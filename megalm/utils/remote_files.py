@@ -243,7 +243,7 @@ def list_remote(address: str, warn: Callable[[str], None] = lambda _: None) -> d
 class RemoteFile(io.RawIOBase):
     """A file at an address, read in blocks; use `open_remote_file`.
 
-    A block whose connection drops is asked for again, a smaller one each time, so a reader goes on where it was.
+    A block whose connection drops is asked for again, a smaller one each time, so a reader continues where it was.
 
     Raises:
         DataError: it cannot be read, or changed while it was read.

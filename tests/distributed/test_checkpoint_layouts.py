@@ -17,7 +17,17 @@ from megalm.engine.deepspeed_patches import allow_cpu_fp16_for_tests
 from megalm.engine.interface import StepResult
 from megalm.model.transformer import LanguageModel
 from megalm.planning.engine_checks import ALLOW_CPU_FP16
-from tests.distributed.training import Case, Trace, make_dataset, shape_of, snapshot, start, steps, whole_state
+from tests.distributed.training import (
+    Case,
+    Trace,
+    assert_bit_equal,
+    make_dataset,
+    shape_of,
+    snapshot,
+    start,
+    steps,
+    whole_state,
+)
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -176,11 +186,7 @@ def resumed(place: Path) -> dict[int, Any]:
 def test_goes_on_bit_equal(resumed: dict[int, Any], name: str, world_size: int) -> None:
     for rank in resumed[world_size]:
         straight, again = rank[name]
-        assert again.losses == straight.losses
-        assert again.norms == straight.norms
-        for (key, expected), (other, found) in zip(straight.fragments, again.fragments, strict=True):
-            assert key == other
-            np.testing.assert_array_equal(found, expected, err_msg=str(key))
+        assert_bit_equal(straight, again)
 
 
 def test_the_loss_scale_goes_on_too(place: Path) -> None:

@@ -14,7 +14,7 @@ from megalm.config.deepspeed.json_schema import ZeroSection
 from megalm.config.schema import ModelSection
 from megalm.cost_model.memory import MemoryCase, estimate_memory
 from megalm.model.attention_kernels import AttentionMask, ScoreRule, blockwise_attention, dense_attention
-from megalm.model.layer_factory import WHOLE_SEQUENCE, LayerFactory
+from megalm.model.layer_factory import WHOLE_SEQUENCE, AttentionInputs, LayerFactory
 from megalm.model.model_config import build_model_config
 from megalm.model.modules import DropoutClock
 from megalm.model.transformer import LanguageModel, initialize
@@ -74,18 +74,13 @@ def _differences(comm: Any, device: torch.device) -> dict[Any, tuple[float, floa
         held = sequence.positions(LENGTH // comm.size, device)
         own = [(x if x.ndim == 1 else x[:, :, held]).clone().requires_grad_() for x in whole]
 
-        def plain(
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            mask: AttentionMask | None,
-            sinks: Tensor | None,
-            rule: ScoreRule = rule,
-        ) -> Tensor:
+        def plain(inputs: AttentionInputs, rule: ScoreRule = rule) -> Tensor:
+            query, key, value, mask, sinks = inputs
             return blockwise_attention(query, key, value, mask.documents if mask else None, rule, sinks)
 
         mask = AttentionMask(documents, {}) if has_documents else None
-        output = sequence.attend(plain, own[0], own[1], own[2], mask, rule, own[3] if sinks else None)
+        inputs = AttentionInputs(own[0], own[1], own[2], mask, own[3] if sinks else None)
+        output = sequence.attend(plain, inputs, rule)
         (output * weight[:, :, held]).sum().backward()
         worst = 0.0
         for mine, whole_one in zip(own, expected, strict=True):

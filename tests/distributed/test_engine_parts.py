@@ -20,6 +20,7 @@ from megalm.engine import zero_engine
 from megalm.train.evaluator import Evaluator
 from megalm.train.text_samples import generate
 from tests.distributed.training import VOCAB, Case, Trace, make_dataset, start, steps
+from tests.number_tokenizer import Numbers
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -46,25 +47,6 @@ ON_ONE_RANK = {
         settings={"train_micro_batch_size_per_gpu": 4, "data_types": {"grad_accum_dtype": "bf16"}},
     ),
 }
-
-
-class _Numbers:
-    """A tokenizer whose text is its ids."""
-
-    eod_id = VOCAB - 1
-    bos_token = None
-
-    def begun(self, ids: np.ndarray) -> np.ndarray:
-        return ids
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array([int(word) for word in text.split()], np.int32) for text in texts]
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids))
-
-    def known_ids(self) -> np.ndarray:
-        return np.ones(VOCAB, np.bool_)
 
 
 class _LogitsRows(TorchDispatchMode):
@@ -119,8 +101,8 @@ def _evaluate_and_sample(comm: Any, device: torch.device, prefix: Path, folder: 
     return {
         "evaluation": evaluator.evaluate(engine, whole=True),
         "by hand": sum(engine.evaluate(batch.micro_batches) for batch in batches),
-        "texts": generate(engine, comm, _Numbers(), settings, length, seed=1),
-        "random": [generate(engine, comm, _Numbers(), random, length, seed) for seed in (1, 1, 2)],
+        "texts": generate(engine, comm, Numbers(VOCAB), settings, length, seed=1),
+        "random": [generate(engine, comm, Numbers(VOCAB), random, length, seed) for seed in (1, 1, 2)],
     }
 
 

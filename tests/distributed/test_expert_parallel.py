@@ -16,7 +16,7 @@ from megalm.checkpoint.save_transaction import save_checkpoint
 from megalm.model.layer_factory import ALL_EXPERTS, AllExperts, LayerFactory
 from megalm.model.modules import DropoutClock
 from megalm.model.moe import Experts
-from megalm.parallel.expert_parallel import divided_experts
+from megalm.parallel.expert_parallel import DividedExperts
 from megalm.parallel.process_groups import make_groups
 from megalm.parity.state_comparison import (
     TOLERANCES,
@@ -139,7 +139,7 @@ def _routed(comm: Any, device: torch.device, shape: Any, chosen: list[list[int]]
     """What experts make of each rank's tokens, and gradients of tokens and of the experts held here."""
     group = make_groups(Topology(comm.size, expert=comm.size), comm.rank, comm.timeout).expert
     results: list[Tensor] = []
-    for held in (divided_experts(group), ALL_EXPERTS):
+    for held in (DividedExperts(group), ALL_EXPERTS):
         layers = LayerFactory(DropoutClock(0))
         layers.experts = held
         experts = Experts(shape, layers)

@@ -11,7 +11,7 @@ import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
-from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
+from tests.distributed.training import Case, Trace, assert_bit_equal, make_dataset, snapshot, start, steps, whole_state
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -84,11 +84,7 @@ def ranks(place: Path) -> list[Any]:
 def test_a_resume_is_bit_equal(ranks: list[Any], layout: str, kind: str) -> None:
     for trained, _ in ranks:
         straight, again = trained[layout, kind]
-        assert again.losses == straight.losses
-        assert again.norms == straight.norms
-        for (key, expected), (other, found) in zip(straight.fragments, again.fragments, strict=True):
-            assert key == other
-            np.testing.assert_array_equal(found, expected, err_msg=str(key))
+        assert_bit_equal(straight, again)
 
 
 @pytest.mark.parametrize(("layout", "kind"), RUNS)

@@ -16,10 +16,19 @@ import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
-from megalm.checkpoint.shard_spec import FragmentKey, FragmentKind
 from megalm.model.layer_factory import shard_of
 from tests.distributed.test_update_check import REFUSED, STEPS, assert_same, refuse_and_leave_out
-from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
+from tests.distributed.training import (
+    Case,
+    Trace,
+    assert_bit_equal,
+    assert_stored,
+    make_dataset,
+    snapshot,
+    start,
+    steps,
+    whole_state,
+)
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -139,22 +148,16 @@ def read(place: Path, written: dict[int, Any]) -> dict[int, list[dict[Any, Trace
 @pytest.mark.parametrize("size", list(CASES))
 def test_a_checkpoint_is_the_state_each_element_once(written: dict[int, Any], size: int) -> None:
     for name in CASES[size]:
-        reader = CheckpointReader(written[size][0][name][0])
-        state = whole_state([rank[name][1] for rank in written[size]])
-        assert {parameter for parameter, _ in state} == set(reader.shapes())
-        for (parameter, kind), values in state.items():
-            np.testing.assert_array_equal(_stored(reader, parameter, kind), values, err_msg=f"{name}: {parameter}")
+        path, states = written[size][0][name][0], [rank[name][1] for rank in written[size]]
+        assert {parameter for parameter, _ in whole_state(states)} == set(CheckpointReader(path).shapes())
+        assert_stored(path, states, name)
 
 
 @pytest.mark.parametrize("size", list(CASES))
 def test_goes_on_bit_equal(written: dict[int, Any], size: int) -> None:
     for rank in written[size]:
         for name, (_, _, straight, again, _) in rank.items():
-            assert again.losses == straight.losses, name
-            assert again.norms == straight.norms, name
-            for (key, expected), (other, found) in zip(straight.fragments, again.fragments, strict=True):
-                assert key == other
-                np.testing.assert_array_equal(found, expected, err_msg=f"{name}: {key}")
+            assert_bit_equal(straight, again, name)
 
 
 def test_copies_of_a_tied_weight_stay_equal(written: dict[int, Any]) -> None:
@@ -172,10 +175,7 @@ def test_any_layout_gets_the_same_state(read: dict[int, Any], size: int) -> None
     ranks = read[size]
     assert len(ranks[0]) == 6 * len([name for name in CASES[size] if "dropout" not in name])
     for name, path in ranks[0]:
-        reader = CheckpointReader(path)
-        for (parameter, kind), values in whole_state([rank[name, path] for rank in ranks]).items():
-            stored = _stored(reader, parameter, kind)
-            np.testing.assert_array_equal(values, stored, err_msg=f"{name} from {path}: {kind} of {parameter}")
+        assert_stored(path, [rank[name, path] for rank in ranks], name)
 
 
 @pytest.mark.parametrize("size", list(CASES))
@@ -207,8 +207,3 @@ def test_a_refused_step_leaves_no_trace_on_any_stage(gated: list[dict[str, Any]]
         assert found["asked"] == [(answer.loss, answer.grad_norm) for answer in found["answers"]]
         assert found["not a number"]["result"].refused  # the first stage's weights: the last one's loss
     assert gated[0][name]["asked"] == gated[1][name]["asked"]
-
-
-def _stored(reader: CheckpointReader, name: str, kind: FragmentKind) -> np.ndarray:
-    shape = reader.shapes()[name]
-    return reader.read(FragmentKey(name, kind, shape, 0, int(np.prod(shape)))).numpy()

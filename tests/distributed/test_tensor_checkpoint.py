@@ -16,9 +16,17 @@ import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import save_checkpoint
-from megalm.checkpoint.shard_spec import FragmentKey, FragmentKind
 from megalm.model.layer_factory import shard_of
-from tests.distributed.training import Case, Trace, make_dataset, snapshot, start, steps, whole_state
+from tests.distributed.training import (
+    Case,
+    Trace,
+    assert_bit_equal,
+    assert_stored,
+    make_dataset,
+    snapshot,
+    start,
+    steps,
+)
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
@@ -128,29 +136,21 @@ def read(request: pytest.FixtureRequest, place: Path, written: dict[int, Any]) -
 def test_a_checkpoint_is_the_state_each_element_once(written: dict[int, Any], size: int) -> None:
     for name in LAYOUTS[size]:
         ranks = written[size]
-        reader = CheckpointReader(ranks[0][name][0])
-        for (parameter, kind), values in whole_state([rank[name][1] for rank in ranks]).items():
-            np.testing.assert_array_equal(_stored(reader, parameter, kind), values, err_msg=f"{name}: {parameter}")
+        assert_stored(ranks[0][name][0], [rank[name][1] for rank in ranks], name)
 
 
 @pytest.mark.parametrize("size", list(LAYOUTS))
 def test_goes_on_bit_equal(written: dict[int, Any], size: int) -> None:
     for rank in written[size]:
         for name, (_, _, straight, again) in rank.items():
-            assert (again.losses, again.norms) == (straight.losses, straight.norms), name
-            for (key, expected), (other, found) in zip(straight.fragments, again.fragments, strict=True):
-                assert key == other
-                np.testing.assert_array_equal(found, expected, err_msg=f"{name}: {key}")
+            assert_bit_equal(straight, again, name)
 
 
 @pytest.mark.parametrize("size", list(LAYOUTS))
 def test_any_layout_gets_the_same_state(read: dict[int, Any], size: int) -> None:
     ranks = read[size]
     for name, path in ranks[0]:
-        reader = CheckpointReader(path)
-        for (parameter, kind), values in whole_state([rank[name, path] for rank in ranks]).items():
-            stored = _stored(reader, parameter, kind)
-            np.testing.assert_array_equal(values, stored, err_msg=f"{name} from {path}: {kind} of {parameter}")
+        assert_stored(path, [rank[name, path] for rank in ranks], name)
 
 
 @pytest.mark.parametrize("size", list(LAYOUTS))
@@ -159,8 +159,3 @@ def test_any_layout_goes_on_with_the_same_loss(read: dict[int, Any], written: di
     for (name, path), trace in read[size][0].items():
         if "bf16" not in name and "bf16" not in str(path):
             np.testing.assert_allclose(trace.losses[0], after[path], rtol=1e-5, err_msg=f"{name} from {path}")
-
-
-def _stored(reader: CheckpointReader, name: str, kind: FragmentKind) -> np.ndarray:
-    shape = reader.shapes()[name]
-    return reader.read(FragmentKey(name, kind, shape, 0, int(np.prod(shape)))).numpy()

@@ -11,6 +11,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.shard_spec import FragmentKey
 from megalm.config.deepspeed.json_reader import DeviceFacts, read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.data.indexed.dataset import IndexedDataset
@@ -172,3 +174,20 @@ def assert_same_state(ranks: list[Trace], reference: Trace) -> None:
         mean = 1e-4 if place[0].endswith("attention.key.bias") else 1e-6
         assert difference.max() < 2e-4, place
         assert difference.mean() < mean, place
+
+
+def assert_bit_equal(straight: Trace, again: Trace, name: str = "") -> None:
+    """Losses, norms, masters and moments of a rank that resumed are those of an undisturbed run."""
+    assert (again.losses, again.norms) == (straight.losses, straight.norms), name
+    for (key, expected), (other, found) in zip(straight.fragments, again.fragments, strict=True):
+        assert key == other
+        np.testing.assert_array_equal(found, expected, err_msg=f"{name}: {key}")
+
+
+def assert_stored(path: Path, ranks: list[Trace], name: str) -> None:
+    """The state of all ranks together is what a checkpoint holds."""
+    reader = CheckpointReader(path)
+    for (parameter, kind), values in whole_state(ranks).items():
+        shape = reader.shapes()[parameter]
+        whole = reader.read(FragmentKey(parameter, kind, shape, 0, int(np.prod(shape)))).numpy()
+        np.testing.assert_array_equal(values, whole, err_msg=f"{name}, {path}: {kind} of {parameter}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,13 +60,8 @@ def test_a_damaged_checkpoint_is_passed_over_loudly(small_data: SmallData, tmp_p
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path, require: Callable[..., None]) -> Iterator[Path]:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=5m", "tmpfs", disk], capture_output=True, check=False)
-    require("tmpfs", mounted.returncode == 0, "no small disk: mounting a tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+def small_disk(mounted_disk: Callable[[str], Path]) -> Path:
+    return mounted_disk("5m")
 
 
 @pytest.mark.parametrize("behind", ["checkpoint.async=false", "checkpoint.async=true"])

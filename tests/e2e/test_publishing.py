@@ -15,7 +15,7 @@ from megalm.config.loading import load_run_config
 from megalm.data.builder.builder import build_dataset
 from megalm.data.readers.document_reader import Document
 from megalm.data.tokenizers.tokenizer import load_tokenizer
-from megalm.planning.training_stages import TrainingStages
+from megalm.planning.batch_size import TrainingStages
 from megalm.runs.metrics_log import read_metrics
 from megalm.train.datasets import find_data, open_datasets
 from tests.e2e.conftest import SmallData

@@ -6,7 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,14 +37,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def disk(tmp_path: Path, require: Callable[..., None]) -> Iterator[Path]:
+def disk(mounted_disk: Callable[[str], Path]) -> Path:
     """With 8 MiB: room for one of the two."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", disk], capture_output=True, check=False)
-    require("tmpfs", mounted.returncode == 0, "no small disk: mounting a tmpfs needs root")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
+    return mounted_disk("8m")
 
 
 def export(run: Path, target: Path, tell: Callable[[], None]) -> None:

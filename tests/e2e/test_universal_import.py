@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from megalm.config.loading import load_run_config
-from megalm.planning.training_stages import TrainingStages
+from megalm.planning.batch_size import TrainingStages
 from megalm.runs.metrics_log import read_metrics
 from megalm.train.datasets import find_data, open_datasets
 from tests.e2e.conftest import SmallData

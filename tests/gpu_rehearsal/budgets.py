@@ -154,15 +154,15 @@ _COPIES = "DeepSpeed waits for the second copy of each parameter"
 _STREAMS = "DeepSpeed waits for its reduction before it uses the gradients"
 REASONS: dict[tuple[EventKind, str], str] = {
     ("read", "deepspeed/runtime/zero/stage_1_and_2.py:update_offload_overflow_tracker"): _OVERFLOW,
-    ("read", "megalm/engine/base_engine.py:__torch_function__"): _OFFLOAD,
+    ("read", "megalm/engine/optimizer/optimizer_state.py:__torch_function__"): _OFFLOAD,
     ("synchronize", "deepspeed/runtime/zero/partition_parameters.py:_partition_param_sec"): _COPIES,
     ("synchronize", "deepspeed/runtime/zero/stage3.py:independent_gradient_partition_epilogue"): _STREAMS,
     ("synchronize", "deepspeed/runtime/zero/stage_1_and_2.py:_wait_for_offload_copies"): _OFFLOAD,
     ("synchronize", "deepspeed/runtime/zero/stage_1_and_2.py:independent_gradient_partition_epilogue"): _STREAMS,
     ("to_device", "deepspeed/runtime/utils.py:clip_grad_norm_"): "without ZeRO DeepSpeed clips by numbers of the host",
-    ("to_device", "megalm/engine/base_engine.py:__torch_function__"): "a constant of DeepSpeed's norm",
-    ("to_host", "megalm/engine/base_engine.py:__torch_function__"): _OFFLOAD,
-    ("to_host", "megalm/engine/base_engine.py:read"): _NORM,
+    ("to_device", "megalm/engine/optimizer/optimizer_state.py:__torch_function__"): "a constant of DeepSpeed's norm",
+    ("to_host", "megalm/engine/optimizer/optimizer_state.py:__torch_function__"): _OFFLOAD,
+    ("to_host", "megalm/engine/optimizer/optimizer_state.py:read"): _NORM,
 }
 
 

@@ -76,7 +76,7 @@ class CopyReader:
     run_dir: Path
     status: CopyStatus = field(default_factory=CopyStatus)
     _next_read: float = 0.0
-    _told: set[str] = field(default_factory=set)
+    _reported: set[str] = field(default_factory=set)
     _remind_at: float = 0.0
 
     def read(self, now: bool = False) -> CopyStatus:
@@ -90,16 +90,16 @@ class CopyReader:
         found = {
             name: copied
             for name, copied in self.read().copied.items()
-            if copied.at >= since and f"{name} {copied.at}" not in self._told
+            if copied.at >= since and f"{name} {copied.at}" not in self._reported
         }
-        self._told |= {f"{name} {copied.at}" for name, copied in found.items()}
+        self._reported |= {f"{name} {copied.at}" for name, copied in found.items()}
         return found
 
     def new_warnings(self) -> list[str]:
         """Return what is to be warned of: a problem at once and then once an hour, a notice once."""
         status = self.read()
-        found = [notice for notice in status.notices if notice not in self._told]
-        self._told |= {*found}
+        found = [notice for notice in status.notices if notice not in self._reported]
+        self._reported |= {*found}
         if not status.problem:
             self._remind_at = 0.0
         elif time.monotonic() >= self._remind_at:

@@ -139,7 +139,7 @@ def fetch_copy(run_dir: Path, store: CopyStore, entry: Entry, info: Info) -> Pat
 
 
 def _restore(run_dir: Path, store: CopyStore, names: list[str]) -> None:
-    """Write small files of the run that the folder lacks, and metrics that only go on from those here."""
+    """Write small files of the run that the folder lacks, and metrics that only continue those here."""
     for name in names:
         path = run_dir / name
         if path.exists() and name != _METRICS:

@@ -95,7 +95,7 @@ def command(
         typer.Option(
             "--gpu",
             metavar="NAME",
-            help="The GPU of each rank. Default: the type that sbatch is told.",
+            help="The GPU of each rank. Default: the type in sbatch's options.",
         ),
     ] = None,
     rehearse: Annotated[
@@ -421,11 +421,11 @@ def _rehearse(plans: Sequence[Plan], allocation: Allocation) -> None:
         case = RehearsalCase(plan.resolved, plan.shape, 0, allocation.ranks_per_node)
         rehearsal = rehearse_run(case)
         verdict = judge(rehearsal, case, plan)
-        told = f"rehearsed on {gpu}"
+        subject = f"rehearsed on {gpu}"
         if verdict.level == "fails":
-            reasons = (f"{told}: {line}" for line in (*verdict.reasons, *verdict.advice))
+            reasons = (f"{subject}: {line}" for line in (*verdict.reasons, *verdict.advice))
             raise ConfigError(*reasons, "megalm rehearse shows it; --no-rehearse submits it all the same")
-        echo(f"megalm: {told} in {format_duration(rehearsal.seconds)}: {verdict.level}", err=True)
+        echo(f"megalm: {subject} in {format_duration(rehearsal.seconds)}: {verdict.level}", err=True)
         for line in (*verdict.reasons, *verdict.advice):
             echo(f"megalm:   {line}", err=True)
 

@@ -24,9 +24,16 @@ from megalm.sweeps.expansion import Sweep, read_sweep, root_of
 from megalm.sweeps.local_runs import LocalRuns, Outcome
 from megalm.sweeps.ranking import Ranking
 from megalm.sweeps.sweep_folder import SweepFolder, find_sweep, state_of
-from megalm.sweeps.sweep_report import begun_runs, ranking_rows, read_ranking, verdict, write_sweep_page
+from megalm.sweeps.sweep_report import (
+    SweepResult,
+    begun_runs,
+    ranking_rows,
+    read_ranking,
+    send_sweep_result,
+    verdict,
+    write_sweep_page,
+)
 from megalm.tracking.compare_runs import incomparable
-from megalm.tracking.mlflow_mirror.sweep_run import SweepResult, send_sweep_result
 from megalm.utils.formatting import table
 from megalm.utils.terminal import echo
 

@@ -141,10 +141,10 @@ def _notes(
             yield f"scheduler.params.{name} is not given: the peak is optimizer.params.lr, or else {keys[0]}"
         elif keys:
             yield f"scheduler.params.{name} is not given: {' and '.join(keys)} of the run configuration"
-    stated = params.get("warmup_num_steps")
-    if _is_number(stated) and stated < _MIN_WARMUP:
+    given = params.get("warmup_num_steps")
+    if _is_number(given) and given < _MIN_WARMUP:
         yield (
-            f"scheduler.params.warmup_num_steps={shown(stated)} is {_MIN_WARMUP}: DeepSpeed's warm-up has at least "
+            f"scheduler.params.warmup_num_steps={shown(given)} is {_MIN_WARMUP}: DeepSpeed's warm-up has at least "
             f"{_MIN_WARMUP} steps"
         )
     if (shape := params.get("warmup_type")) not in (None, "auto", "log", "linear"):

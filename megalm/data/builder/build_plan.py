@@ -206,7 +206,7 @@ def make_plan(files: Sequence[InputFile], options: BuildOptions, tokenizer: Mapp
         "options": options.to_json() | {"unit_bytes": unit_bytes},
         "tokenizer": tokenizer["fingerprint"],
         "eod_id": tokenizer["eod_id"],
-        # Without one, a build that an earlier version has begun goes on.
+        # Without one, a build that an earlier version has begun continues.
         **({} if tokenizer["bos_id"] is None else {"bos_id": tokenizer["bos_id"]}),
     }
     used = {span.file.path for group in groups for span in group.spans}

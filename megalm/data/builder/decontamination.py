@@ -31,7 +31,7 @@ from megalm.errors import DataError
 from megalm.utils.atomic_files import writing_to
 
 OverlapAction = Literal["drop", "cut"]
-WHOLE_WORDS = 8  # the shortest text of an evaluation set that can be told from usual phrases
+WHOLE_WORDS = 8  # the shortest text of an evaluation set that can be distinguished from usual phrases
 MOST_WORDS = 50_000_000  # of all sets: 1.2 GB
 # As in the decontamination of GPT-3 (arXiv 2005.14165, appendix C), in characters.
 CUT_MARGIN, SHORTEST_PART, MOST_PARTS = 200, 200, 10
@@ -298,7 +298,7 @@ def read_evaluation_sets(options: OverlapOptions, tokenizer: Tokenizer) -> Overl
             items = sum(file.items for file in named)
             raise DataError(
                 f"--exclude-overlap {given}: no text in its {items:,} items has {options.whole_words} words or more, "
-                "so nothing can be told to overlap; give sets with longer texts, or other keys (--overlap-key)"
+                "so nothing can be found to overlap; give sets with longer texts, or other keys (--overlap-key)"
             )
     return reader.index()
 

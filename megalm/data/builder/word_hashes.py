@@ -49,7 +49,7 @@ def _pieces(text: str) -> Iterator[Words]:
         found = _words_of_piece(text[start : start + PIECE])
         stop = start + PIECE
         if stop < len(text) and len(found.end) > 1 and start + int(found.end[-1]) == stop:
-            stop = start + int(found.first[-1])  # this word may go on
+            stop = start + int(found.first[-1])  # this word may continue
             found = Words(found.hashes[:-1], found.first[:-1], found.end[:-1])
         yield Words(found.hashes, found.first + start, found.end + start)
         start = stop

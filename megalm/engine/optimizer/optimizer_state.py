@@ -1,14 +1,16 @@
-"""Read and write a DeepSpeed optimizer's state as fragments of canonical parameters.
+"""Read and write a DeepSpeed optimizer's state, and weights that do not train, as fragments of canonical parameters.
 
 Like other modules of this package it uses DeepSpeed's internals; tests/distributed holds them to the pinned version.
 A fragment is a flat range of one parameter that this rank owns: its fp32 master, and the moments of its group. Offsets
-are computed from addresses, not from DeepSpeed's own maps, which are wrong for some settings.
+are computed from addresses, not from DeepSpeed's own maps, which are wrong for some settings. `read_norm_once` changes
+how DeepSpeed reads the norm of its gradients.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +18,74 @@ from typing import Any
 
 import deepspeed.comm as ds_comm
 import torch
+import torch.distributed as dist
+from deepspeed.comm import pg_utils
+from deepspeed.runtime import bf16_optimizer
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, FragmentOnAccess, HasFragment
 from megalm.engine.nvme_offload import SwappedStates
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
-from megalm.engine.optimizer.weight_ema import WeightEma
 from megalm.model.layer_factory import ShardedAxis
 from megalm.model.parameter_groups import MomentKind
+from megalm.parallel.process_groups import AxisGroup
 
 ReadFragment = Callable[[FragmentKey], Tensor]
 
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+
+_EXCHANGED_AT_ONCE = 1 << 20  # elements, so that nothing as large as the weights is held beside them
+
+
+class WeightEma:
+    """average = decay * average + (1 - decay) * weights, after each applied update; it begins with the weights.
+
+    It is fp32, and divided among the ranks as the masters that it follows.
+
+    Args:
+        decay: between 0 and 1; null keeps no average.
+        flats: the fp32 tensors that the optimizer steps.
+    """
+
+    def __init__(self, decay: float | None, flats: Sequence[nn.Parameter]) -> None:
+        self._share = 0.0 if decay is None else 1 - decay
+        self._flats = [] if decay is None else list(flats)
+        self._averages = {id(flat): torch.empty_like(flat.data) for flat in self._flats}
+        self.restart()
+
+    @property
+    def is_kept(self) -> bool:
+        return self._share > 0
+
+    def of(self, flat: nn.Parameter) -> Tensor:
+        """Return the average of one of the tensors."""
+        return self._averages[id(flat)]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Call after an update that was applied."""
+        for flat in self._flats:
+            self.of(flat).lerp_(flat.data, self._share)
+
+    @torch.no_grad()
+    def exchange(self) -> None:
+        """Put the average where the weights are, and the weights where it was; twice changes nothing."""
+        for flat in self._flats:
+            average = self.of(flat).view(-1).split(_EXCHANGED_AT_ONCE)
+            for weights, averaged in zip(flat.data.view(-1).split(_EXCHANGED_AT_ONCE), average, strict=True):
+                kept = weights.clone()
+                weights.copy_(averaged)
+                averaged.copy_(kept)
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin again with the weights."""
+        for flat in self._flats:
+            self.of(flat).copy_(flat.data)
 
 
 @dataclass(frozen=True)
@@ -349,3 +407,141 @@ class OptimizerState:
         """ZeRO 0: every rank holds everything."""
         for name, parameter in self._parameters.items():
             yield OwnedRange(name, self._shards[name], 0, parameter.numel(), parameter, 0)
+
+
+class FrozenWeights:
+    """The frozen parameters of this rank, of which the optimizer has no fp32 master.
+
+    Every rank that holds the same of a parameter keeps and saves an equal part of it, at any ZeRO stage.
+
+    A run in 16 bits computes with rounded weights. Those that a checkpoint has in fp32, it must not lose: what rounding
+    changes is kept in the CPU's memory, 4 bytes for each element of this rank's part. Weights that were 16-bit before,
+    as those of most published models, need nothing.
+
+    Args:
+        parameters: canonical name -> frozen parameter; ZeRO 3 has divided it.
+        shards: canonical name -> its shard.
+        copies: canonical name -> the ranks that hold the same of it.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], shards: Mapping[str, ShardedAxis], copies: Mapping[str, AxisGroup]
+    ) -> None:
+        self._parameters = parameters
+        self._shards = shards
+        self._copies = copies
+        self._unrounded: dict[str, Tensor] = {}  # canonical name -> this rank's part
+
+    def fragments(self) -> Iterator[HasFragment]:
+        """Yield this rank's parts, fp32."""
+        for name in self._parameters:
+            key = self._part(name)
+            if self._shards[name].is_owner and key.count:
+                yield FragmentOnAccess(key, partial(self._read, key))
+
+    @torch.no_grad()
+    def load(self, read: Callable[[FragmentKey], Tensor]) -> None:
+        """Fill the weights; call before the optimizer's state is loaded, which then gathers ZeRO 3's small ones."""
+        for name, parameter in self._parameters.items():
+            part = self._part(name)
+            divided = getattr(parameter, "ds_tensor", None)
+            if divided is not None:
+                own = values = read(part)
+                divided.view(-1)[: part.count].copy_(values)
+            else:
+                values = read(self._range(name, 0, math.prod(self._shards[name].sizes)))
+                parameter.copy_(values.view(parameter.shape))
+                own = values[part.start : part.stop]
+            is_rounded = not torch.equal(own.to(parameter.dtype).float(), own)
+            self._unrounded.pop(name, None)
+            if is_rounded and self._shards[name].is_owner:
+                self._unrounded[name] = own.clone()
+
+    def forget_second_copies(self) -> None:
+        """Let ZeRO 3 make its second copies anew: after an update or a restore DeepSpeed renews what trains only.
+
+        Call after the optimizer's state is loaded: for that DeepSpeed divides the small ones, as they were before.
+        """
+        for parameter in self._parameters.values():
+            if hasattr(parameter, "ds_secondary_tensor"):
+                parameter.ds_secondary_tensor = None
+
+    def _read(self, key: FragmentKey) -> Tensor:
+        if key.name in self._unrounded:
+            return self._unrounded[key.name]
+        parameter = self._parameters[key.name]
+        divided = getattr(parameter, "ds_tensor", None)
+        own = parameter.data.view(-1)[key.start : key.stop] if divided is None else divided.view(-1)[: key.count]
+        return own.float()
+
+    def _part(self, name: str) -> FragmentKey:
+        """Elements that this rank keeps and saves; under ZeRO 3 the ones that it holds."""
+        whole, copies = math.prod(self._shards[name].sizes), self._copies[name]
+        size = math.ceil(whole / copies.size)
+        return self._range(name, min(copies.index * size, whole), min((copies.index + 1) * size, whole))
+
+    def _range(self, name: str, start: int, stop: int) -> FragmentKey:
+        shard = self._shards[name]
+        return FragmentKey(name, "master", shard.shape, start, stop, shard.rectangle)
+
+
+class _FillOnDevice(TorchFunctionMode):
+    """Fills the tensor of `torch.tensor(number, device=...)` there: a copy from the host would wait for the device."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.tensor and isinstance(args[0], float):
+            return torch.full((), args[0], **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+@functools.cache
+def read_norm_once() -> None:
+    """Let DeepSpeed's optimizers read the global gradient norm from the device once a step.
+
+    They read it again wherever they compare it: is it valid, does it clip, for each parameter group. From here on they
+    compare a copy on the host. A norm that is not finite says that gradients overflowed; DeepSpeed's own search for
+    such gradients, with a reading of its own, comes to the same result and is left out.
+    """
+    DeepSpeedZeroOptimizer.scaled_global_norm = _summed_once(DeepSpeedZeroOptimizer.scaled_global_norm)
+    for owner, name in (
+        (DeepSpeedZeroOptimizer, "scaled_global_norm"),
+        (DeepSpeedZeroOptimizer_Stage3, "_get_norm_groups"),
+        (bf16_optimizer, "get_global_norm_of_tensors"),
+    ):
+        setattr(owner, name, _norm_on_host(getattr(owner, name)))
+    for optimizer in (DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3):
+        optimizer.check_overflow = functools.wraps(optimizer.check_overflow)(lambda *_, **__: None)
+
+
+def _summed_once(norm_of: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """DeepSpeed's norm of ZeRO 1 and 2 with one sum over the ranks of a model's copy, not one for each parameter group.
+
+    Stages of a pipeline may have other groups, and would wait for each other for ever.
+    """
+
+    @functools.wraps(norm_of)
+    def norm(optimizer: Any, *args: Any, **options: Any) -> Tensor:
+        if not pg_utils.is_parallel(optimizer.model_parallel_group):
+            return norm_of(optimizer, *args, **options)
+        reduce = optimizer._model_parallel_all_reduce
+        optimizer._model_parallel_all_reduce = lambda **_: None
+        try:
+            square = norm_of(optimizer, *args, **options).square()  # infinite if a gradient is not finite
+        finally:
+            del optimizer._model_parallel_all_reduce
+        reduce(tensor=square, op=dist.ReduceOp.SUM)
+        return square.sqrt()
+
+    return norm
+
+
+def _norm_on_host(norm_of: Callable[..., Tensor | list[Tensor]]) -> Callable[..., Tensor]:
+    @functools.wraps(norm_of)
+    def read(*args: Any, **options: Any) -> Tensor:
+        if options.get("input_tensors") == []:  # of a rank whose parameters are frozen, or other ranks' as well
+            options["input_tensors"] = [torch.zeros(1)]
+        with _FillOnDevice():
+            norm = norm_of(*args, **options)
+        return (torch.stack(norm) if isinstance(norm, list) else norm).cpu()
+
+    return read

@@ -158,10 +158,7 @@ class InterleavedEngine(EngineBase):
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         engine = self._engine
         self._part.train()
-        self._set_learning_rate(learning_rate)
-        self._accumulate(len(batch.micro_batches))
-        self._by_dataset.begin(batch)
-        self._begin_routing(len(batch.micro_batches) * len(batch.micro_batches[0].tokens))
+        self._begin_step(batch, learning_rate)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
         factor = self._state.loss_scale() * self._copies.size / batch.divisor
         total = torch.zeros((), device=self._device)

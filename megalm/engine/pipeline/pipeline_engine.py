@@ -64,8 +64,7 @@ class PipelineEngine(EngineBase):
 
     def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
         model, engine = self._model, self._engine
-        self._set_learning_rate(learning_rate)
-        self._accumulate(len(batch.micro_batches))
+        self._begin_step(batch, learning_rate)
         micro_batches = [self._tensors(micro_batch) for micro_batch in batch.micro_batches]
         shape = micro_batches[0][0].shape
         if shape != self._shape:  # DeepSpeed's buffers have the last step's
@@ -74,8 +73,6 @@ class PipelineEngine(EngineBase):
         # DeepSpeed averages over micro-batches and ranks; the loss is a mean over the targets of the *global* batch.
         model.loss_factor = len(micro_batches) * self._copies.size / batch.divisor
         model.loss_sum = 0.0
-        self._by_dataset.begin(batch)
-        self._begin_routing(len(micro_batches) * len(micro_batches[0][0]))
 
         def before_forward(index: int) -> None:
             self._by_dataset.of(batch.micro_batches[index].datasets)

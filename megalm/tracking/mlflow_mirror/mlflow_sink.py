@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,13 @@ import orjson
 from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_log import LOSS_OF, METRICS_FILE, Row, plain, read_metrics
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.description import description
 from megalm.tracking.mlflow_mirror.sink import FAILED, FINISHED, KILLED, RUNNING, Sink, TakeBack, milliseconds
 from megalm.tracking.mlflow_mirror.sync_state import STATE_FILE, MetricValue, MirrorState, Owner
 from megalm.tracking.mlflow_mirror.system_metrics import node_files, samples_after
 from megalm.tracking.report import REPORT_FILE, write_report
+from megalm.tracking.report.headline import numbers, outcome
+from megalm.tracking.report.page import next_commands
+from megalm.tracking.report.run_data import ReportData, read_run
 from megalm.utils.addresses import public_address
 
 if TYPE_CHECKING:  # the training process imports this module and must not load MLflow
@@ -126,7 +129,7 @@ class MlflowSink(Sink):
         self._send_metrics(store, run_id, rows)
 
     def take_back(self, back: TakeBack) -> None:
-        """Leave the MLflow run to the attempts so far, and go on in a new one with their tags."""
+        """Leave the MLflow run to the attempts so far, and continue in a new one with their tags."""
         store, run_id = self._open()
         state, suffix = self._state, _suffix(back)
         state.name = (store.run_tags(run_id) or {}).get(run_facts.NAME_TAG, self._name).removesuffix(suffix)
@@ -375,3 +378,40 @@ def _section(row: Row, name: str) -> str:
     if row["kind"] == "train":
         return "train" if name.startswith(LOSS_OF) else _SECTIONS.get(name, _SECTION_OF_THE_REST)
     return "eval" if row.get("dataset") in (None, "validation") else f"eval/{Path(str(row['dataset'])).name}"
+
+
+def description(run_dir: Path, status: str) -> str:
+    """Return Markdown about a run: what it is, its data, its result, the next command.
+
+    Raises:
+        MegalmError: a file of the run folder is damaged.
+    """
+    run = read_run(run_dir.resolve(), time.time())
+    blocks = ["  \n".join(_what(run))]
+    if status == RUNNING:
+        blocks.append("**Training.**")
+    else:
+        blocks.append(f"**{outcome(run, time.time()).sentence}**")
+        table = [f"| {one.name} | {one.value} | {one.note} |" for one in numbers(run)]
+        if table:
+            blocks.append("\n".join(["| | | |", "|---|---|---|", *table]))
+    commands = [command for name, command in next_commands(run) if name in ("resume", "train longer", "generate")]
+    blocks.append("\n".join(["Next:", "```", *commands, "```"]))
+    return "\n\n".join(blocks)
+
+
+def _what(run: ReportData) -> Iterator[str]:
+    """Yield a line on the model, one on its training, and one for each dataset."""
+    facts, setting = run.environment, run.setting
+    count = run.results.parameters
+    size = f": {count:,} parameters" if count is not None else ""
+    layers, width = setting("model.num_hidden_layers"), setting("model.hidden_size")
+    preset = f" (preset {run.preset})" if run.preset else ""
+    yield f"**{setting('model.style')}, {layers} layers x {width}{size}**{preset}"
+    device = facts.get("device") or "unknown device"
+    yield f"{run.planned_steps or 0:,} steps in {facts.get('precision')} on {facts.get('world_size')} x {device}"
+    found = facts.get("datasets")
+    for part in found if isinstance(found, list) else ():
+        epochs, tokens = part.get("epochs"), part.get("tokens_per_epoch")
+        known = isinstance(epochs, (int, float)) and isinstance(tokens, int)
+        yield f"data: `{part.get('prefix')}`" + (f", {epochs:.2f} epochs of {tokens:,} tokens" if known else "")

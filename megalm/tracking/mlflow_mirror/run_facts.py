@@ -170,8 +170,8 @@ def parameters(run_dir: Path) -> dict[str, str]:
     facts = flatten_to_text(environment)
     found = {name: facts[key] for key, name in _PARAMETERS_OF_ENVIRONMENT.items() if key in facts}
     found |= settings(run_dir) | (flatten_to_text(resolved) if isinstance(resolved, dict) else {})
-    told = {name: text for name, text in found.items() if text not in _UNSET and not name.startswith(_NOT_PARAMETERS)}
-    return _within_limits(told, _LONGEST_PARAMETER)
+    shown = {name: text for name, text in found.items() if text not in _UNSET and not name.startswith(_NOT_PARAMETERS)}
+    return _within_limits(shown, _LONGEST_PARAMETER)
 
 
 def tags(run_dir: Path) -> dict[str, str]:

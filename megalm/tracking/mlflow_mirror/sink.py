@@ -22,7 +22,7 @@ from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, Row, read_rows
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 _END_STATUS = {"finished": FINISHED, "failed": FAILED, "stopped": KILLED}
 _EXIT_STATUS = {0: FINISHED, 75: KILLED}
-# A tracker's progress is saved at least after so many rows.
+# A tracker's progress is saved at least after this many rows.
 _ROWS_AT_ONCE = 500
 
 logger = logging.getLogger(__name__)
@@ -157,7 +157,9 @@ class Feed:
         backs, end = _scan(path, sink.state.offset)
         first = min(backs if first is None else [first], key=lambda back: back.step, default=None)
         if first is not None and first.step < sink.state.last_step:
-            logger.info("%s goes on from step %d: the tracker's rows of later steps no longer count", path, first.step)
+            logger.info(
+                "%s continues from step %d: the tracker's rows of later steps no longer count", path, first.step
+            )
             before = sink.state.offset
             sink.take_back(first)
             sink.state.last_step = min(sink.state.last_step or 0, first.step)  # `take_back` may have begun again

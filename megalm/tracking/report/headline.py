@@ -6,7 +6,7 @@ import datetime
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from megalm.planning.training_stages import TrainingStages
+from megalm.planning.batch_size import TrainingStages
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, wall_limit
 from megalm.tracking.compare_runs import comparable_validations
 from megalm.tracking.report.run_data import Failure, ReportData

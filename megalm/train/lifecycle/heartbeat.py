@@ -88,7 +88,7 @@ class Heartbeat:
         store: with a connection of its own, because the main thread may wait in the other one.
         places: of all ranks.
         start_timeout_seconds: before the first step, a rank that is silent for so long is lost; None: it is waited for.
-        on_lost: called in a thread, once, with ranks without which the job cannot go on.
+        on_lost: called in a thread, once, with ranks without which the job cannot continue.
         notice: gets lines about ranks that are silent or late.
     """
 
@@ -230,17 +230,17 @@ class Heartbeat:
             return beat
         return replace(beat or Beat(), step=self._beat.step)
 
-    def find_lost(self, patience_seconds: float, is_told: Callable[[], bool] = lambda: False) -> list[LostRank]:
+    def find_lost(self, patience_seconds: float, is_reported: Callable[[], bool] = lambda: False) -> list[LostRank]:
         """Wait for the first cause of a failure to show: the ranks that are lost, of the surest kind only; or none.
 
         Args:
-            is_told: whether another rank has reported meanwhile.
+            is_reported: whether another rank has reported meanwhile.
         """
         self._listen()
         began = time.monotonic()
         found_at: float | None = None
         lost: dict[int, LostRank] = {}
-        while time.monotonic() - began < patience_seconds and not is_told():
+        while time.monotonic() - began < patience_seconds and not is_reported():
             lost = self.lost(_SILENT_BEATS * BEAT_SECONDS)
             if lost and found_at is None:
                 found_at = time.monotonic()

@@ -219,8 +219,8 @@ class RankSupervisor:
     def _report_first_cause(self, error: Exception) -> bool:
         """Report the rank whose loss this rank's error comes from, unless another rank does; False: none is lost."""
         assert self.heartbeat is not None
-        lost = self.heartbeat.find_lost(_FIRST_CAUSE_SECONDS, self._is_told)
-        if self._is_told():
+        lost = self.heartbeat.find_lost(_FIRST_CAUSE_SECONDS, self._is_reported)
+        if self._is_reported():
             return True
         if not lost:
             return False
@@ -238,7 +238,7 @@ class RankSupervisor:
         text = f"{_ERROR}{describe_lost(lost, consequence)}"
         self._print_failure(text, EXIT_FAILED, all_ranks=True, details=details)
 
-    def _is_told(self) -> bool:
+    def _is_reported(self) -> bool:
         return self._hooks.claim is not None and self._hooks.claim.is_taken()
 
     def stage(self, name: str) -> None:
@@ -252,7 +252,7 @@ class RankSupervisor:
             self.heartbeat.stop()
 
     def abort_without(self, lost: list[LostRank]) -> NoReturn:
-        """End the job because it cannot go on without these ranks; report it, unless another rank did."""
+        """End the job because it cannot continue without these ranks; report it, unless another rank did."""
         self._write_stacks()
         self._report_lost(lost)
         _leave(self._end_failed(EXIT_FAILED))
@@ -298,7 +298,7 @@ class RankSupervisor:
         stacks, recorder = self._hooks.stacks, self._hooks.recorder
         noticed = f"no progress for {silent_seconds:.0f} s, train.hang_timeout_seconds"
         where = f"; the stacks of all other ranks are in {stacks.parent}" if stacks is not None else ""
-        lost = [] if self.heartbeat is None else self.heartbeat.find_lost(_FIRST_CAUSE_SECONDS, self._is_told)
+        lost = [] if self.heartbeat is None else self.heartbeat.find_lost(_FIRST_CAUSE_SECONDS, self._is_reported)
         stalled = recorder.stalled() if recorder is not None else None  # the others have dumped meanwhile
         cause = describe_lost(lost, noticed, stalled) if lost else self._describe_hang(noticed, stalled)
         self._print_failure(f"{_ERROR}{cause}{where}", EXIT_FAILED)

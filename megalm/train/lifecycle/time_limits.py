@@ -84,11 +84,11 @@ class TimeLimits:
             self.watchdog.stop_watching()
 
 
-def wall_seconds(stated: float | None, started: float) -> float | None:
-    """Return the seconds from `started` within which a run must end: the stated ones, or up to the end of its job."""
+def wall_seconds(limit: float | None, started: float) -> float | None:
+    """Return the seconds from `started` within which a run must end: `limit`, or up to the end of its job."""
     end = allocation_end()
-    if stated is not None or end is None:
-        return stated
+    if limit is not None or end is None:
+        return limit
     return end - time.time() + time.monotonic() - started
 
 

@@ -95,7 +95,7 @@ _SHAPES = (
 def with_schedule(run: ResolvedRun, manifest: Manifest | None, more: int | None = None) -> RunSchedule:
     """Return the schedule of a run that resumes from `manifest`; None: a new run.
 
-    An imported checkpoint has no schedule: the run's own holds from its first step on, and goes on at that step.
+    An imported checkpoint has no schedule: the run's own holds from its first step on, and continues at that step.
 
     A schedule that the checkpoint already knows changes nothing. Another one takes effect at the next step, and counts
     steps from the run's start. An extension by `more` steps starts a new schedule.

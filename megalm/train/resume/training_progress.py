@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from megalm.checkpoint.manifest import Beginning, DataSegment, Manifest
+from megalm.planning.batch_size import TrainingStage
 from megalm.planning.lr_schedule import ScheduleSegment
-from megalm.planning.training_stages import TrainingStage
 from megalm.train.evaluator import Evaluation
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from megalm.sweeps.sweep_report import SweepResult, send_sweep_result
 from megalm.tracking.mlflow_mirror.mirror_process import sync
-from megalm.tracking.mlflow_mirror.sweep_run import SweepResult, send_sweep_result
 from tests.e2e.tracking.run_folders import write_rows
 
 pytestmark = pytest.mark.e2e

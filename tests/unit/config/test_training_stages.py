@@ -15,9 +15,9 @@ from megalm.cli.plan_text import plan_text
 from megalm.config.loading import load_run_config
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.model.model_config import flops_per_token
+from megalm.planning.batch_size import TrainingStage, TrainingStages
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import make_plan
-from megalm.planning.training_stages import TrainingStage, TrainingStages
 from tests.messages import assert_names
 
 STEPS = 40

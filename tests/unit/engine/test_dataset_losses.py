@@ -8,7 +8,7 @@ import torch
 
 from megalm.config.schema import ModelSection
 from megalm.data.sampling.batch_loader import GlobalBatch
-from megalm.engine.dataset_losses import DatasetLosses
+from megalm.engine.base_engine import DatasetLosses
 from megalm.model.loss import IGNORE
 from megalm.model.model_config import build_model_config
 from megalm.model.transformer import LanguageModel, initialize

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from megalm.checkpoint.shard_spec import FragmentKey
-from megalm.engine.optimizer.frozen_weights import FrozenWeights
+from megalm.engine.optimizer.optimizer_state import FrozenWeights
 from megalm.model.layer_factory import ShardedAxis
 from megalm.parallel.process_groups import AxisGroup
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from megalm.cli.plan import measured_rate
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.errors import ConfigError
-from megalm.tracking.measured_rate import measured_rate
 from tests.messages import assert_names
 
 CPU = DeviceFacts(kind="cpu", bf16=True, memory_bytes=64 << 30)

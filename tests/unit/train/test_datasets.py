@@ -15,7 +15,6 @@ from megalm.checkpoint.manifest import Manifest
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, DeviceFacts, read_deepspeed_json
 from megalm.config.loading import SAVED_CONFIG, config_to_yaml, load_run_config
 from megalm.data.builder.builder import BuildOptions, build_files
-from megalm.data.indexed import foreign_checks
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.trained_tokens import trained_path
 from megalm.data.indexed.writer import IndexedDatasetWriter
@@ -24,6 +23,7 @@ from megalm.errors import ConfigError, DataError
 from megalm.model.model_config import build_model_config
 from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.planning.run_plan import make_plan
+from megalm.train import datasets as run_datasets
 from megalm.train.datasets import (
     RunData,
     batch_loader,
@@ -106,8 +106,8 @@ def test_a_token_outside_the_vocabulary_is_refused_at_the_start(tmp_path: Path, 
 def test_a_token_outside_the_vocabulary_between_the_probes_is_refused_when_it_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(foreign_checks, "SCANNED_TOKENS", 8)
-    monkeypatch.setattr(foreign_checks, "PROBE_TOKENS", 4)
+    monkeypatch.setattr(run_datasets, "SCANNED_TOKENS", 8)
+    monkeypatch.setattr(run_datasets, "PROBE_TOKENS", 4)
     prefix = write_tokens(tmp_path / "foreign", [[1] * 60, [2] * 30 + [300] * 2 + [2] * 30])
     run, data = opened(f"data.train={prefix}", f"data.validation={prefix}", "data.allow_validation_on_training=true")
     with batch_loader(run, data.train, 0) as loader, pytest.raises(DataError) as error:

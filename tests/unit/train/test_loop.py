@@ -21,10 +21,10 @@ from megalm.config.loading import load_run_config
 from megalm.data.sampling.batch_loader import GlobalBatch
 from megalm.engine.interface import JudgeUpdate, RoutingStatistics, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError
+from megalm.planning.batch_size import TrainingStage
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.recipe_claims import Expectation, Span
 from megalm.planning.resolve import resolve
-from megalm.planning.training_stages import TrainingStage
 from megalm.runs.metrics_history import read_history
 from megalm.runs.metrics_log import MetricsWriter, describe_unbalanced_experts, live_rows, read_batches, read_metrics
 from megalm.runs.run_folder import RunFolder

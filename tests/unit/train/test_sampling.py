@@ -10,6 +10,7 @@ import torch
 
 from megalm.config.schema import SampleSection
 from megalm.train.text_samples import draw, generate, token_weights
+from tests.number_tokenizer import Numbers
 
 T = TypeVar("T")
 VOCAB, EOD = 20, 19
@@ -18,23 +19,6 @@ VOCAB, EOD = 20, 19
 class Alone:
     def broadcast(self, value: T) -> T:
         return value
-
-
-class Numbers:
-    eod_id = EOD
-    bos_token: str | None = None
-
-    def begun(self, ids: np.ndarray) -> np.ndarray:
-        return ids
-
-    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array([int(word) for word in text.split()], np.int32) for text in texts]
-
-    def decode(self, ids: list[int]) -> str:
-        return " ".join(map(str, ids))
-
-    def known_ids(self) -> np.ndarray:
-        return np.ones(VOCAB, np.bool_)
 
 
 class CountsUp:
@@ -52,7 +36,7 @@ class CountsUp:
 
 def test_texts_go_on_to_their_end_or_the_limit() -> None:
     settings = SampleSection(prompts=("3", "1 2", "16"), max_new_tokens=5, temperature=0.0)
-    texts = generate(CountsUp(), Alone(), Numbers(), settings, sequence_length=128, seed=0)
+    texts = generate(CountsUp(), Alone(), Numbers(VOCAB), settings, sequence_length=128, seed=0)
     assert texts == ["3 4 5 6 7 8", "1 2 3 4 5 6 7", "16 17 18"]
 
 
@@ -60,7 +44,7 @@ def test_the_window_is_never_wider_than_the_model() -> None:
     model = CountsUp()
     prompt = " ".join(["1"] * 100)
     settings = SampleSection(prompts=(prompt,), max_new_tokens=4, temperature=0.0)
-    assert generate(model, Alone(), Numbers(), settings, 80, 0)[0].endswith("1 2 3 4 5")
+    assert generate(model, Alone(), Numbers(VOCAB), settings, 80, 0)[0].endswith("1 2 3 4 5")
     assert set(model.widths) == {80}
 
 
@@ -71,12 +55,12 @@ def test_an_empty_prompt_starts_a_document() -> None:
             return np.eye(VOCAB, dtype=np.float32)[[0]]
 
     settings = SampleSection(prompts=("",), max_new_tokens=1, temperature=0.0)
-    assert generate(StartsAtZero(), Alone(), Numbers(), settings, 8, 0) == [f"{EOD} 0"]
+    assert generate(StartsAtZero(), Alone(), Numbers(VOCAB), settings, 8, 0) == [f"{EOD} 0"]
 
 
 def test_no_prompt_asks_nothing() -> None:
     model = CountsUp()
-    assert generate(model, Alone(), Numbers(), SampleSection(), 8, 0) == []
+    assert generate(model, Alone(), Numbers(VOCAB), SampleSection(), 8, 0) == []
     assert model.widths == []
 
 
@@ -149,9 +133,9 @@ def test_a_seed_draws_the_same_text_again(seed: int) -> None:
             return np.zeros((len(tokens), EOD), np.float32)
 
     settings = SampleSection(prompts=("1", "2"), max_new_tokens=8, temperature=1.0, top_k=None)
-    once = generate(Flat(), Alone(), Numbers(), settings, 64, seed)
-    assert once == generate(Flat(), Alone(), Numbers(), settings, 64, seed)
-    assert once != generate(Flat(), Alone(), Numbers(), settings, 64, seed + 1)
+    once = generate(Flat(), Alone(), Numbers(VOCAB), settings, 64, seed)
+    assert once == generate(Flat(), Alone(), Numbers(VOCAB), settings, 64, seed)
+    assert once != generate(Flat(), Alone(), Numbers(VOCAB), settings, 64, seed + 1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -172,5 +156,5 @@ def test_an_id_without_a_token_is_never_drawn(temperature: float) -> None:
             return logits
 
     settings = SampleSection(prompts=("1",), max_new_tokens=40, temperature=temperature, top_k=None)
-    drawn = {int(word) for word in generate(Padded(), Alone(), Gaps(), settings, 64, 0)[0].split()}
+    drawn = {int(word) for word in generate(Padded(), Alone(), Gaps(VOCAB), settings, 64, 0)[0].split()}
     assert drawn == ({1} if temperature == 0 else {1, 12})
