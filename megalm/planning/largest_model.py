@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain, compress, count, product
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 from megalm.config.deepspeed.json_reader import (
     DS_CONFIGS_FOLDER,
@@ -270,7 +270,7 @@ class _Search:
 
     def _candidates(self, shape: _Shape) -> Iterator[_Candidate]:
         """The most exact states first; of each the stage with the least traffic, and of that the fastest settings."""
-        stages = (2, 3) if self._request.ranks > 1 else (2,)
+        stages: tuple[Literal[2, 3], ...] = (2, 3) if self._request.ranks > 1 else (2,)
         for states, stage in product(self._states, stages):
             for kind in _RECOMPUTATION:
                 if not no_recomputation(kind, self._base, self._request.device, ZeroSection(stage=stage)):
