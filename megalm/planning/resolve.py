@@ -90,7 +90,7 @@ class ResolvedRun:
     @property
     def compiled(self) -> bool:
         """Whether blocks and loss run compiled."""
-        return runs_compiled(self.config, self.device)
+        return runs_compiled(self.config, self.device, self.deepspeed_source.settings.zero_optimization)
 
     @property
     def tensor_chunks(self) -> int:
