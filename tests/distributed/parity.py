@@ -103,7 +103,7 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 
 
-# Of a context group no rank has a whole sequence; and a token that bf16 sends elsewhere drops another one.
+# A token that low precision sends elsewhere drops another one.
 NO_CAPACITY = ("train.expert_capacity_factor=null",)
 
 
@@ -159,6 +159,7 @@ LAYOUTS = {
     "ep4": Layout(4, ("parallel.expert=4",), few=(2,), of_experts="fp32"),
     "ep2 x dp2": Layout(4, (_EP,), few=(1,), of_experts="fp32"),
     "ep2 x pp2": Layout(4, (_EP, _PP), few=(0,), of_experts="fp32"),  # no experts in the first stage
+    "ep2 x pp2v2": Layout(4, (_EP, _PP, _V2), few=(1,), of_experts="fp32", blocks=4),
     "cp2 x ep4": Layout(4, (_CP, "parallel.expert=4"), few=(3,), of_experts="fp32"),
     "tp2 x pp2 x dp2": Layout(8, (_TP, _PP)),
 }
@@ -254,9 +255,8 @@ def rows(layout: str) -> list[Row]:
     stages = LAYOUTS[layout].stages
     if LAYOUTS[layout].ranks > 4:  # shows that three axes meet; each two of them have their own layouts
         return [*(Row(layout, model, 1) for model in _FEW_MODELS), Row(layout, "llama GQA untied", 1, muon=True)]
-    without_capacity = NO_CAPACITY if _CP in LAYOUTS[layout].overrides else ()
     if precision := LAYOUTS[layout].of_experts:
-        job = NO_CAPACITY if precision == "bf16" else without_capacity
+        job = NO_CAPACITY if precision == "bf16" else ()
         return [Row(layout, _OF_EXPERTS, zero, precision, job=job) for zero in LAYOUTS[layout].few]
     if few := LAYOUTS[layout].few:
         deep = LAYOUTS[layout].blocks > 2
@@ -268,8 +268,7 @@ def rows(layout: str) -> list[Row]:
         if layout in _STATES:
             found += [Row(layout, "llama GQA untied", 1, states=_STATES[layout])]
         return found
-    jobs = {_OF_EXPERTS: without_capacity}
-    found = [Row(layout, model, zero, job=jobs.get(model, ())) for model in MODELS for zero in stages]
+    found = [Row(layout, model, zero) for model in MODELS for zero in stages]
     low = [zero for zero in stages if zero > 0]
     found += [Row(layout, model, zero, "bf16") for model in _FEW_MODELS for zero in low]
     if layout in _MUON:
@@ -287,7 +286,7 @@ def rows(layout: str) -> list[Row]:
 
 # Trained by `make parity` alone: the layouts beside them meet the same axes.
 SELDOM = (
-    *("cp4", "ring4", "ring2 x dp2", "ring2 x pp2", "ep4", "ep2 x dp2", "ep2 x pp2", "cp2 x ep4"),
+    *("cp4", "ring4", "ring2 x dp2", "ring2 x pp2", "ep4", "ep2 x dp2", "ep2 x pp2", "ep2 x pp2v2", "cp2 x ep4"),
     *("pp4v2", "pp2v2 x dp2", "tp2 x pp2v2", "sp2 x pp2v2", "cp2 x pp2v2"),
 )
 
