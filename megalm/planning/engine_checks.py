@@ -165,6 +165,22 @@ def float8_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
     return ["precision.float8=true: this CPU emulates float8 products, slower than without"] if emulated else []
 
 
+def offload_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
+    """Return a notice where offloaded activations save nothing."""
+    if device.kind == "cuda" or not config.train.offload_activations:
+        return []
+    return ["train.offload_activations=true on a CPU: block inputs are copied within its memory, and nothing is saved"]
+
+
+def compile_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
+    """Return a notice where "auto" compiles nothing on a GPU."""
+    if config.compile != "auto" or device.kind == "cpu" or device.compiles:
+        return []
+    return [
+        'compile ("auto"): false; torch.compile needs Triton, a C compiler, Python.h and compute capability 7.0 here'
+    ]
+
+
 def frozen_notices(config: RunConfig, shape: ModelConfig) -> list[str]:
     """Return a notice where a frozen embedding is the head too."""
     if not shape.tie_word_embeddings or _TABLE not in frozen_parameters(shape, config.train.parameter_groups):
