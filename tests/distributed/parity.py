@@ -246,7 +246,8 @@ _DEEP_MODELS = ("composed MQA tied", "llama GQA untied")
 _OF_EXPERTS = "composed MQA untied"
 _HPZ = ("dp2",)  # ZeRO 3 alone has it; test_zero_parity.py has two groups of two ranks
 _MORE = ("tp2", "sp2", "pp2", "cp2")  # fp16, and offload, which by data alone has its own test
-_MUON = ("sp2 x dp2", "sp2 x cp2", "tp2 x pp2v2")  # and the largest; test_muon.py has further ones, and torch's Muon
+# And the largest; test_muon.py has further ones, and torch's Muon.
+_MUON = ("sp2 x dp2", "sp2 x cp2", "tp2 x pp2v2", "ep2 x dp2")
 # Optimizer states in fewer bytes, where two axes meet; test_optimizer_state_kinds.py has each axis alone.
 _STATES = {"tp2 x dp2": "8bit", "sp2 x dp2": "bf16", "pp2 x dp2": "8bit", "tp2 x pp2": "bf16", "sp2 x pp2": "8bit"}
 _STATES |= {"pp2v2 x dp2": "8bit"}
@@ -258,7 +259,8 @@ def rows(layout: str) -> list[Row]:
         return [*(Row(layout, model, 1) for model in _FEW_MODELS), Row(layout, "llama GQA untied", 1, muon=True)]
     if precision := LAYOUTS[layout].of_experts:
         job = NO_CAPACITY if precision == "bf16" else ()
-        return [Row(layout, _OF_EXPERTS, zero, precision, job=job) for zero in LAYOUTS[layout].few]
+        found = [Row(layout, _OF_EXPERTS, zero, precision, job=job) for zero in LAYOUTS[layout].few]
+        return [*found, Row(layout, _OF_EXPERTS, 1, muon=True)] if layout in _MUON else found
     if few := LAYOUTS[layout].few:
         deep = LAYOUTS[layout].blocks > 2
         found = [Row(layout, *row) for row in zip(_DEEP_MODELS if deep else _FEW_MODELS, few, strict=False)]
