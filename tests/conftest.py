@@ -12,7 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 
+import hypothesis
 import pytest
+
+# How long an example takes says how busy the machine is.
+hypothesis.settings.register_profile("megalm", deadline=None)
+hypothesis.settings.load_profile("megalm")
 
 # In /usr/sbin, which an ordinary user's PATH may lack.
 _SLURM_PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged")

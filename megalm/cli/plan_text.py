@@ -155,14 +155,13 @@ def fit_text(plan: Plan, limit: str) -> str:
         limit: why there is no larger model.
     """
     shape, run, config = plan.shape, plan.resolved, plan.resolved.config
-    every = config.train.checkpoint_activations_every
     rows: list[list[object]] = [
         ["model", f"{plan.parameter_count:,} parameters"],
         ["shape", f"{shape.num_hidden_layers} layers, width {shape.hidden_size}, {shape.num_attention_heads} heads"],
         ["sequence length", config.data.sequence_length],
         ["batch", f"{run.batch.global_batch} sequences, {run.stages.at(config.train.steps).tokens:,} tokens"],
         ["micro-batch x accumulation x data ranks", " x ".join(map(str, _triple(plan)))],
-        ["recomputation", "none" if every == 0 else "every block" if every == 1 else f"1 block in {every}"],
+        ["recomputation, optimizer states", f"{run.recompute}, {config.train.optimizer_state}"],
         ["precision, ZeRO stage, offload", f"{run.precision}, {run.zero_stage}, {_offloads(plan)}"],
         ["steps", f"{config.train.steps:,}"],
         ["tokens", f"{plan.total_tokens:,}, {plan.tokens_per_parameter:.3g} per parameter"],

@@ -82,7 +82,7 @@ def step_moments(case: MemoryCase, share: Share) -> Iterator[StepMoment]:
     for stage, numbers in zip(share.stages, share.stage_blocks, strict=True):
         is_last, table = stage == share.last_stage, 0
         if is_last:
-            forward, backward = _loss_moments(case, share.tensor)
+            forward, backward = loss_moments(case, share.tensor)
             late, last_input = float(comes_late), _inputs_on_device(case, share, at_once=1)
             yield StepMoment(most + last_input, forward, late)
             yield StepMoment(most + last_input - hidden, backward, late)
@@ -188,17 +188,12 @@ def block_bytes(case: MemoryCase, share: Share, recompute: Recompute, layer: int
     return BlockBytes(kept, max(in_mlp, in_attention) - kept + apart + _float8_bytes(case, share))
 
 
-def loss_bytes(case: MemoryCase, tensor: int = 1) -> int:
-    """Bytes of the chunked cross-entropy at its largest: a chunk's logits several times over, and two gradients.
+def loss_moments(case: MemoryCase, tensor: int) -> tuple[int, int]:
+    """Bytes of the chunked cross-entropy in its forward and its backward pass.
 
     Args:
         tensor: ranks that divide the vocabulary.
     """
-    return max(_loss_moments(case, tensor))
-
-
-def _loss_moments(case: MemoryCase, tensor: int) -> tuple[int, int]:
-    """Bytes of the loss in its forward and its backward pass."""
     vocabulary, size = math.ceil(case.shape.vocab_size / tensor), case.element_bytes
     chunk = min(case.tokens, case.loss_chunk_tokens)
     # Logits, their gradient; probabilities in fp32, and the slope of capped logits.

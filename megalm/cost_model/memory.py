@@ -632,8 +632,8 @@ def _update_bytes(case: MemoryCase, share: Share) -> int:
     if not case.muon:
         return 0
     shapes = case.shape.parameters()
-    names = [name for name in share.parameters() if name.startswith("layers.") and len(shapes[name]) == 2]
-    matrices = [math.prod(shapes[name]) for name in names]
+    names = [name for name in share.parameters() if name.startswith("layers.") and len(shapes[name]) > 1]
+    matrices = [math.prod(shapes[name][-2:]) for name in names for _ in range(math.prod(shapes[name][:-2]))]
     ranks = case.topology.data_context * case.topology.tensor
     largest = max(matrices)
     own = max(largest, min(MUON_ROUND, math.ceil(sum(matrices) / ranks)))

@@ -346,7 +346,7 @@ class EngineBase(ABC):
         first = [name for name, group in copies.items() if group.index == 0]
         self._state = OptimizerState(self._engine, trained, shards, first, run.config.train.ema_decay)
         if isinstance(inner, Muon):
-            units = self._state.units_of("momentum_buffer", self._copies.size)
+            units = self._state.units_of("momentum_buffer", self._copies.size, groups.expert.size)
             inner.lay_out(units, groups, is_copied=self._stage == 0)
         self._check.measure = self._state.gradient_squares
         self._first_counters = self._counters(self._state.optimizer_step())
@@ -422,8 +422,10 @@ class EngineBase(ABC):
         self._by_dataset.begin(batch)
         if self._experts is not None:
             sequences = micro_batches * len(batch.micro_batches[0].tokens)  # of this rank, or parts of them
-            # The gradient of the router's losses does not pass the loss. DeepSpeed takes the mean over data x context.
-            self._experts.begin(sequences * self._data_ranks, self._groups.context.size / sequences)
+            # The gradient of the router's losses does not pass the loss. DeepSpeed takes the mean over data x context,
+            # and divides by the loss scale.
+            factor = self._state.loss_scale() * self._groups.context.size / sequences
+            self._experts.begin(sequences * self._data_ranks, factor)
 
     def _micro_batch(self, index: int) -> int:
         """Return the number, among those of all data-parallel ranks in a step, of this rank's micro-batch `index`."""

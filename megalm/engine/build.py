@@ -150,12 +150,14 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClo
 def _interleaved_engine(
     context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
 ) -> Engine:
+    from megalm.engine.optimizer.expert_states import mark_experts
     from megalm.engine.pipeline.interleaved_engine import InterleavedEngine, PipelinePart
 
     run, pipeline = context.run, context.groups.pipeline
     part = PipelinePart(build, blocks, run.pipeline.stages_of(pipeline.index))
     with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups) as weights:
         weights.fill(part)
+    mark_experts(part, "", context.groups)
     if run.compiled:
         part.compile_blocks()
     return InterleavedEngine(part, clock, context)

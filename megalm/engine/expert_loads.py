@@ -83,7 +83,7 @@ class ExpertLoads:
             sum(row[self._experts + place] for row in rows) for place in range(len(STATISTICS))
         )
         sequences = self._sequences * len(rows)
-        choices = sum(map(sum, counts))
+        choices = sum(map(sum, counts)) or 1  # a rehearsal has no numbers
         means = entropy * self._top / choices, balance / sequences, z / sequences
         return RoutingStatistics(self._layers, counts, *means, dropped / choices if self._drops else None)
 
@@ -119,8 +119,9 @@ class ExpertBiases:
         """After an update: raise the biases of experts that had less than their share of tokens, lower the others."""
         if self._names:
             counts = torch.tensor([routing.counts[row] for row in self._rows])
-            signs = (counts.sum(1, keepdim=True) - counts * counts.shape[1]).sign()  # of integers, exact
-            self._values.add_(signs.to(self._values), alpha=self._rate)
+            signs = (counts.sum(1, keepdim=True) - counts * counts.shape[1]).sign().float()  # of integers, exact
+            signs = signs.pin_memory() if self._values.is_cuda else signs  # a copy that the host does not wait for
+            self._values.add_(signs.to(self._values.device, non_blocking=True), alpha=self._rate)
 
     def fragments(self) -> Iterator[HasFragment]:
         for name, values in zip(self._names, self._values, strict=True) if self._saves else ():

@@ -85,6 +85,10 @@ class WholeSequence:
         """The sum of what ranks have of the parts of the same sequences; without a gradient."""
         return addends
 
+    def running_totals(self, addends: Tensor) -> Tensor:
+        """[B, C, ...] -> the sums of a whole sequence's addends up to each position held here; without a gradient."""
+        return addends.cumsum(1)
+
     def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
         """[B, C, H] -> [B, H], each sample's row of one of the T `positions` [B], on every rank; without a gradient."""
         return hidden[torch.arange(len(positions), device=hidden.device), positions]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from megalm.model.layer_factory import LayerFactory
+from megalm.model.layer_factory import LayerFactory, WholeSequence
 from megalm.model.model_config import ModelConfig
 from megalm.model.modules import ACTIVATIONS
 from megalm.model.recomputation import in_backward
@@ -58,12 +58,16 @@ class Routing:
         zeros = torch.zeros_like(self.probabilities[:, 0])
         return zeros.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=zeros.dtype))
 
-    def within_capacity(self, factor: float) -> Tensor:
-        """Whether each choice is among the first ceil(factor x K x T / E) of its expert in the sequence, [B, T, K]."""
+    def within_capacity(self, factor: float, sequence: WholeSequence) -> Tensor:
+        """Whether each choice is among the first ceil(factor x K x T / E) of its expert in the sequence, [B, T, K].
+
+        Args:
+            sequence: how ranks hold a sequence; T in the formula is all of it.
+        """
         length, count = self.probabilities.shape[1:]
-        capacity = math.ceil(factor * self.experts.shape[2] * length / count - _ROUNDING)
+        capacity = math.ceil(factor * self.experts.shape[2] * length * sequence.parts / count - _ROUNDING)
         chosen = torch.zeros_like(self.probabilities, dtype=torch.int32).scatter_(2, self.experts, 1)
-        return chosen.cumsum(1).gather(2, self.experts) <= capacity
+        return sequence.running_totals(chosen).gather(2, self.experts) <= capacity
 
     def balance_losses(self, counts: Tensor) -> Tensor:
         """[B, E] -> [B]: E x the sum over experts of (share of tokens) x (mean probability), K at perfect balance.
@@ -223,7 +227,7 @@ class MixtureOfExperts(nn.Module):
         counts = routing.counts()  # [B, E]
         weights, dropped = routing.weights, counts.new_zeros(())
         if self._capacity_factor is not None and self.training:
-            kept = routing.within_capacity(self._capacity_factor)
+            kept = routing.within_capacity(self._capacity_factor, self._sequence)
             weights, dropped = weights * kept, (~kept).sum()
         chosen = (routing.experts.flatten(0, 1), weights.flatten(0, 1))
         addend = self.experts(whole.flatten(0, 1), *chosen, counts.sum(0)).view_as(whole)

@@ -60,7 +60,7 @@ def group_keys(
 
     Args:
         dimensions: canonical name -> number of dimensions of the whole parameter.
-        muon: the matrices of the blocks are Muon's; embeddings, head, norms and biases stay Adam's.
+        muon: the matrices of the blocks, each expert's too, are Muon's; embeddings, head, norms and biases stay Adam's.
         width_multiplier: of the model; other than 1, the matrices of the blocks have groups of their own.
         divides_experts: ranks divide the experts of a layer, which have groups of their own.
     """
@@ -73,7 +73,7 @@ def group_keys(
             keys[name] = GroupKey(rule, False, "frozen")
             continue
         in_block = count == 2 and name.startswith("layers.")
-        algorithm: Algorithm = "muon" if muon and in_block else "adam"
+        algorithm: Algorithm = "muon" if muon and (in_block or is_stacked(name)) else "adam"
         follows_width, is_divided = in_block and width_multiplier != 1, divides_experts and is_stacked(name)
         keys[name] = GroupKey(rule, not (decays or sets_its_own), algorithm, follows_width, is_divided)
     return keys

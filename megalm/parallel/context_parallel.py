@@ -38,6 +38,15 @@ class _DividedSequence(WholeSequence):
     def total(self, addends: Tensor) -> Tensor:
         return collectives.sum_over(addends.detach().clone(), self._group)
 
+    def running_totals(self, addends: Tensor) -> Tensor:
+        pieces = addends.unflatten(1, (self.multiple // self.parts, -1))
+        held = self.positions(pieces.shape[1], addends.device)
+        of_pieces = pieces.new_zeros(len(pieces), self.multiple, *pieces.shape[3:])
+        of_pieces[:, held] = pieces.sum(2, dtype=pieces.dtype)
+        before = self.total(of_pieces).cumsum(1, dtype=pieces.dtype).roll(1, dims=1)
+        before[:, 0] = 0
+        return (pieces.cumsum(2, dtype=pieces.dtype) + before[:, held].unsqueeze(2)).flatten(1, 2)
+
     def rows(self, hidden: Tensor, positions: Tensor) -> Tensor:
         held = torch.arange(hidden.shape[1] * self.parts, device=hidden.device)[
             self.positions(hidden.shape[1], hidden.device)

@@ -360,10 +360,21 @@ def _in_short(run: ResolvedRun) -> str:
     )
 
 
+def dropped_by_rounding(run: ResolvedRun) -> list[str]:
+    """Return why a layout without a fault may be found unequal, and what to do."""
+    if run.precision == "fp32" or run.config.train.expert_capacity_factor is None:
+        return []
+    return [
+        f"train.expert_capacity_factor in {run.precision}: a token that rounding sends to another expert drops a third "
+        "one, and layouts round differently; compare with --fp32"
+    ]
+
+
 def _not_shown(own: ResolvedRun, run: ResolvedRun) -> Iterator[str]:
     yield "GPUs: NCCL, CUDA's kernels and streams, memory, speed; here gloo on the CPU (megalm rehearse, megalm plan)"
     if own.precision != "fp32":
         yield f"{own.precision} of a GPU's kernels, and differences that its rounding hides; --fp32 compares to 1e-5"
+    yield from dropped_by_rounding(own)
     if own.compiled:
         yield "torch.compile: blocks and loss run uncompiled"
     if own.config.precision.float8:

@@ -165,6 +165,22 @@ def float8_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
     return ["precision.float8=true: this CPU emulates float8 products, slower than without"] if emulated else []
 
 
+def offload_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
+    """Return a notice where offloaded activations save nothing."""
+    if device.kind == "cuda" or not config.train.offload_activations:
+        return []
+    return ["train.offload_activations=true on a CPU: block inputs are copied within its memory, and nothing is saved"]
+
+
+def compile_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
+    """Return a notice where "auto" compiles nothing on a GPU."""
+    if config.compile != "auto" or device.kind == "cpu" or device.compiles:
+        return []
+    return [
+        'compile ("auto"): false; torch.compile needs Triton, a C compiler, Python.h and compute capability 7.0 here'
+    ]
+
+
 def frozen_notices(config: RunConfig, shape: ModelConfig) -> list[str]:
     """Return a notice where a frozen embedding is the head too."""
     if not shape.tie_word_embeddings or _TABLE not in frozen_parameters(shape, config.train.parameter_groups):
@@ -246,11 +262,15 @@ def gradients_are_reduced_as_the_stage_can(case: CheckContext) -> None:
         )
 
 
-def runs_compiled(config: RunConfig, device: DeviceFacts) -> bool:
-    """Return whether blocks and loss run compiled; a schedule that divides backward passes has none that are."""
-    if config.compile == "auto":
-        return device.kind == "cuda" and device.compiles and config.parallel.schedule_name != "zb_v"
-    return config.compile
+def runs_compiled(config: RunConfig, device: DeviceFacts, zero: ZeroSection) -> bool:
+    """Return whether blocks and loss run compiled; "auto" leaves out what no test compares with one plain rank.
+
+    A schedule that divides backward passes has no compiled ones.
+    """
+    if config.compile != "auto":
+        return config.compile
+    is_proven = config.model.num_experts is None or not is_divided(config, zero)
+    return device.kind == "cuda" and device.compiles and is_proven and config.parallel.schedule_name != "zb_v"
 
 
 def no_recomputation(kind: Recompute, config: RunConfig, device: DeviceFacts, zero: ZeroSection) -> str:
@@ -258,7 +278,7 @@ def no_recomputation(kind: Recompute, config: RunConfig, device: DeviceFacts, ze
     chunk = config.train.mlp_chunk_tokens
     if kind == "mlp" and chunk is not None:
         return f"train.mlp_chunk_tokens={chunk}: tiles already compute the MLP again; remove one of them"
-    if not runs_compiled(config, device):
+    if not runs_compiled(config, device, zero):
         return ""
     instead = "set compile=false, or use train.recompute=full"
     if kind == "norms":
@@ -293,7 +313,7 @@ def recomputation_is_one(case: CheckContext) -> None:
 
 def tiles_run_as_blocks_do(case: CheckContext) -> None:
     chunk = case.config.train.mlp_chunk_tokens
-    if chunk is not None and runs_compiled(case.config, case.device) and is_divided(case.config, case.zero):
+    if chunk is not None and runs_compiled(case.config, case.device, case.zero) and is_divided(case.config, case.zero):
         raise ConfigError(f"train.mlp_chunk_tokens={chunk} with compiled blocks: {_HALVES}; set compile=false")
 
 

@@ -6,12 +6,13 @@ Every candidate is judged by the plan of a whole run, so the files agree with `m
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import chain, count
+from itertools import chain, compress, count, product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from megalm.config.deepspeed.json_reader import (
     DS_CONFIGS_FOLDER,
@@ -19,12 +20,14 @@ from megalm.config.deepspeed.json_reader import (
     DeviceFacts,
     parse_deepspeed_json,
 )
+from megalm.config.deepspeed.json_schema import ZeroSection
 from megalm.config.deepspeed.translate import translate
 from megalm.config.loading import LoadedConfig
-from megalm.config.schema import RunConfig
+from megalm.config.schema import OptimizerStateKind, Recompute, RunConfig
 from megalm.config.validation import leaf_fields, nest, to_yaml, validate
 from megalm.errors import ConfigError
 from megalm.model.model_config import build_model_config
+from megalm.planning.engine_checks import no_recomputation
 from megalm.planning.memory_fit import USABLE_MEMORY
 from megalm.planning.resolve import UNKNOWN_VOCAB_SIZE, expected_vocab_size, known_vocab_size, resolve
 from megalm.planning.run_plan import ASSUMED_RATE, Plan, Rate, make_plan
@@ -44,6 +47,7 @@ _DECIDED = (
     "train.steps",
     "train.tokens",
     "train.tokens_per_parameter",
+    "train.recompute",
     "train.checkpoint_activations_every",
     "batch.global_sequences",
     "schedule.batch",
@@ -68,7 +72,8 @@ _BY_SIZE = (
 )
 _LEAST_STEPS = 10_000  # of a short run, whose batch is smaller for it
 _LONGEST_WARMUP = 2000
-_RECOMPUTATION = (0, 2, 1)  # the fastest first
+_RECOMPUTATION: tuple[Recompute, ...] = ("none", "attention", "mlp", "full")  # the fastest first
+_STATES = get_args(OptimizerStateKind)  # the most exact first
 _NEIGHBOURS = 6  # larger shapes to try beyond the first that fails: deep and narrow ones need more memory
 
 
@@ -206,6 +211,8 @@ class _Search:
         if vocab_size is None and config.data.tokenizer is None:
             self._given["model.vocab_size"] = self._vocab_size
         self._base = _config(self._given)
+        given_states = self._given.get("train.optimizer_state")
+        self._states = _STATES if given_states is None else (given_states,)
         heads_of_keys = self._base.model.num_key_value_heads or 1
         self._shapes = [shape for shape in self._all_shapes() if _heads(shape.width) % heads_of_keys == 0]
         if not self._shapes:
@@ -213,25 +220,17 @@ class _Search:
 
     def largest(self) -> FittedRun:
         """Bisect the shapes by size, then try a few larger ones: the memory does not grow with the size alone."""
-        index, best = self._first_that_fails()
-        failures = 1
-        while failures <= _NEIGHBOURS and (index := index + 1) < len(self._shapes):
-            found = self._fastest(self._shapes[index])
-            failures, best = (failures + 1, best) if found is None else (0, found)
-        if best is None:
+        first = bisect_left(self._shapes, True, key=lambda shape: not self._is_possible(shape))
+        best, failures = first - 1, 1
+        for index in range(first + 1, len(self._shapes)):
+            if failures > _NEIGHBOURS:
+                break
+            failures, best = (0, index) if self._is_possible(self._shapes[index]) else (failures + 1, best)
+        if best < 0:
             raise ConfigError(self._impossible(self._shapes[0]))
-        return self._with_micro_batch(best, self._limit(best))
-
-    def _first_that_fails(self) -> tuple[int, _Candidate | None]:
-        low, high, best = 0, len(self._shapes), None
-        while low < high:
-            middle = (low + high) // 2
-            found = self._fastest(self._shapes[middle])
-            if found is None:
-                high = middle
-            else:
-                low, best = middle + 1, found
-        return low, best
+        found = self._fastest([*self._candidates(self._shapes[best])])
+        assert found is not None
+        return self._with_micro_batch(found, self._limit(found))
 
     def _all_shapes(self) -> list[_Shape]:
         shapes = []
@@ -245,24 +244,42 @@ class _Search:
         model = self._base.model.model_copy(update=sizes)
         return build_model_config(model, self._vocab_size, self._base.data.sample_length).parameter_count()
 
-    def _fastest(self, shape: _Shape) -> _Candidate | None:
-        """The run of a shape with the fastest settings that fit and end in time; None: there are none."""
+    def _is_possible(self, shape: _Shape) -> bool:
+        """Whether some settings of a shape fit and end in time."""
         candidates = [*self._candidates(shape)]
-        if self._is_late(candidates[0]) or not any(it.fits for it in _smallest(candidates)):
-            return None
+        if candidates[0].fits or self._is_late(candidates[0]):
+            return not self._is_late(candidates[0])
+        smallest = [it for it in reversed(self._smallest(candidates)) if it.fits]
+        if any(not self._is_late(it) for it in smallest):
+            return True
+        return bool(smallest) and self._fastest(candidates) is not None
+
+    def _fastest(self, candidates: Sequence[_Candidate]) -> _Candidate | None:
+        """The first that fits and ends in time."""
         return next((it for it in candidates if not self._is_late(it) and it.fits), None)
 
-    def _candidates(self, shape: _Shape) -> Iterator[_Candidate]:
-        """A stage after the other, the first with the least traffic; in each the fastest settings first."""
-        stages = ("zero2", "zero3") if self._request.ranks > 1 else ("zero2",)
-        for stage in stages:
-            for every in _RECOMPUTATION:
-                yield self._candidate(shape, f"{stage}.json", every, micro_batch=1)
-        if self._request.device.host_memory_bytes is not None:
-            for stage in ("zero2", "zero3"):  # a large micro-batch moves gradients and weights less often
-                yield self._candidate(shape, f"{stage}_offload.json", 1, micro_batch="auto")
+    def _smallest(self, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+        """Those that need the least memory: all is computed again, and states are short or offloaded."""
+        settings = (it.settings for it in candidates)
+        least = (it.recompute == "full" and (it.states == self._states[-1] or it.offloads) for it in settings)
+        return [*compress(candidates, least)]
 
-    def _candidate(self, shape: _Shape, base: str, every: int, micro_batch: int | str) -> _Candidate:
+    def _least(self, candidates: Sequence[_Candidate]) -> _Candidate:
+        """The candidate that needs the smallest share of the memory."""
+        return min(self._smallest(candidates), key=lambda it: it.plan.fit.share)
+
+    def _candidates(self, shape: _Shape) -> Iterator[_Candidate]:
+        """The most exact states first; of each the stage with the least traffic, and of that the fastest settings."""
+        stages: tuple[Literal[2, 3], ...] = (2, 3) if self._request.ranks > 1 else (2,)
+        for states, stage in product(self._states, stages):
+            for kind in _RECOMPUTATION:
+                if not no_recomputation(kind, self._base, self._request.device, ZeroSection(stage=stage)):
+                    yield self._candidate(shape, _Settings(f"zero{stage}.json", states, kind))
+        if self._request.device.host_memory_bytes is not None and "fp32" in self._states:
+            for stage in (2, 3):  # a large micro-batch moves gradients and weights less often
+                yield self._candidate(shape, _Settings(f"zero{stage}_offload.json", "fp32", "full"), "auto")
+
+    def _candidate(self, shape: _Shape, settings: _Settings, micro_batch: int | str = 1) -> _Candidate:
         request, length = self._request, self._base.data.sample_length
         tokens = request.tokens_per_parameter * shape.parameters
         _, batch_tokens, rate = next(row for row in reversed(_BY_SIZE) if row[0] <= shape.parameters)
@@ -274,7 +291,8 @@ class _Search:
         run: Settings = {
             **shape.leaves(),
             "train.steps": steps,
-            "train.checkpoint_activations_every": every,
+            "train.optimizer_state": settings.states,
+            "train.recompute": settings.recompute,
             "schedule.peak_learning_rate": rate,
             "schedule.warmup_steps": min(_LONGEST_WARMUP, steps // 50),
             "evaluate.interval_steps": max(1, steps // 40),
@@ -282,14 +300,14 @@ class _Search:
             "checkpoint.keep_last": 2,
         }
         deepspeed = {
-            **parse_deepspeed_json(DS_CONFIGS_FOLDER / base),
+            **parse_deepspeed_json(DS_CONFIGS_FOLDER / settings.base),
             "train_batch_size": batch,
             "train_micro_batch_size_per_gpu": micro_batch,
         }
         if not request.device.bf16:
             deepspeed = {key: value for key, value in deepspeed.items() if key != "bf16"}
             deepspeed["fp16"] = parse_deepspeed_json(DS_CONFIGS_FOLDER / "fp16.json")["fp16"]
-        return _Candidate(shape, base, {**run, **self._given}, deepspeed, self)
+        return _Candidate(shape, settings, {**run, **self._given}, deepspeed, self)
 
     def plan(self, run: Settings, deepspeed: Settings) -> Plan:
         request = self._request
@@ -305,8 +323,8 @@ class _Search:
 
     def _with_micro_batch(self, best: _Candidate, limit: str) -> FittedRun:
         """The run with the largest micro-batch that fits, as a number."""
-        chosen = self._candidate(best.shape, best.base, best.every, "auto").plan.resolved.batch.micro_batch
-        final = self._candidate(best.shape, best.base, best.every, chosen)
+        chosen = self._candidate(best.shape, best.settings, "auto").plan.resolved.batch.micro_batch
+        final = self._candidate(best.shape, best.settings, chosen)
         final = final if final.fits else best
         return FittedRun(final.plan, final.run, final.deepspeed, limit)
 
@@ -315,7 +333,7 @@ class _Search:
         if not larger:
             return "it is the largest shape of the search"
         candidates = [*self._candidates(larger[0])]
-        size, first, least = short_count(larger[0].parameters), candidates[0], _least(candidates)
+        size, first, least = short_count(larger[0].parameters), candidates[0], self._least(candidates)
         if self._is_late(first):
             return f"the time: {size} parameters take {format_duration(3600 * first.hours)}"
         if not least.fits:
@@ -328,7 +346,9 @@ class _Search:
         size = f"--fit: the smallest model of the search, {short_count(smallest.parameters)} parameters,"
         fastest = next((it for it in candidates if it.fits), None)
         if fastest is None:
-            return f"{size} does not fit: by the estimate {_least(candidates).plan.fit}; use a GPU with more memory"
+            return (
+                f"{size} does not fit: by the estimate {self._least(candidates).plan.fit}; use a GPU with more memory"
+            )
         days, share = fastest.hours / 24, request.tokens_per_parameter * request.hours / fastest.hours
         return (
             f"{size} takes {format_duration(3600 * fastest.hours)} for {request.tokens_per_parameter:g} tokens per "
@@ -337,19 +357,26 @@ class _Search:
         )
 
 
-def _smallest(candidates: Sequence[_Candidate]) -> list[_Candidate]:
-    """The candidates that recompute every block."""
-    return [it for it in candidates if it.every == 1]
-
-
-def _least(candidates: Sequence[_Candidate]) -> _Candidate:
-    """The candidate that needs the smallest share of the memory."""
-    return min(_smallest(candidates), key=lambda it: it.plan.fit.share)
-
-
 def _two_digits(value: float, rounded: Callable[[float], int]) -> str:
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return f"{rounded(value / unit) * unit:.2g}"
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What trades speed or exactness for memory.
+
+    Attributes:
+        base: the shipped DeepSpeed JSON.
+    """
+
+    base: str
+    states: OptimizerStateKind
+    recompute: Recompute
+
+    @property
+    def offloads(self) -> bool:
+        return self.base.endswith("_offload.json")
 
 
 @dataclass(frozen=True)
@@ -357,7 +384,7 @@ class _Candidate:
     """A run of a shape; planned when it is asked for."""
 
     shape: _Shape
-    base: str
+    settings: _Settings
     run: Settings
     deepspeed: Settings
     search: _Search
@@ -365,11 +392,6 @@ class _Candidate:
     @cached_property
     def plan(self) -> Plan:
         return self.search.plan(self.run, self.deepspeed)
-
-    @property
-    def every(self) -> int:
-        """Every n-th block is recomputed; 0: none."""
-        return int(self.run["train.checkpoint_activations_every"])
 
     @property
     def fits(self) -> bool:

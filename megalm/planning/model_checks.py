@@ -115,15 +115,17 @@ def experts_fit(case: CheckContext) -> None:
     inner, degree = shape.moe_intermediate_size or 0, case.config.parallel.tensor
     if inner % degree:
         problems.append(f"parallel.tensor={degree} does not divide the experts' inner size, {inner}")
-    multiple = 16 // BYTES[case.precision]
-    for name, size in (
-        ("model.hidden_size", shape.hidden_size),
-        ("a rank's part of the experts' inner size (model.moe_intermediate_size)", inner // degree),
+    row = 16 // BYTES[case.precision]
+    of_tensor_group = f" (parallel.tensor={degree} x {row})" * (degree > 1)
+    for name, size, multiple, why in (
+        ("hidden_size", shape.hidden_size, row, ""),
+        ("moe_intermediate_size", inner, row * degree, of_tensor_group),
     ):
         if size % multiple:
+            near = " or ".join(str(it) for it in (size // multiple * multiple, -(-size // multiple) * multiple) if it)
             problems.append(
-                f"model.num_experts with {case.precision}: {name} is {size}, not a multiple of {multiple}, as the "
-                "grouped product needs"
+                f"model.num_experts in {case.precision}: model.{name}={size} is not a multiple of {multiple}{why}, as "
+                f"the grouped product needs; use {near}"
             )
     if problems:
         raise ConfigError(*problems)
@@ -133,9 +135,7 @@ def _experts_not_proven(case: CheckContext) -> Iterator[str]:
     """Combinations with experts that no test compares with one plain rank."""
     config, name = case.config, f"model.num_experts={case.config.model.num_experts}"
     for refused, reason in (
-        (case.precision == "fp16", "fp16: the router's losses do not know the loss scale; use bf16"),
         (config.precision.float8, "precision.float8=true: experts multiply in no float8; remove it"),
-        (case.settings.uses_muon, 'optimizer.type="Muon": it does not orthogonalise stacked experts; use AdamW'),
         (
             config.model.mup_base_width is not None,
             "model.mup_base_width: how a router's rate follows the width is not known; remove one of them",
@@ -145,16 +145,11 @@ def _experts_not_proven(case: CheckContext) -> Iterator[str]:
             "train.mlp_chunk_tokens: a tile is no whole sequence, whose experts are balanced; remove it",
         ),
         (
-            config.parallel.context > 1 and config.train.expert_capacity_factor is not None,
-            f"train.expert_capacity_factor: with parallel.context={config.parallel.context} no rank has a whole "
-            "sequence, of which an expert takes a share of the tokens; remove one of them",
-        ),
-        (
             config.parallel.balance == "time" and config.parallel.pipeline > 1,
             "parallel.balance=time: it measures one block for all; remove it",
         ),
         (
-            runs_compiled(config, case.device) and is_divided(config, case.zero),
+            runs_compiled(config, case.device, case.zero) and is_divided(config, case.zero),
             "compiled blocks: each half of a block with experts is compiled by itself, not proven with ZeRO 3, tensor, "
             "context and expert groups and pipelines; set compile=false",
         ),

@@ -137,7 +137,7 @@ def expert_groups_divide_the_experts(case: CheckContext) -> None:
 
 def expert_groups_reduce_gradients(case: CheckContext) -> None:
     """DeepSpeed's ways to reduce gradients that it has for experts too, and what a test compares with one rank."""
-    degree, virtual = case.config.parallel.expert, case.config.parallel.virtual_stages
+    degree = case.config.parallel.expert
     if degree == 1:
         return
     problems = []
@@ -147,8 +147,6 @@ def expert_groups_reduce_gradients(case: CheckContext) -> None:
         problems.append("zero_optimization.contiguous_gradients=false is without experts only; remove it")
     if case.zero.secondary_ranks:
         problems.append("zero_optimization.zero_hpz_partition_size copies weights that all ranks share; remove it")
-    if virtual > 1:
-        problems.append(f"parallel.virtual_stages={virtual} is not proven; remove it")
     if any(offload.device == "nvme" for _, offload in case.offloads):
         problems.append("offload_optimizer.device=nvme is not proven; use cpu")
     if problems:
@@ -198,7 +196,7 @@ def backward_passes_divide(case: CheckContext) -> None:
     config, why = case.config, ""
     if config.parallel.schedule_name != "zb_v":
         return
-    if runs_compiled(config, case.device):
+    if runs_compiled(config, case.device, case.zero):
         why = "compiled blocks compute all gradients at once; set compile=false"
     elif config.train.mlp_chunk_tokens is not None:
         why = (

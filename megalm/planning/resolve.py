@@ -23,16 +23,18 @@ from megalm.planning.batch_size import BatchPlan, RunBatch, TrainingStages, choo
 from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
 from megalm.planning.engine_checks import (
     CheckContext,
+    compile_notices,
     float8_notices,
     frozen_notices,
     no_recomputation,
+    offload_notices,
     runs_compiled,
 )
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
 from megalm.planning.memory_fit import MemoryFit, memory_notices
 from megalm.planning.optimizer_facts import OptimizerFacts, optimizer_facts
 from megalm.planning.parallel_checks import parallel_notices, second_copy_notices
-from megalm.planning.run_checks import check_run, with_steps
+from megalm.planning.run_checks import check_run, interval_notices, stage_notices, with_steps
 from megalm.topology import Topology
 
 __all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "loss_chunk_tokens", "memory_case", "resolve"]
@@ -88,7 +90,7 @@ class ResolvedRun:
     @property
     def compiled(self) -> bool:
         """Whether blocks and loss run compiled."""
-        return runs_compiled(self.config, self.device)
+        return runs_compiled(self.config, self.device, self.deepspeed_source.settings.zero_optimization)
 
     @property
     def tensor_chunks(self) -> int:
@@ -201,7 +203,7 @@ def resolve(
             *batch_notices,
             *reduction_notices,
             *recompute_notices,
-            *_offload_notices(config, device),
+            *offload_notices(config, device),
             *memory_notices(memory(batch, whole_gradients, recompute)),
             *steps_notices,
             *warmup_notices,
@@ -209,9 +211,9 @@ def resolve(
             *optimizer_notices,
             *deepspeed_notices,
             *diagnostics_notices,
-            *_compile_notices(config, device),
-            *_interval_notices(config),
-            *_stage_notices(config),
+            *compile_notices(config, device),
+            *interval_notices(config),
+            *stage_notices(config),
             *second_copy_notices(ds.settings.zero_optimization, ranks_per_node or world_size),
             *parallel_notices(config, ranks_per_node or world_size),
         ),
@@ -453,12 +455,6 @@ def _recompute(
     return chosen, [notice if chosen == "none" else f"{notice}; without recomputation {needs['none']}"]
 
 
-def _offload_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
-    if device.kind == "cuda" or not config.train.offload_activations:
-        return []
-    return ["train.offload_activations=true on a CPU: block inputs are copied within its memory, and nothing is saved"]
-
-
 def known_vocab_size(data: DataSection) -> int | None:
     """Return the vocabulary size of the configured tokenizer file; None: there is none, run_checks.py reports that.
 
@@ -538,38 +534,3 @@ _MADE_EXPLICIT = (
     "gradient_clipping",
     "timers",
 )
-
-
-def _compile_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
-    if config.compile != "auto" or device.kind == "cpu" or device.compiles:
-        return []
-    return [
-        'compile ("auto"): false; torch.compile needs Triton, a C compiler, Python.h and compute capability 7.0 here'
-    ]
-
-
-def _stage_notices(config: RunConfig) -> list[str]:
-    steps = config.train.steps
-    return [
-        f"{key}: from_step={first} is after train.steps={steps}: no step is in that stage"
-        for key, firsts in (
-            ("schedule.batch", [stage.from_step for stage in config.schedule.batch]),
-            ("data.stages", [stage.from_step for stage in config.data.stages if stage.sequence_length]),
-        )
-        for first in firsts
-        if first > steps
-    ]
-
-
-def _interval_notices(config: RunConfig) -> list[str]:
-    steps = config.train.steps
-    return [
-        f"{key}={interval} is more than train.steps={steps}: once, at the end"
-        for key, interval in (
-            ("evaluate.interval_steps", config.evaluate.interval_steps),
-            ("evaluate.tasks_interval_steps", config.evaluate.tasks_interval_steps),
-            ("sample.interval_steps", config.sample.interval_steps),
-            ("checkpoint.interval_steps", config.checkpoint.interval_steps),
-        )
-        if interval is not None and interval > steps
-    ]

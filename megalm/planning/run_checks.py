@@ -434,6 +434,35 @@ def excluded_nodes_are_checked(case: CheckContext) -> None:
         raise ConfigError("slurm.exclude_bad=true leaves what train.check_nodes finds, which is false; set it to true")
 
 
+def stage_notices(config: RunConfig) -> list[str]:
+    """Return a notice of each stage that begins after the last step."""
+    steps = config.train.steps
+    return [
+        f"{key}: from_step={first} is after train.steps={steps}: no step is in that stage"
+        for key, firsts in (
+            ("schedule.batch", [stage.from_step for stage in config.schedule.batch]),
+            ("data.stages", [stage.from_step for stage in config.data.stages if stage.sequence_length]),
+        )
+        for first in firsts
+        if first > steps
+    ]
+
+
+def interval_notices(config: RunConfig) -> list[str]:
+    """Return a notice of each interval that is longer than the run."""
+    steps = config.train.steps
+    return [
+        f"{key}={interval} is more than train.steps={steps}: once, at the end"
+        for key, interval in (
+            ("evaluate.interval_steps", config.evaluate.interval_steps),
+            ("evaluate.tasks_interval_steps", config.evaluate.tasks_interval_steps),
+            ("sample.interval_steps", config.sample.interval_steps),
+            ("checkpoint.interval_steps", config.checkpoint.interval_steps),
+        )
+        if interval is not None and interval > steps
+    ]
+
+
 # Every key of both files, as a message names it.
 _KEYS = {*leaf_fields(RunConfig), *DEEPSPEED_NAMES}
 

@@ -51,8 +51,13 @@ def _of_torch(watcher: Watcher) -> Iterator[Replacement]:
     def numpy(tensor: Tensor, **_: Any) -> npt.NDArray[Any]:
         return np.zeros(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."))
 
+    def tolist(tensor: Tensor) -> Any:
+        if tensor.is_cuda:
+            watcher.note("read", tensor)
+        return numpy(tensor).tolist()
+
     yield FakeTensor, "numpy", numpy
-    yield FakeTensor, "tolist", lambda tensor: numpy(tensor).tolist()
+    yield FakeTensor, "tolist", tolist
 
     # A CPU build pins no memory. The thread that prepares batches has real tensors, and no dispatch mode to see it.
     pin_memory = torch.Tensor.pin_memory

@@ -22,6 +22,7 @@ from megalm.planning.engine_checks import ALLOW_CPU_FP16
 from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps
 
 STEPS = 5
+SEQUENCES = {"fp32": 8, "bf16": 16, "fp16": 16}  # a step; what is rounded more needs more of them to average out
 # Adam moves a weight by a whole step however small its gradient is, down to about epsilon. At the usual 1e-8 it would
 # make steps of gradients that are rounding alone; gradients here are about 1e-4.
 EPSILON = 1e-6
@@ -103,7 +104,7 @@ MODELS: dict[str, tuple[str, ...]] = {
 }
 
 
-# Of a context group no rank has a whole sequence; and a token that bf16 sends elsewhere drops another one.
+# A token that low precision sends elsewhere drops another one.
 NO_CAPACITY = ("train.expert_capacity_factor=null",)
 
 
@@ -159,6 +160,7 @@ LAYOUTS = {
     "ep4": Layout(4, ("parallel.expert=4",), few=(2,), of_experts="fp32"),
     "ep2 x dp2": Layout(4, (_EP,), few=(1,), of_experts="fp32"),
     "ep2 x pp2": Layout(4, (_EP, _PP), few=(0,), of_experts="fp32"),  # no experts in the first stage
+    "ep2 x pp2v2": Layout(4, (_EP, _PP, _V2), few=(1,), of_experts="fp32", blocks=4),
     "cp2 x ep4": Layout(4, (_CP, "parallel.expert=4"), few=(3,), of_experts="fp32"),
     "tp2 x pp2 x dp2": Layout(8, (_TP, _PP)),
 }
@@ -228,7 +230,7 @@ class Row:
             self.precision,
             (*MODELS[self.model], f"model.num_hidden_layers={self._blocks}", *self.job, AVERAGED, *overrides),
             {
-                "train_batch_size": 16,
+                "train_batch_size": SEQUENCES[self.precision],
                 "train_micro_batch_size_per_gpu": 2,
                 "gradient_clipping": CLIPPING,
                 "optimizer": {**optimizer, "type": "Muon" if self.muon else "AdamW"},
@@ -244,7 +246,8 @@ _DEEP_MODELS = ("composed MQA tied", "llama GQA untied")
 _OF_EXPERTS = "composed MQA untied"
 _HPZ = ("dp2",)  # ZeRO 3 alone has it; test_zero_parity.py has two groups of two ranks
 _MORE = ("tp2", "sp2", "pp2", "cp2")  # fp16, and offload, which by data alone has its own test
-_MUON = ("sp2 x dp2", "sp2 x cp2", "tp2 x pp2v2")  # and the largest; test_muon.py has further ones, and torch's Muon
+# And the largest; test_muon.py has further ones, and torch's Muon.
+_MUON = ("sp2 x dp2", "sp2 x cp2", "tp2 x pp2v2", "ep2 x dp2")
 # Optimizer states in fewer bytes, where two axes meet; test_optimizer_state_kinds.py has each axis alone.
 _STATES = {"tp2 x dp2": "8bit", "sp2 x dp2": "bf16", "pp2 x dp2": "8bit", "tp2 x pp2": "bf16", "sp2 x pp2": "8bit"}
 _STATES |= {"pp2v2 x dp2": "8bit"}
@@ -254,10 +257,10 @@ def rows(layout: str) -> list[Row]:
     stages = LAYOUTS[layout].stages
     if LAYOUTS[layout].ranks > 4:  # shows that three axes meet; each two of them have their own layouts
         return [*(Row(layout, model, 1) for model in _FEW_MODELS), Row(layout, "llama GQA untied", 1, muon=True)]
-    without_capacity = NO_CAPACITY if _CP in LAYOUTS[layout].overrides else ()
     if precision := LAYOUTS[layout].of_experts:
-        job = NO_CAPACITY if precision == "bf16" else without_capacity
-        return [Row(layout, _OF_EXPERTS, zero, precision, job=job) for zero in LAYOUTS[layout].few]
+        job = NO_CAPACITY if precision == "bf16" else ()
+        found = [Row(layout, _OF_EXPERTS, zero, precision, job=job) for zero in LAYOUTS[layout].few]
+        return [*found, Row(layout, _OF_EXPERTS, 1, muon=True)] if layout in _MUON else found
     if few := LAYOUTS[layout].few:
         deep = LAYOUTS[layout].blocks > 2
         found = [Row(layout, *row) for row in zip(_DEEP_MODELS if deep else _FEW_MODELS, few, strict=False)]
@@ -268,8 +271,7 @@ def rows(layout: str) -> list[Row]:
         if layout in _STATES:
             found += [Row(layout, "llama GQA untied", 1, states=_STATES[layout])]
         return found
-    jobs = {_OF_EXPERTS: without_capacity}
-    found = [Row(layout, model, zero, job=jobs.get(model, ())) for model in MODELS for zero in stages]
+    found = [Row(layout, model, zero) for model in MODELS for zero in stages]
     low = [zero for zero in stages if zero > 0]
     found += [Row(layout, model, zero, "bf16") for model in _FEW_MODELS for zero in low]
     if layout in _MUON:
@@ -287,7 +289,7 @@ def rows(layout: str) -> list[Row]:
 
 # Trained by `make parity` alone: the layouts beside them meet the same axes.
 SELDOM = (
-    *("cp4", "ring4", "ring2 x dp2", "ring2 x pp2", "ep4", "ep2 x dp2", "ep2 x pp2", "cp2 x ep4"),
+    *("cp4", "ring4", "ring2 x dp2", "ring2 x pp2", "ep4", "ep2 x dp2", "ep2 x pp2", "ep2 x pp2v2", "cp2 x ep4"),
     *("pp4v2", "pp2v2 x dp2", "tp2 x pp2v2", "sp2 x pp2zb", "cp2 x pp2v2"),
 )
 

@@ -35,7 +35,7 @@ ROWS = (
     Row("pp2", "gpt2 tied", 0),
     Row("pp2v2", "composed MQA tied", 1),
     Row("tp2", "llama GQA untied", 1, muon=True),
-    Row("cp2", "composed MQA untied", 1, job=NO_CAPACITY),  # experts are balanced in whole sequences
+    Row("cp2", "composed MQA untied", 1),  # experts have capacities, and are balanced, in whole sequences
     Row("ring2", "llama GQA untied", 1),
     Row("ep2", "composed MQA untied", 1),
     # DeepSpeed sums the norm of bf16 otherwise; with larger outputs of experts it shows whether all of them count.

@@ -51,13 +51,16 @@ _EVERY_BLOCK = "train.checkpoint_activations_every=0"
 _FROZEN = "train.parameter_groups=[{match: layers.1.mlp.experts.down, frozen: true}]"
 _ALL_FROZEN = "train.parameter_groups=[{match: layers.*.mlp.experts.*, frozen: true}]"
 _SLOWER = "train.parameter_groups=[{match: layers.*.mlp.experts.up, learning_rate_scale: 0.5, weight_decay: 0}]"
+_FP16 = Row("ep2", MODEL, 2, "fp16", job=("train.router_aux_loss=2", *NO_CAPACITY))
 JOBS = {
     "one kind frozen, averaged": (Row("ep2", MODEL, 1), *_with(Row("ep2", MODEL, 1), _FROZEN, "train.ema_decay=0.6")),
     "all frozen, ZeRO 3": (Row("ep2", MODEL, 3), *_with(Row("ep2", MODEL, 3), _ALL_FROZEN)),
-    "groups by name, reduced once": (
-        Row("ep2", MODEL, 2),
-        *_with(Row("ep2", MODEL, 2), _SLOWER, "train.reduce_gradients=step"),
+    "groups by name, reduced once, Muon": (
+        Row("ep2", MODEL, 2, muon=True),
+        *_with(Row("ep2", MODEL, 2, muon=True), _SLOWER, "train.reduce_gradients=step"),
     ),
+    # Compared with fp32.
+    "fp16": (_FP16, _FP16.case(), replace(_FP16, precision="fp32").reference_case()),
     "8-bit states, recomputed": (
         Row("ep2", MODEL, 1, states="8bit"),
         *_with(Row("ep2", MODEL, 1, states="8bit"), "train.recompute=full", _EVERY_BLOCK, *NO_CAPACITY),
@@ -79,7 +82,18 @@ def found(data: Path) -> dict[str, tuple[list[Outcome], Outcome]]:
     return {name: ([rank[name] for rank in ranks], alone[name]) for name in JOBS}
 
 
-@pytest.mark.parametrize("name", JOBS)
+def test_in_fp16_the_loss_scale_multiplies_the_losses_of_routers(
+    found: dict[str, tuple[list[Outcome], Outcome]],
+) -> None:
+    """As near to fp32 as rounding leaves it; without the scale nothing would be left of the balance loss's gradient."""
+    ranks, alone = found["fp16"]
+    trained, expected = whole_state([rank.trained for rank in ranks]), whole_state([alone.trained])
+    assert relative(ranks[0].trained.losses, alone.trained.losses[:STEPS]) < 1e-3
+    key: Any = ("layers.1.mlp.router.weight", "exp_avg")
+    assert np.linalg.norm(trained[key] - expected[key]) < 0.1 * np.linalg.norm(expected[key])
+
+
+@pytest.mark.parametrize("name", [name for name in JOBS if name != "fp16"])
 def test_equal_to_one_rank(name: str, found: dict[str, tuple[list[Outcome], Outcome]]) -> None:
     ranks, alone = found[name]
     tolerance = JOBS[name][0].tolerance

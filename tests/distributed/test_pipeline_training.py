@@ -39,7 +39,8 @@ def frozen(*patterns: str) -> str:
 
 def _case(overrides: tuple[str, ...], micro_batch: int = 2, precision: str = "fp32", **settings: Any) -> Case:
     adam = {"params": {"betas": [0.9, 0.95], "eps": EPSILON, "weight_decay": 0.1}}  # as in the parity matrix, and why
-    common = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": 0.5, "optimizer": adam}
+    sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": micro_batch}
+    common = {**sizes, "gradient_clipping": 0.5, "optimizer": adam}
     return Case("zero1.json", precision, overrides, common | settings)
 
 
@@ -49,7 +50,7 @@ CASES = {
     "gpt2 masked": _case((*GPT2, *PACKED)),
     "gpt2 dropout recomputed": _case((*GPT2, *DROPOUT, "train.checkpoint_activations_every=2", *LONG)),
     "llama masked recomputed": _case((*LLAMA, "data.document_mask=true", "train.recompute=norms")),
-    "llama fewer micro-batches than stages": _case(LLAMA, micro_batch=16),
+    "llama fewer micro-batches than stages": _case(LLAMA, micro_batch=8),
     "llama undecayed embeddings": _case((*LLAMA, "train.embedding_weight_decay=false"), gradient_clipping=0),
     "gpt2 zero0": _case(GPT2, zero_optimization={"stage": 0}),
     "gpt2 frozen first stage": _case(
@@ -66,7 +67,7 @@ CASES = {
     "llama growing": _case(
         (
             *(*LLAMA, "data.document_mask=true"),
-            "schedule.batch=[{from_step: 3, sequences: 20}, {from_step: 5, sequences: 8}]",
+            "schedule.batch=[{from_step: 3, sequences: 12}, {from_step: 5, sequences: 4}]",
             "data.sequence_length=12",
             "data.stages=[{from_step: 3, sequence_length: 6}, {from_step: 4, sequence_length: 24}]",
         )
@@ -84,7 +85,7 @@ CASES = {
         (
             *(*LLAMA, *FIVE_LAYERS, "data.document_mask=true", "train.ema_decay=0.6", "train.recompute=norms"),
             frozen("embedding.*", "layers.[02].*"),
-            "schedule.batch=[{from_step: 3, sequences: 20}, {from_step: 5, sequences: 6}]",
+            "schedule.batch=[{from_step: 3, sequences: 12}, {from_step: 5, sequences: 6}]",
         )
     ),
 }
@@ -107,6 +108,7 @@ ZB_V = "parallel.pipeline_schedule=zb_v"
 LAYOUTS = {
     **dict.fromkeys(("interleaved gpt2", "interleaved llama frozen growing"), TWO_STAGES),
     **{name: (*TWO_STAGES, ZB_V) for name in (*CASES, *FOUR_RANKS) if "zb_v" in name},
+    "pp2 dp2 zb_v": (*TWO_STAGES, ZB_V, "parallel.expert=2"),
     "pp4 zb_v": ("parallel.pipeline=4", "parallel.virtual_stages=2", ZB_V),
     "pp4 frozen": ("parallel.pipeline=4",),
     "pp2 tp2 frozen sequence": ("parallel.pipeline=2", *TENSOR, "parallel.sequence=true"),

@@ -83,6 +83,14 @@ _COMPOSED = {
     "model.qk_norm": "whole",
     "train.z_loss": 1e-4,
 }
+_EXPERTS = {
+    "model.num_experts": 8,
+    "model.moe_intermediate_size": 64,
+    "model.num_shared_experts": 1,
+    "model.num_dense_layers": 1,
+    "model.expert_bias": True,
+    "train.expert_capacity_factor": 1,
+}
 _GPT2 = {"model.style": "gpt2", "model.dropout": 0.1, "model.attention_dropout": 0.1}
 
 LAYOUTS: dict[str, Layout] = {
@@ -104,7 +112,7 @@ LAYOUTS: dict[str, Layout] = {
     "document mask, composed": Layout(
         "zero2.json", 8, 2, keys={"data.document_mask": True, "train.recompute": "full", "compile": False, **_COMPOSED}
     ),
-    "grouped queries, untied": Layout(
+    "grouped queries, untied, experts": Layout(
         "zero2.json",
         8,
         2,
@@ -113,6 +121,7 @@ LAYOUTS: dict[str, Layout] = {
             "model.tie_word_embeddings": False,
             "model.sliding_window": 8,  # beside whole attention without a mask
             "model.full_attention_layers": 2,
+            **_EXPERTS,
         },
     ),
     "tensor, zero 1": Layout("zero1.json", 8, 1, rank=3, keys=_TENSOR),
@@ -125,8 +134,20 @@ LAYOUTS: dict[str, Layout] = {
     "context": Layout("zero2.json", 8, 2, rank=3, keys={**_CONTEXT, "data.document_mask": True}),
     "ring, sequence, zero 3": Layout("zero3.json", 8, 4, rank=5, keys={**_CONTEXT, **_RING, **_SEQUENCE}),
     "stage of a context group": Layout("pipeline.json", 8, 1, rank=6, keys={**_STAGES, **_CONTEXT}),
-    "8-bit states, zero 3": Layout("zero3.json", 8, 3, rank=7, keys={"train.optimizer_state": "8bit"}),
-    "bf16 states, tensor": Layout("zero1.json", 8, 1, rank=3, keys={**_TENSOR, "train.optimizer_state": "bf16"}),
+    "divided experts, 8-bit states, zero 3": Layout(
+        "zero3.json",
+        8,
+        7,
+        rank=7,
+        keys={**_EXPERTS, "parallel.expert": 4, "train.recompute": "full", "train.optimizer_state": "8bit"},
+    ),
+    "divided experts, bf16 states, tensor": Layout(
+        "zero1.json",
+        8,
+        3,
+        rank=3,
+        keys={**_EXPERTS, "parallel.expert": 2, **_TENSOR, "train.optimizer_state": "bf16"},
+    ),
     "second copies, 8-bit states": Layout(
         "zero3.json",
         16,
@@ -141,9 +162,19 @@ LAYOUTS: dict[str, Layout] = {
     "last stage, untied, document mask": Layout(
         "pipeline.json", 8, 1, rank=4, keys={**_STAGES, "model.tie_word_embeddings": False, "data.document_mask": True}
     ),
-    "interleaved pipeline": Layout("pipeline.json", 8, 1, rank=7, keys=_TWO_STAGES),
     "zero-bubble pipeline": Layout(
         "pipeline.json", 8, 1, rank=1, keys={**_TWO_STAGES, "parallel.pipeline_schedule": "zb_v"}
+    ),
+    "interleaved pipeline, divided experts": Layout(
+        "pipeline.json",
+        8,
+        5,
+        rank=7,
+        keys={
+            **_EXPERTS,
+            **_TWO_STAGES,
+            "parallel.expert": 2,
+        },
     ),
     "stage of a tensor group": Layout("pipeline.json", 8, 1, rank=5, keys={**_STAGES, **_SEQUENCE, **_LONG}),
 }
@@ -151,12 +182,14 @@ LAYOUTS: dict[str, Layout] = {
 # The waits of a step that are allowed, each with its reason: kind, and the place's file and function.
 _NORM = "the norm of the gradient decides whether an update is applied, and comes with the loss"
 _OVERFLOW = "a loss scale needs to know of overflows before the update"
+_ROWS = "how many rows of tokens travel to each rank's experts, and come from it"
 _OFFLOAD = "the CPU updates: gradients, weights and parts of the norm pass between the memories"
 _COPIES = "DeepSpeed waits for the second copy of each parameter"
 _STREAMS = "DeepSpeed waits for its reduction before it uses the gradients"
 REASONS: dict[tuple[EventKind, str], str] = {
     ("read", "deepspeed/runtime/zero/stage_1_and_2.py:update_offload_overflow_tracker"): _OVERFLOW,
     ("read", "megalm/engine/optimizer/optimizer_state.py:__torch_function__"): _OFFLOAD,
+    ("read", "megalm/parallel/expert_parallel.py:rows_of_ranks"): _ROWS,
     ("synchronize", "deepspeed/runtime/zero/partition_parameters.py:_partition_param_sec"): _COPIES,
     ("synchronize", "deepspeed/runtime/zero/stage3.py:independent_gradient_partition_epilogue"): _STREAMS,
     ("synchronize", "deepspeed/runtime/zero/stage_1_and_2.py:_wait_for_offload_copies"): _OFFLOAD,

@@ -60,14 +60,19 @@ def test_data_parallelism_sends_the_bytes_that_the_documentation_says(name: str,
         return
     stage, weight = case.run.zero_stage, _BYTES[case.run.precision]
     gradient = _BYTES[plan.case.communication_precision]
-    sent = rehearsal.bytes_per_parameter(step, "data", "all_reduce", "reduce_scatter")
+    sent = _per_parameter(rehearsal, step, "all_reduce", "reduce_scatter")
     each_micro_batch = stage == 3 or (stage == 2 and not case.run.whole_gradients)
     assert sent == pytest.approx(gradient * (ACCUMULATION if each_micro_batch else 1), rel=0.01)
-    gathered = rehearsal.bytes_per_parameter(step, "data", "all_gather")
+    gathered = _per_parameter(rehearsal, step, "all_gather")
     if stage == 3:
         assert 0 < gathered <= 2 * ACCUMULATION * weight * 1.01
     else:
         assert gathered == pytest.approx(weight if stage else 0, rel=0.01)
+
+
+def _per_parameter(rehearsal: Rehearsal, step: Phase, *collectives: str) -> float:
+    """Bytes for each parameter of the rank; fewer ranks hold the same experts."""
+    return sum(rehearsal.bytes_per_parameter(step, axis, *collectives) for axis in ("data", "expert_data"))
 
 
 @pytest.mark.parametrize("name", [name for name in LAYOUTS if "stage" in name])
@@ -104,6 +109,21 @@ def test_a_context_group_exchanges_what_attention_reads_and_gives(found: dict[st
     heads = 2 * shape.num_attention_heads + 2 * shape.num_key_value_heads
     expected = 2 * tokens * heads * shape.head_dim * shape.num_hidden_layers * _BYTES[run.precision]
     assert step_of(rehearsal).sent_bytes("context", "all_to_all") == expected
+
+
+@pytest.mark.parametrize("name", [name for name in LAYOUTS if "divided experts" in name])
+def test_tokens_travel_to_their_experts_and_back(name: str, found: dict[str, Rehearsed]) -> None:
+    """Rows there and back, and their gradients; recomputed, rows there and back again.
+
+    Before rows go, ranks tell each other how many for which expert.
+    """
+    case, _, rehearsal = found[name]
+    run, shape = case.run, case.shape
+    layers = len({*case.share(case.stage).blocks} & {*shape.moe_layers}) * ACCUMULATION
+    rows = run.batch.micro_batch * run.config.data.sequence_length * shape.num_experts_per_token
+    passes, forwards = (6, 2) if run.config.train.recompute == "full" else (4, 1)
+    of_layer = passes * rows * shape.hidden_size * _BYTES[run.precision] + forwards * 8 * (shape.num_experts or 0)
+    assert step_of(rehearsal).sent_bytes("expert", "all_to_all") == layers * of_layer
 
 
 def test_muon_sends_each_matrix_there_and_back(found: dict[str, Rehearsed]) -> None:

@@ -53,7 +53,18 @@ class Size:
 
 
 SIZES = {
-    "360m, zero 1": Size("360m", "zero1.json", 8, 8, {"train.recompute": "attention"}),
+    "360m, experts, zero 1": Size(
+        "360m",
+        "zero1.json",
+        8,
+        8,
+        {
+            "model.num_experts": 8,
+            "model.moe_intermediate_size": 1408,
+            "parallel.expert": 8,
+            "train.recompute": "attention",
+        },
+    ),
     "360m, zero 2": Size("360m", "zero2.json", 8, 8, {"train.recompute": "mlp"}),
     "360m, zero 3": Size(
         "360m",

@@ -38,7 +38,7 @@ def topologies(draw: st.DrawFn) -> Topology:
 
 
 @given(topologies(), st.sampled_from([0, 2, 3]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_rank_makes_as_many_groups_in_the_same_order(topology: Topology, node_ranks: int) -> None:
     if node_ranks and topology.data % node_ranks:
         node_ranks = 0

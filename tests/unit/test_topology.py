@@ -29,7 +29,7 @@ def topologies(draw: st.DrawFn) -> Topology:
 
 
 @given(topologies())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_coordinates_round_trip(topology: Topology) -> None:
     places = [topology.coordinate(rank) for rank in range(topology.world_size)]
     assert [topology.rank(place) for place in places] == list(range(topology.world_size))
@@ -38,7 +38,7 @@ def test_coordinates_round_trip(topology: Topology) -> None:
 
 
 @given(topologies())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_groups_of_an_axis_partition_the_world(topology: Topology) -> None:
     place = [topology.coordinate(rank) for rank in range(topology.world_size)]
     for axis in AXES:
@@ -53,7 +53,7 @@ def test_groups_of_an_axis_partition_the_world(topology: Topology) -> None:
 
 
 @given(topologies())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_groups_of_two_axes_meet_in_one_rank_at_most(topology: Topology) -> None:
     home = {axis: {rank: index for index, group in enumerate(topology.groups(axis)) for rank in group} for axis in AXES}
     for one, other in combinations(AXES, 2):
@@ -62,7 +62,7 @@ def test_groups_of_two_axes_meet_in_one_rank_at_most(topology: Topology) -> None
 
 
 @given(topologies())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_data_and_context_together_are_one_axis_of_a_grid_without_context(topology: Topology) -> None:
     """As DeepSpeed's pipelines see them, which know no context axis."""
     without = Topology(topology.world_size, topology.tensor, topology.pipeline)
@@ -74,7 +74,7 @@ def test_data_and_context_together_are_one_axis_of_a_grid_without_context(topolo
 
 
 @given(topologies())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_expert_groups_are_neighbours_of_those_that_hold_the_same_other_weights(topology: Topology) -> None:
     place = [topology.coordinate(rank) for rank in range(topology.world_size)]
     expert, same = [], []

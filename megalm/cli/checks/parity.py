@@ -14,7 +14,7 @@ from megalm.cli.options import Config, DeepSpeedJson, Overrides
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.errors import EXIT_FAILED
-from megalm.parity.miniature import ParityCase, make_case
+from megalm.parity.miniature import ParityCase, dropped_by_rounding, make_case
 from megalm.parity.parity_process import PARTS, run_parity
 from megalm.parity.parity_report import Line, ParityReport
 from megalm.runs.run_settings import read_settings
@@ -94,7 +94,7 @@ def _as_json(case: ParityCase, report: ParityReport, seconds: float) -> dict[str
 
 def _text(case: ParityCase, report: ParityReport, seconds: float) -> str:
     sections = {
-        "Verdict": "\n".join(_verdict(report)),
+        "Verdict": "\n".join(_verdict(case, report)),
         "Compared": f"{_layout(case)} with one rank, in {format_duration(seconds)}",
         **({"Steps": _steps(report), "Differences": _differences(report)} if report.lines else {}),
         "Smaller or otherwise here": "\n".join(map(str, case.changes)) or "nothing",
@@ -104,11 +104,11 @@ def _text(case: ParityCase, report: ParityReport, seconds: float) -> str:
     return "\n\n".join(f"{title}\n{wrapped(text, width)}" for title, text in sections.items())
 
 
-def _verdict(report: ParityReport) -> list[str]:
+def _verdict(case: ParityCase, report: ParityReport) -> list[str]:
     if report.failure is not None:
         return ["not equal", report.failure]
     different = [f"- {line.what} differ from {line.against}" for line in report.lines if not line.equal]
-    return ["not equal", *different] if different else ["equal"]
+    return ["not equal", *different, *dropped_by_rounding(case.run)] if different else ["equal"]
 
 
 def _layout(case: ParityCase) -> str:

@@ -287,7 +287,11 @@ def read_evaluation_sets(options: OverlapOptions, tokenizer: Tokenizer) -> Overl
         if not Path(given).exists() and idx_path(given).exists():
             reader.read_dataset(given, tokenizer)
         else:
-            for file in find_inputs([given], ReadReport()):
+            try:
+                found = find_inputs([given], ReadReport())
+            except DataError as error:
+                raise DataError(f"--exclude-overlap {error}") from error
+            for file in found:
                 reader.read_file(file)
         named = reader.files[before:]
         if all(file.unchecked == file.items for file in named):

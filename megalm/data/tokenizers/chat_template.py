@@ -54,7 +54,8 @@ class ChatTemplate:
         except TemplateError as error:
             line = getattr(error, "lineno", None)
             where = f", line {line}" if line else ""
-            raise DataError(f"the chat template{where}: {error}; correct it (--chat-template FILE)") from error
+            problem = str(error).rstrip(".")
+            raise DataError(f"the chat template{where}: {problem}; correct it (--chat-template FILE)") from error
 
     def render(self, record: str) -> Conversation:
         """Render a JSON object of `messages` and perhaps `tools`.

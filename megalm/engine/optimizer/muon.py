@@ -21,6 +21,7 @@ from megalm.checkpoint.checkpoint_reader import Chunk, chunks_of
 from megalm.checkpoint.shard_spec import FragmentKey
 from megalm.cost_model.memory import MUON_ROUND
 from megalm.engine.optimizer.optimizer_state import OwnedRange
+from megalm.model.model_config import is_stacked
 from megalm.parallel.process_groups import AxisGroup, ParallelGroups
 from megalm.planning.optimizer_facts import OptimizerFacts, rate_factor
 from megalm.topology import whole_parts
@@ -166,21 +167,21 @@ class Muon(torch.optim.AdamW):
             is_copied: all data ranks hold the same.
         """
         assert groups.stage is not None
-        self._stage, tensor = groups.stage, groups.tensor
+        self._stage, tensor, expert = groups.stage, groups.tensor.size, groups.expert.size
 
         def gives(holder: int, piece: HeldPiece, owner: int) -> bool:  # places in the stage
-            return piece.is_owner and (not is_copied or holder // tensor.size == owner // tensor.size)
+            copy = tensor * (expert if is_stacked(piece.key.name) else 1)  # ranks that hold one copy
+            return piece.is_owner and (not is_copied or holder // copy == owner // copy)
 
         for flats, by_data_rank in units:
-            pieces = [
-                [_piece(owned, tensor.size, index) for owned in ranges]
-                for ranges in by_data_rank
-                for index in range(tensor.size)
+            held = [
+                [found for owned in by_data_rank[place // tensor] for found in _held(owned, place, tensor, expert)]
+                for place in range(groups.stage.size)
             ]
+            pieces = [[piece for piece, _, _ in of_rank] for of_rank in held]
             shapes = {piece.key.name: piece.key.shape for piece in chain(*pieces)}
             indices = {id(flat): index for index, flat in enumerate(flats)}
-            own = zip(pieces[groups.stage.index], by_data_rank[groups.data_context.index], strict=True)
-            places = {piece.key: (indices[id(owned.flat)], owned.offset) for piece, owned in own}
+            places = {piece.key: (indices[id(flat)], offset) for piece, flat, offset in held[groups.stage.index]}
             self._rounds[flats[0]] = [
                 _Round(owners, pieces, gives, groups.stage.index, places)
                 for owners in share_out(shapes, groups.stage.size)
@@ -241,17 +242,29 @@ class Muon(torch.optim.AdamW):
         return result
 
 
-def _piece(owned: OwnedRange, tensor_ranks: int, index: int) -> HeldPiece:
-    """Return what rank `index` of the tensor group holds where this rank holds `owned`: an equal part of the matrix."""
-    shard = owned.shard
-    rectangle, is_owner = shard.rectangle, index == 0
-    if rectangle is not None:
-        cut = next(axis for axis, size in enumerate(shard.shape) if shard.sizes[axis] < size)
-        part = whole_parts(shard.shape[cut], shard.shape[cut] // shard.sizes[cut], tensor_ranks, index)
-        rectangle = tuple((part.first, part.last) if axis == cut else it for axis, it in enumerate(rectangle))
+def _held(
+    owned: OwnedRange, place: int, tensor_ranks: int, expert_ranks: int
+) -> Iterator[tuple[HeldPiece, nn.Parameter, int]]:
+    """Yield what the rank at `place` in the stage holds where this rank holds `owned`, and this rank's place of it.
+
+    That is an equal part of the matrix, or of each matrix of a stack of experts, whose names have the expert's number.
+    The place is a tensor of the optimizer and an offset there.
+    """
+    shard, (data, index) = owned.shard, divmod(place, tensor_ranks)
+    shape, sizes = shard.shape[-2:], shard.sizes[-2:]
+    rectangle, is_owner = None, index == 0
+    for cut in (axis for axis in range(2) if sizes[axis] < shape[axis]):
+        part = whole_parts(shape[cut], shape[cut] // sizes[cut], tensor_ranks, index)
+        rectangle = tuple((part.first, part.last) if axis == cut else (0, shape[axis]) for axis in range(2))
         is_owner = part.sharer == 0
-    key = FragmentKey(owned.name, "momentum_buffer", shard.shape, owned.start, owned.stop, rectangle)
-    return HeldPiece(key, is_owner)
+    size = math.prod(sizes)
+    for number in range(owned.start // size, math.ceil(owned.stop / size)):
+        name = owned.name
+        if len(shard.shape) > 2:
+            name += f".{data % expert_ranks * shard.sizes[0] + number}"
+        start, stop = max(owned.start - number * size, 0), min(owned.stop - number * size, size)
+        key = FragmentKey(name, "momentum_buffer", shape, start, stop, rectangle)
+        yield HeldPiece(key, is_owner), owned.flat, owned.offset + number * size + start - owned.start
 
 
 def share_out(shapes: dict[str, tuple[int, ...]], ranks: int) -> list[dict[str, int]]:

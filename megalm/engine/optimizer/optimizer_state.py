@@ -30,6 +30,7 @@ from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, Fr
 from megalm.engine.nvme_offload import SwappedStates
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.model.layer_factory import ShardedAxis
+from megalm.model.model_config import is_stacked
 from megalm.model.parameter_groups import MomentKind
 from megalm.parallel.process_groups import AxisGroup
 
@@ -192,11 +193,17 @@ class OptimizerState:
             with self._present(flat, changes=True):
                 self._clear_moments(flat, optimizer_step=0)
 
-    def units_of(self, moment: MomentKind, data_ranks: int) -> list[tuple[list[nn.Parameter], list[list[OwnedRange]]]]:
+    def units_of(
+        self, moment: MomentKind, data_ranks: int, expert_ranks: int
+    ) -> list[tuple[list[nn.Parameter], list[list[OwnedRange]]]]:
         """Return the tensors with this moment, as the inner optimizer finds them together, and what is in them.
 
-        For each data rank, it is the ranges that the rank owns; their offsets are right for this rank. The order is
-        the same on all ranks that hold the same layers.
+        For each data rank, it is the ranges that the rank owns, of experts in the place of this rank's ones; their
+        offsets are right for this rank. The order is the same on all ranks that hold the same layers.
+
+        Args:
+            data_ranks: data x context.
+            expert_ranks: neighbours of them that divide the experts.
         """
         units = [[flat] for flat in self._flats() if moment in self._moments.get(id(flat), ())]
         if self._outer is self._inner:
@@ -205,7 +212,12 @@ class OptimizerState:
 
         def of(unit: list[nn.Parameter]) -> list[list[OwnedRange]]:
             flats = {id(flat) for flat in unit}
-            return [[each for each in of_rank if id(each.flat) in flats] for of_rank in owned]
+            found = []
+            for rank in range(data_ranks):
+                own = (it for it in owned[rank] if not is_stacked(it.name))
+                of_experts = (it for it in owned[rank // expert_ranks] if is_stacked(it.name))
+                found.append([it for it in (*own, *of_experts) if id(it.flat) in flats])
+            return found
 
         return [(unit, of(unit)) for unit in units]
 

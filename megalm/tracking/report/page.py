@@ -34,6 +34,7 @@ def render(run: ReportData, now: float) -> str:
         charts=charts(history),
         frame=FRAME,
         unusual=findings(run),
+        experts=_experts(run),
         work=_work(run),
         profile=_profile(run.profile),
         samples=_samples(run.samples),
@@ -68,6 +69,16 @@ def _work(run: ReportData) -> list[tuple[str, float, float]]:
     work = {**({"start-up, before the first step": float(sum(known))} if known else {}), **run.history.seconds}
     total = sum(work.values())
     return [(name, seconds, seconds / total) for name, seconds in work.items() if total and seconds > 0]
+
+
+def _experts(run: ReportData) -> dict[str, Any]:
+    """Return the last event `experts`: its steps, its highest load, and the load of each expert by layer."""
+    rows = run.events("experts")
+    load = rows[-1].get("load") if rows else None
+    if not isinstance(load, dict) or not any(load.values()):
+        return {}
+    steps = {name: rows[-1][f"{name}_step"] for name in ("first", "last")}
+    return {**steps, "layers": load, "highest": max(map(max, load.values()))}
 
 
 def _profile(content: Mapping[str, Any]) -> list[tuple[str, float, float, str]]:

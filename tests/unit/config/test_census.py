@@ -222,7 +222,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.dictionaries(st.sampled_from(KEYS), VALUES, max_size=8))
 def test_whatever_a_file_holds_is_answered_in_lines(content: dict[str, Any]) -> None:
     raw: dict[str, Any] = {}

@@ -59,7 +59,7 @@ YARN = "{rope_type: yarn, factor: 4, original_max_position_embeddings: 64"
         ),
         (
             ["model.num_experts=4", "model.moe_layers=[1, 9]", "model.moe_intermediate_size=50"],
-            ["layer 9", "model.moe_intermediate_size", 50, "bf16"],
+            ["layer 9", "model.moe_intermediate_size=50", 48, 56, "bf16"],
         ),
         (
             ["model.num_experts=4", "model.mup_base_width=64", "train.mlp_chunk_tokens=64"],
@@ -67,10 +67,7 @@ YARN = "{rope_type: yarn, factor: 4, original_max_position_embeddings: 64"
         ),
         (["model.expert_bias=true"], ["model.expert_bias"]),
         (["train.expert_bias_rate=0.1", "model.num_experts=4"], ["train.expert_bias_rate", "model.expert_bias=true"]),
-        (
-            ["model.num_experts=4", "train.expert_capacity_factor=1", "parallel.context=2"],
-            ["train.expert_capacity_factor", "parallel.context=2"],
-        ),
+        (["model.num_experts=4", "train.expert_capacity_factor=1", "parallel.context=2"], None),
         (["train.expert_capacity_factor=1"], ["train.expert_capacity_factor", "model.num_experts"]),
         (["model.num_experts=4", "compile=true", "model.moe_layers=2", "model.num_dense_layers=1"], None),
         (

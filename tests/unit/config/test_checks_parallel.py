@@ -100,12 +100,7 @@ UNTIED_GROUP = (EMBEDDING_GROUP, "model.tie_word_embeddings=false")
         ),
         (2, ["parallel.context=2", "model.attention_dropout=0.1"], {}, None),
         (4, ["parallel.expert=2"], {}, ["parallel.expert=2", "model.num_experts"]),
-        (
-            4,
-            [*EXPERTS_6, "parallel.expert=2", "parallel.pipeline=2", "parallel.virtual_stages=2"],
-            zero(1),
-            ["parallel.expert=2", "parallel.virtual_stages=2"],
-        ),
+        (4, [*EXPERTS_6, "parallel.expert=2", "parallel.pipeline=2", "parallel.virtual_stages=2"], zero(1), None),
         (8, [*EXPERTS_6, "parallel.expert=4"], {}, ["parallel.expert=4", "model.num_experts=6", 8, "parallel.expert"]),
         (8, [*EXPERTS_6, "parallel.expert=3"], {}, ["parallel.expert=3", 8, 2, 4]),
         (8, [*EXPERTS_6, "parallel.tensor=2", "parallel.expert=8"], {}, ["parallel.expert=8", 4]),

@@ -58,14 +58,14 @@ def test_the_largest_size(name: str, virtual: int) -> None:
     check(PipelineSchedule(name, 64 // virtual, virtual, 512))  # type: ignore[arg-type]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(KINDS), st.integers(1, 64), st.integers(1, 96))
 def test_any_size(kind: tuple[str, int], ranks: int, micro_batches: int) -> None:
     name, virtual = kind
     check(PipelineSchedule(name, max(1, ranks // virtual), virtual, micro_batches))  # type: ignore[arg-type]
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.sampled_from(KINDS), st.integers(1, 8), st.integers(1, 30), st.lists(TIMES, min_size=3, max_size=3), TIMES)
 def test_any_times(kind: tuple[str, int], ranks: int, micro_batches: int, times: list[float], send: float) -> None:
     schedule = PipelineSchedule(kind[0], ranks, kind[1], micro_batches)  # type: ignore[arg-type]

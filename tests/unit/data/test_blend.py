@@ -52,7 +52,7 @@ def test_the_furthest_behind_is_next() -> None:
 
 
 @given(weights=st.lists(st.floats(0.01, 10), min_size=1, max_size=5), cut=st.integers(0, 200))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_shares_are_kept_and_a_mixture_goes_on(weights: list[float], cut: int) -> None:
     shares = np.array(weights) / sum(weights)
     counts, again = (np.zeros(len(weights), dtype=np.int64) for _ in range(2))

@@ -375,7 +375,7 @@ def test_what_cannot_be_compared_is_refused_before_any_work(tmp_path: Path, corp
             assert "\n" not in str(error.value)
         assert not [*tmp_path.glob("out*")]
 
-    refused(options_of(tmp_path / "no.jsonl"), tmp_path / "no.jsonl")
+    refused(options_of(tmp_path / "no.jsonl"), "--exclude-overlap", tmp_path / "no.jsonl")
     refused(options_of("-"), "--exclude-overlap", "-")
     short = write_lines(tmp_path / "short.jsonl", ["one two three", "four"])
     refused(options_of(evaluation, short), "--exclude-overlap", short, 8)

@@ -24,7 +24,7 @@ from tests.messages import assert_names
 
 MakeDataset = Callable[[Sequence[int]], IndexedDataset]
 LENGTHS = [3, 12, 5, 2, 7, 1, 0, 6]
-per_example = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+per_example = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 some_lengths = st.lists(st.integers(0, 30), min_size=1, max_size=25).filter(lambda lengths: max(lengths) >= 2)
 
 
@@ -63,7 +63,7 @@ def by_hand(sizes: Sequence[int], capacity: int) -> list[int]:
 
 
 @given(capacity=st.integers(2, 40), data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_best_fit_decreasing_item_by_item(capacity: int, data: st.DataObject) -> None:
     sizes = data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=60))
     items, bin_of = best_fit_decreasing(np.array(sizes), capacity)

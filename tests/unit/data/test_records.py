@@ -34,7 +34,7 @@ def read(
 
 
 @given(documents=texts, block_bytes=sizes, ending=st.sampled_from([b"", b"\n", b"\n\n"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_lines(documents: list[str], block_bytes: int, ending: bytes) -> None:
     lines = [json.dumps({"text": text}, ensure_ascii=False).encode() for text in documents]
     content = b"\xef\xbb\xbf" + b"\n".join(lines) + ending
@@ -45,7 +45,7 @@ def test_lines(documents: list[str], block_bytes: int, ending: bytes) -> None:
 
 
 @given(documents=texts, block_bytes=sizes, indent=st.sampled_from([None, 1]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_arrays(documents: list[str], block_bytes: int, indent: int | None) -> None:
     values = [{"text": text, "more": [1, {"a": "]}"}]} if number % 2 else text for number, text in enumerate(documents)]
     content = b" " + json.dumps(values, indent=indent).encode() + b"\n"
@@ -56,7 +56,7 @@ def test_arrays(documents: list[str], block_bytes: int, indent: int | None) -> N
 
 
 @given(documents=texts, block_bytes=sizes, gap=st.sampled_from(["\n\n", "\n\n\n", "\n \n", "\r\n\r\n"]))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_parts_between_blank_lines(documents: list[str], block_bytes: int, gap: str) -> None:
     wanted = [part for text in documents if (part := text.replace("\n", "").strip())]
     content = (gap + gap.join(wanted) + gap).encode()

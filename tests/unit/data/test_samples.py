@@ -23,7 +23,7 @@ from tests.messages import assert_names
 
 MakeDataset = Callable[[Sequence[int]], IndexedDataset]
 LENGTHS = [3, 5, 2, 7]  # of the golden vectors
-per_example = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+per_example = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 some_lengths = st.lists(st.integers(0, 12), min_size=1, max_size=12).filter(lambda lengths: sum(lengths) >= 2)
 
 

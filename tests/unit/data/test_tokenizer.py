@@ -95,7 +95,7 @@ def test_control_tokens_give_no_text(tokenizer: Tokenizer) -> None:
 
 
 @given(text=st.text())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_comes_back(loaded: Tokenizer, text: str) -> None:
     assert loaded.decode(loaded.encode_batch([text])[0]) == text
 

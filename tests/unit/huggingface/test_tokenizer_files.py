@@ -81,7 +81,7 @@ def test_ids_are_the_same(kind: str, exported: dict[str, Any], source_texts: lis
     assert (SENTENCEPIECE in said.note) == (model is not None), "whose ids are right in case of doubt"
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.text(alphabet=st.characters(exclude_categories=["Cs"])))
 def test_ids_are_the_same_on_any_text(text: str, exported: dict[str, Any]) -> None:
     for kind in ("bpe", "bytes", *UNIGRAM):

@@ -148,6 +148,7 @@ def test_no_data_is_needed() -> None:
         (("parallel.balance=time", "parallel.pipeline=2"), 2, "balance"),
         (("model.dropout=0.1",), 1, "dropout"),
         ((), 16, "ranks"),
+        (("model.num_experts=4", "train.expert_capacity_factor=1"), 1, "train.expert_capacity_factor"),
     ],
 )
 def test_what_a_cpu_cannot_show_is_named(overrides: tuple[str, ...], ranks: int, word: str) -> None:

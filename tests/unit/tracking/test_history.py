@@ -26,7 +26,7 @@ ROWS = st.one_of(
 
 
 @given(st.lists(ROWS, max_size=30))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_same_rows_count_as_by_live_rows(found: list[dict[str, Any]]) -> None:
     rows = [{**row, "loss": float(index)} for index, row in enumerate(found)]  # each to be known again
     history, live = history_of(rows), live_rows(rows)

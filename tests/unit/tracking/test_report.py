@@ -263,6 +263,18 @@ def test_the_newest_profile_is_a_table_and_nothing_unusual(tmp_path: Path) -> No
     assert not [row for row in page_of(run).items("work") if row.startswith("communication")]
 
 
+def test_the_newest_load_of_each_expert(tmp_path: Path) -> None:
+    loads = [{"1": [0.5, 1.5], "2": [1.0, 1.0]}, {"1": [0.25, 1.75], "2": [1.0, 1.0]}]
+    rows = [
+        event("experts", 10 * n, first_step=10 * n - 9, last_step=10 * n, load=load) for n, load in enumerate(loads, 1)
+    ]
+    page = page_of(write_run(tmp_path / "mine", [START, *STEPS, *rows, END]))
+    assert page.items("unusual") == []
+    cells = [str(own["title"]) for tag, own in page.elements if tag == "td" and "expert" in str(own.get("title"))]
+    assert len(cells) == 4
+    assert_names(cells[1], 1, 1, "1.75")
+
+
 def test_checkpoints_with_what_is_wrong_with_them(tmp_path: Path) -> None:
     run = write_run(tmp_path / "mine", [START, *STEPS, END])
     for step, status in ((10, "good"), (20, "suspect"), (30, "good")):

@@ -20,7 +20,7 @@ VALUES = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan), st.just(mat
 
 
 @given(VALUES, st.integers(1, 50))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_thinned_curve_keeps_the_peaks_the_gaps_and_its_size(values: list[float], buckets: int) -> None:
     x, y = np.arange(len(values), dtype=np.float64), np.array(values)
     curve = thinned(x, y, 0.0, float(len(values) - 1), buckets)
@@ -93,7 +93,6 @@ def test_ticks_of_a_logarithmic_scale() -> None:
 
 
 @given(st.floats(1e-9, 1e15), st.floats(0, 1e15))
-@settings(deadline=None)
 def test_any_values_have_a_scale(low: float, more: float) -> None:
     for scale in (Scale.around(low, low + more), Scale.around(-low, more), Scale.around(low, low + more, True)):
         assert 0.0 <= scale.share(low) <= 1.0

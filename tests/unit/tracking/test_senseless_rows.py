@@ -62,7 +62,7 @@ def use(folder: RunFolder) -> None:
 
 
 @given(st.sampled_from([(at, name) for at, row in enumerate(ROWS) for name in row]), SENSELESS)
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_senseless_value_is_refused_or_harmless(tmp_path: Path, place: tuple[int, str], value: Any) -> None:
     at, name = place
     lines = [json.dumps({**row, name: value} if number == at else row) for number, row in enumerate(ROWS)]
@@ -94,7 +94,7 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path: Path, name: str, value:
 @given(
     st.lists(st.sampled_from(["train", "spike", "skip", "resume", "rollback", "checkpoint"]), max_size=40), st.data()
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_the_guard_finds_the_same_steps_from_the_end_of_the_file(kinds: list[str], data: st.DataObject) -> None:
     """As among all rows that count, with the refused ones left out."""
     step, attempt, rows = 0, 1, []
@@ -119,7 +119,7 @@ def test_the_guard_finds_the_same_steps_from_the_end_of_the_file(kinds: list[str
 
 
 @given(st.lists(st.integers(0, 60), max_size=30), st.integers(8, 40), st.booleans())
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_rows_are_the_same_whatever_is_read_at_a_time(
     tmp_path: Path, lengths: list[int], chunk_bytes: int, torn: bool
 ) -> None:

@@ -129,7 +129,7 @@ def use(folder: Path, run: ResolvedRun) -> None:
 
 @given(place=st.sampled_from(PLACES), value=SENSELESS)
 @example(place=("model", "style"), value=[])
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_senseless_value_is_refused_or_harmless(
     folder: Path, resolved: ResolvedRun, place: tuple[str | int, ...], value: Any
 ) -> None:
