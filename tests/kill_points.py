@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,12 +21,15 @@ _PLACES = ("/megalm/checkpoint/", "/megalm/utils/atomic_files.py", "/pathlib.py"
 
 
 @contextmanager
-def counted(die_at: int | None = None, only: str | None = None) -> Iterator[list[str]]:
+def counted(
+    die_at: int | None = None, only: str | None = None, before: Callable[[int], object] | None = None
+) -> Iterator[list[str]]:
     """The calls that change files, in this thread and in those started meanwhile.
 
     Args:
         die_at: let so many happen, and die before the next.
         only: count calls of this name alone.
+        before: is called before each, with its number.
     """
     calls: list[str] = []
 
@@ -37,6 +40,8 @@ def counted(die_at: int | None = None, only: str | None = None) -> Iterator[list
             return
         if len(calls) == die_at:
             os.kill(os.getpid(), signal.SIGKILL)
+        if before is not None:
+            before(len(calls))
         calls.append(function.__name__)
 
     threading.setprofile(hook)

@@ -23,6 +23,8 @@ from pathlib import Path
 
 import psutil
 
+from tests import WORKER
+
 ROOT = Path(__file__).resolve().parents[1]
 _START_SECONDS = 90.0
 _REAPER_SECONDS = 20.0
@@ -95,7 +97,8 @@ def slurm_cluster(named_hosts: bool | None = None) -> Iterator[SlurmCluster]:
     # Short: a socket's path holds about a hundred characters.
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
     reaper = subprocess.Popen(
-        [sys.executable, __file__, str(folder)],
+        [sys.executable, "-m", "tests.slurm_cluster", str(folder)],
+        cwd=ROOT,
         stdin=subprocess.PIPE,
         start_new_session=True,  # a Ctrl-C is for the tests
     )
@@ -200,6 +203,7 @@ def _slurm_conf(folder: Path, nodes: Sequence[str], has_gpus: bool) -> str:
     gpus = f" Gres=gpu:{_NODE_GPUS}" if has_gpus else ""
     lines = [
         "ClusterName=megalmtest",
+        f"FirstJobId={1 + 4000 * WORKER}",  # from it train.sh has the port of a job
         f"SlurmctldHost={host}(127.0.0.1)",
         f"SlurmUser={user}",
         f"SlurmdUser={user}",

@@ -6,6 +6,7 @@ Validation is strict: a quoted number is text, and true is not 1. So is YAML: a 
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
@@ -148,7 +149,8 @@ def section_of(field: FieldInfo) -> type[BaseModel] | None:
     return None
 
 
-def leaf_fields(model: type[BaseModel], prefix: str = "") -> dict[str, FieldInfo]:
+@functools.cache  # asked for several times by each command
+def leaf_fields(model: type[BaseModel], prefix: str = "") -> Mapping[str, FieldInfo]:
     """Dotted key -> field of every value in the model and its sections."""
     leaves: dict[str, FieldInfo] = {}
     for name, field in model.model_fields.items():

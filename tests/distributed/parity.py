@@ -22,6 +22,7 @@ from megalm.planning.engine_checks import ALLOW_CPU_FP16
 from tests.distributed.training import VOCAB, Case, Trace, snapshot, start, steps
 
 STEPS = 5
+SEQUENCES = {"fp32": 8, "bf16": 16, "fp16": 16}  # a step; what is rounded more needs more of them to average out
 # Adam moves a weight by a whole step however small its gradient is, down to about epsilon. At the usual 1e-8 it would
 # make steps of gradients that are rounding alone; gradients here are about 1e-4.
 EPSILON = 1e-6
@@ -229,7 +230,7 @@ class Row:
             self.precision,
             (*MODELS[self.model], f"model.num_hidden_layers={self._blocks}", *self.job, AVERAGED, *overrides),
             {
-                "train_batch_size": 16,
+                "train_batch_size": SEQUENCES[self.precision],
                 "train_micro_batch_size_per_gpu": 2,
                 "gradient_clipping": CLIPPING,
                 "optimizer": {**optimizer, "type": "Muon" if self.muon else "AdamW"},
@@ -245,7 +246,8 @@ _DEEP_MODELS = ("composed MQA tied", "llama GQA untied")
 _OF_EXPERTS = "composed MQA untied"
 _HPZ = ("dp2",)  # ZeRO 3 alone has it; test_zero_parity.py has two groups of two ranks
 _MORE = ("tp2", "sp2", "pp2", "cp2")  # fp16, and offload, which by data alone has its own test
-_MUON = ("sp2 x dp2", "sp2 x cp2", "tp2 x pp2v2")  # and the largest; test_muon.py has further ones, and torch's Muon
+# And the largest; test_muon.py has further ones, and torch's Muon.
+_MUON = ("sp2 x dp2", "sp2 x cp2", "tp2 x pp2v2", "ep2 x dp2")
 # Optimizer states in fewer bytes, where two axes meet; test_optimizer_state_kinds.py has each axis alone.
 _STATES = {"tp2 x dp2": "8bit", "sp2 x dp2": "bf16", "pp2 x dp2": "8bit", "tp2 x pp2": "bf16", "sp2 x pp2": "8bit"}
 _STATES |= {"pp2v2 x dp2": "8bit"}
@@ -257,7 +259,8 @@ def rows(layout: str) -> list[Row]:
         return [*(Row(layout, model, 1) for model in _FEW_MODELS), Row(layout, "llama GQA untied", 1, muon=True)]
     if precision := LAYOUTS[layout].of_experts:
         job = NO_CAPACITY if precision == "bf16" else ()
-        return [Row(layout, _OF_EXPERTS, zero, precision, job=job) for zero in LAYOUTS[layout].few]
+        found = [Row(layout, _OF_EXPERTS, zero, precision, job=job) for zero in LAYOUTS[layout].few]
+        return [*found, Row(layout, _OF_EXPERTS, 1, muon=True)] if layout in _MUON else found
     if few := LAYOUTS[layout].few:
         deep = LAYOUTS[layout].blocks > 2
         found = [Row(layout, *row) for row in zip(_DEEP_MODELS if deep else _FEW_MODELS, few, strict=False)]

@@ -1,9 +1,15 @@
-"""A process is killed at every moment of saving, replacing and pruning: nothing that was complete is lost."""
+"""A process is killed at every moment of saving, replacing and pruning: nothing that was complete is lost.
+
+The death of all ranks leaves what the disk holds at that moment: a copy of it, made before each change of a file. What
+the other rank does after one has died takes real kills, at a part of the moments.
+"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +27,26 @@ pytestmark = pytest.mark.distributed
 # (step, attempt): a first one, one that makes the first superfluous, that step again after the run was set back.
 STORY = ((10, 1), (20, 1), (20, 2), (30, 2))
 KEEP_LAST = 1
+EVERY = (7, 1)  # n-th moment of a rank: of rank 0 there are copies of all
 AT_A_TIME = 4  # pairs of ranks: most of what one does is waiting
 
 
-def _tell_the_story(comm: Any, device: Any, place: Path, behind: bool, victim: int, die_at: int | None) -> list[str]:
-    """Save as a run does; rank `victim` dies before its `die_at`-th change of a file. The changes of this rank."""
+def _tell_the_story(
+    comm: Any, device: Any, place: Path, behind: bool, victim: int, die_at: int | None, copies: Path | None = None
+) -> list[str]:
+    """Save as a run does; rank `victim` dies before its `die_at`-th change of a file. The changes of this rank.
+
+    Args:
+        copies: of the folder before each change by rank 0, which alone renames and removes; each under its number.
+    """
     config = place / "config.yaml"
     writer = CheckpointWriter(place / "checkpoints", Retention(KEEP_LAST), comm, behind)
-    with counted(die_at if comm.rank == victim else None) as calls:
+
+    def keep(number: int) -> None:
+        shutil.copytree(place, copies / str(number))
+
+    is_kept = copies is not None and comm.rank == 0
+    with counted(die_at if comm.rank == victim else None, before=keep if is_kept else None) as calls:
         for number, (step, attempt) in enumerate(STORY):
             parts = fragments(step, comm.rank, comm.size)
             path = writer.begin(step, parts, {"attempt": attempt}, [config])
@@ -69,17 +87,21 @@ def _check(place: Path) -> None:
     assert (checkpoints / "latest").read_text() == "step-00000040\n"
 
 
+Story = tuple[bool, list[list[str]], Path]
+
+
 @pytest.fixture(scope="module", params=["at once", "behind"])
-def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[bool, list[list[str]]]:
-    """The way of writing, and the changes of files of each rank in an undisturbed run."""
+def story(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """The way of writing, the changes of files of each rank in an undisturbed run, and rank 0's copies before them."""
     behind = request.param == "behind"
-    place = tmp_path_factory.mktemp("whole") / "run"
+    folder = tmp_path_factory.mktemp("whole")
+    place, copies = folder / "run", folder / "copies"
     _fresh(place)
-    calls = run_ranks(2, _tell_the_story, place, behind, 0, None)
+    calls = run_ranks(2, _tell_the_story, place, behind, 0, None, copies)
     assert left_of(place / "checkpoints") == ["best", "latest", "step-00000020", "step-00000030"]
     for step in (20, 30):
         assert_holds(place / "checkpoints" / f"step-{step:08d}", step)
-    return behind, calls
+    return behind, calls, copies
 
 
 def _moments(calls: list[str]) -> list[int]:
@@ -88,9 +110,26 @@ def _moments(calls: list[str]) -> list[int]:
     return [at for at, is_within in enumerate(alike) if not is_within]
 
 
+def test_every_moment_leaves_what_was_complete(story: Story) -> None:
+    _, calls, copies = story
+    assert len(_moments(calls[0])) > 100
+    for moment in _moments(calls[0]):
+        with _explained(calls[0], moment, copies / str(moment)):
+            _check(copies / str(moment))
+
+
+@contextmanager
+def _explained(calls: list[str], moment: int, place: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        left = left_of(place / "checkpoints")
+        raise AssertionError(f"killed before {calls[moment]}, change {moment}: {left}") from error
+
+
 @pytest.mark.parametrize("victim", [0, 1])
-def test_killed_before_every_change_of_a_file(story: tuple[bool, list[list[str]]], victim: int, tmp_path: Path) -> None:
-    behind, calls = story
+def test_one_rank_is_killed(story: Story, victim: int, tmp_path: Path) -> None:
+    behind, calls, _ = story
     assert len(calls[victim]) > 40, calls[victim]
 
     def kill(moment: int) -> None:
@@ -98,18 +137,15 @@ def test_killed_before_every_change_of_a_file(story: tuple[bool, list[list[str]]
         _fresh(place)
         with pytest.raises(AssertionError, match=f"rank {1 - victim} of 2"):  # it lost its peer
             run_ranks(2, _tell_the_story, place, behind, victim, moment)
-        try:
+        with _explained(calls[victim], moment, place):
             _check(place)
-        except Exception as error:
-            left = left_of(place / "checkpoints")
-            raise AssertionError(f"killed before {calls[victim][moment]}, change {moment}: {left}") from error
 
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        moments = _moments(calls[victim])[:: 3 if behind else 1]
+        moments = _moments(calls[victim])[:: EVERY[victim] * (3 if behind else 1)]
         assert len(list(pool.map(kill, moments))) == len(moments)
 
 
-def test_everything_is_on_disk_before_it_has_a_name(story: tuple[bool, list[list[str]]]) -> None:
+def test_everything_is_on_disk_before_it_has_a_name(story: Story) -> None:
     """The order of calls that a power cut would test: each file synced, then its name, then its folder."""
     calls = story[1]
     others = "open write write " + "write " * 9 + "flush fsync"

@@ -150,14 +150,16 @@ def _scales_elsewhere(comm: Any, device: torch.device, prefix: Path, folder: Pat
     return found
 
 
-def _load_everything(comm: Any, device: torch.device, prefix: Path, folder: Path, paths: list[Path]) -> Any:
-    """Per case and checkpoint: the state right after loading, and the loss of the next step."""
+def _load(comm: Any, device: torch.device, prefix: Path, folder: Path, paths: list[Path]) -> Any:
+    """Per case and checkpoint: the state right after loading, and the loss of the next step.
+
+    Two ranks load every other checkpoint, four those between: each case of several ranks loads each of them.
+    """
     result = {}
-    for name, case in _cases(comm.size).items():
-        if "dropout" in name or "frozen" in name:
-            continue
+    cases = {name: case for name, case in _cases(comm.size).items() if "dropout" not in name and "frozen" not in name}
+    for number, (name, case) in enumerate(cases.items()):
         engine, run, loader = start(comm, device, case, prefix, folder)
-        for path in paths:
+        for path in paths if comm.size == 1 else paths[(number + comm.size // 2) % 2 :: 2]:
             _restore(engine, path)
             loaded = snapshot(engine)
             after = steps(engine, run, loader, HALF + 1, HALF + 1)
@@ -223,14 +225,14 @@ def crossed(place: Path, resumed: dict[int, Any]) -> dict[int, Any]:
     for world_size in (1, 2, 4):
         folder = place / f"load-{world_size}"
         folder.mkdir()
-        result[world_size] = run_ranks(world_size, _load_everything, place / "data", folder, paths)
+        result[world_size] = run_ranks(world_size, _load, place / "data", folder, paths)
     return result
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_any_layout_gets_the_same_state(crossed: dict[int, Any], world_size: int) -> None:
     ranks = crossed[world_size]
-    assert len(ranks[0]) == (8 if world_size == 1 else 9) * 6
+    assert len(ranks[0]) == (8 * 6 if world_size == 1 else 9 * 3)
     for name, path in ranks[0]:
         reader = CheckpointReader(Path(path))
         state = whole_state([rank[name, path] for rank in ranks])

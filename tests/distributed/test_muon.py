@@ -69,6 +69,7 @@ def _case(stage: int, *overrides: str, precision: str = "fp32", frozen: str = "n
     grouped = f"train.parameter_groups=[{', '.join(rules)}]"
     params = {"muon_lr": MUON_LR, "weight_decay": DECAY, "momentum": MOMENTUM, "eps": 1e-6}
     settings = {
+        "train_batch_size": 8,
         "train_micro_batch_size_per_gpu": 2,
         "gradient_clipping": CLIPPING,
         "optimizer": {"type": "Muon", "params": {**params, "betas": [0.9, 0.95], "adjust_lr_fn": "match_rms_adamw"}},

@@ -38,7 +38,8 @@ def frozen(*patterns: str) -> str:
 
 def _case(overrides: tuple[str, ...], micro_batch: int = 2, precision: str = "fp32", **settings: Any) -> Case:
     adam = {"params": {"betas": [0.9, 0.95], "eps": EPSILON, "weight_decay": 0.1}}  # as in the parity matrix, and why
-    common = {"train_micro_batch_size_per_gpu": micro_batch, "gradient_clipping": 0.5, "optimizer": adam}
+    sizes = {"train_batch_size": 8, "train_micro_batch_size_per_gpu": micro_batch}
+    common = {**sizes, "gradient_clipping": 0.5, "optimizer": adam}
     return Case("zero1.json", precision, overrides, common | settings)
 
 
@@ -49,7 +50,7 @@ CASES = {
     "gpt2 dropout": _case((*GPT2, *DROPOUT)),
     "gpt2 dropout recomputed": _case((*GPT2, *DROPOUT, "train.checkpoint_activations_every=2", *LONG)),
     "llama masked recomputed": _case((*LLAMA, "data.document_mask=true", "train.recompute=norms")),
-    "llama fewer micro-batches than stages": _case(LLAMA, micro_batch=16),
+    "llama fewer micro-batches than stages": _case(LLAMA, micro_batch=8),
     "llama undecayed embeddings": _case((*LLAMA, "train.embedding_weight_decay=false"), gradient_clipping=0),
     "gpt2 zero0": _case(GPT2, zero_optimization={"stage": 0}),
     "gpt2 bf16": _case((*GPT2, "data.document_mask=true"), precision="bf16"),
@@ -69,7 +70,7 @@ CASES = {
     "llama growing": _case(
         (
             *(*LLAMA, "data.document_mask=true"),
-            "schedule.batch=[{from_step: 3, sequences: 20}, {from_step: 5, sequences: 8}]",
+            "schedule.batch=[{from_step: 3, sequences: 12}, {from_step: 5, sequences: 4}]",
             "data.sequence_length=12",
             "data.stages=[{from_step: 3, sequence_length: 6}, {from_step: 4, sequence_length: 24}]",
         )
@@ -80,7 +81,7 @@ CASES = {
         (
             *(*LLAMA, *FIVE_LAYERS, "data.document_mask=true", "train.ema_decay=0.6", "train.recompute=norms"),
             frozen("embedding.*", "layers.[02].*"),
-            "schedule.batch=[{from_step: 3, sequences: 20}, {from_step: 5, sequences: 6}]",
+            "schedule.batch=[{from_step: 3, sequences: 12}, {from_step: 5, sequences: 6}]",
         )
     ),
 }

@@ -21,6 +21,7 @@ from pathlib import Path
 import psutil
 from torch.distributed import TCPStore
 
+from tests import WORKER
 from tests.ranks import FORK_SERVER, rank_environment
 
 # What the other ranks have once one has failed; launchers give them half a minute.
@@ -44,7 +45,7 @@ class ForkedRanks:
         self.ranks = []
         for rank in range(ranks):
             place = rank_environment(rank, ranks, self._store.port) if self._store else {}
-            arguments = (list(words), str(folder), {**environment, **place}, str(self._output), os.getpid() + rank)
+            arguments = (list(words), str(folder), {**environment, **place}, str(self._output), WORKER + rank)
             self.ranks.append(FORK_SERVER.Process(target=_run, args=arguments))
         for process in self.ranks:
             process.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -29,8 +30,13 @@ def _matrices() -> dict[str, torch.nn.Parameter]:
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_on_one_rank_it_is_torch_s_bit_by_bit(adjust: Any, nesterov: bool) -> None:
-    """In bf16: weights and momentum after several steps, and AdamW's beside them."""
-    ours, theirs = _matrices(), _matrices()
+    """In bf16: weights and momentum after several steps, and AdamW's beside them. Each expert is a matrix."""
+    ours = _matrices()
+    ours["layers.1.mlp.experts.up"] = torch.nn.Parameter(
+        torch.stack([ours["layers.0.tall"].detach() * i for i in (1, 2)])
+    )
+    alike = {name: weight.detach().view(-1, *weight.shape[-2:]).unbind() for name, weight in ours.items()}
+    theirs = {name: [torch.nn.Parameter(matrix.clone()) for matrix in matrices] for name, matrices in alike.items()}
     norms = [torch.nn.Parameter(torch.ones(7)) for _ in range(2)]
     facts = MuonFacts(0.95, nesterov, COEFFICIENTS, 5, adjust)
     groups: list[dict[str, Any]] = [
@@ -38,27 +44,34 @@ def test_on_one_rank_it_is_torch_s_bit_by_bit(adjust: Any, nesterov: bool) -> No
         {"params": [norms[0]], "moments": MOMENTS["adam"], "weight_decay": 0.0, "lr": 0.003},
     ]
     optimizer = Muon(groups, OptimizerFacts("muon", (0.9, 0.95), 1e-8, 0.1, facts), torch.bfloat16)
-    shards = {name: ShardedAxis(shape, None, is_owner=True) for name, shape in SHAPES.items()}
+    shards = {name: ShardedAxis(tuple(weight.shape), None, is_owner=True) for name, weight in ours.items()}
     owned = [OwnedRange(name, shards[name], 0, weight.numel(), weight, 0) for name, weight in ours.items()]
     alone = AxisGroup((0,), 0, None)  # type: ignore[arg-type]  # one rank sends nothing
     layout = ParallelGroups(Topology(1), Topology(1).coordinate(0), *[alone] * 8)
     optimizer.lay_out([(list(ours.values()), [owned])], layout, is_copied=True)
     expected = torch.optim.Muon(
-        theirs.values(), lr=0.02, weight_decay=0.1, nesterov=nesterov, ns_coefficients=COEFFICIENTS, adjust_lr_fn=adjust
+        chain(*theirs.values()),
+        lr=0.02,
+        weight_decay=0.1,
+        nesterov=nesterov,
+        ns_coefficients=COEFFICIENTS,
+        adjust_lr_fn=adjust,
     )
     adamw = torch.optim.AdamW([norms[1]], lr=0.003, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     generator = torch.Generator().manual_seed(6)
     for _ in range(3):
-        for mine, its in zip([*ours.values(), norms[0]], [*theirs.values(), norms[1]], strict=True):
-            gradient = torch.randn(mine.shape, generator=generator)
-            mine.grad, its.grad = gradient.clone(), gradient
+        for mine, its in zip([*ours.values(), norms[0]], [*theirs.values(), [norms[1]]], strict=True):
+            mine.grad = torch.randn(mine.shape, generator=generator)
+            for matrix, gradient in zip(its, mine.grad.clone().view(-1, *its[0].shape), strict=True):
+                matrix.grad = gradient
         optimizer.step()
         expected.step()
         adamw.step()
     for name, its in theirs.items():
-        assert torch.equal(ours[name], its), name
-        buffer = optimizer.state[ours[name]]["momentum_buffer"]
-        assert torch.equal(buffer, expected.state[its]["momentum_buffer"]), name
+        mine = ours[name]
+        assert torch.equal(mine, torch.stack([*its]).view_as(mine)), name
+        buffers = torch.stack([expected.state[matrix]["momentum_buffer"] for matrix in its])
+        assert torch.equal(optimizer.state[mine]["momentum_buffer"], buffers.view_as(mine)), name
     assert torch.equal(*norms)
 
 
