@@ -249,10 +249,12 @@ class _Search:
         candidates = [*self._candidates(shape)]
         if candidates[0].fits or self._is_late(candidates[0]):
             return not self._is_late(candidates[0])
-        smallest = [it for it in reversed(self._smallest(candidates)) if it.fits]
-        if any(not self._is_late(it) for it in smallest):
-            return True
-        return bool(smallest) and self._fastest(candidates) is not None
+        fits = False
+        for it in self._smallest(candidates):
+            if it.fits and not self._is_late(it):
+                return True
+            fits = fits or it.fits
+        return fits and self._fastest(candidates) is not None
 
     def _fastest(self, candidates: Sequence[_Candidate]) -> _Candidate | None:
         """The first that fits and ends in time."""
