@@ -29,7 +29,7 @@ from megalm.parity.state_comparison import (
     whole_state,
 )
 from megalm.topology import Topology
-from tests.distributed.parity import NO_CAPACITY, STEPS, Row, train, train_rows
+from tests.distributed.parity import NO_CAPACITY, SEQUENCES, STEPS, Row, train, train_rows
 from tests.distributed.training import Case, make_dataset, resolved, shape_of, snapshot, start, steps
 from tests.ranks import run_ranks
 
@@ -52,6 +52,7 @@ _FROZEN = "train.parameter_groups=[{match: layers.1.mlp.experts.down, frozen: tr
 _ALL_FROZEN = "train.parameter_groups=[{match: layers.*.mlp.experts.*, frozen: true}]"
 _SLOWER = "train.parameter_groups=[{match: layers.*.mlp.experts.up, learning_rate_scale: 0.5, weight_decay: 0}]"
 _FP16 = Row("ep2", MODEL, 2, "fp16", job=("train.router_aux_loss=2", *NO_CAPACITY))
+_FP32 = replace(_FP16, precision="fp32").reference_case()  # with a smaller batch than fp16's
 JOBS = {
     "one kind frozen, averaged": (Row("ep2", MODEL, 1), *_with(Row("ep2", MODEL, 1), _FROZEN, "train.ema_decay=0.6")),
     "all frozen, ZeRO 3": (Row("ep2", MODEL, 3), *_with(Row("ep2", MODEL, 3), _ALL_FROZEN)),
@@ -59,8 +60,11 @@ JOBS = {
         Row("ep2", MODEL, 2, muon=True),
         *_with(Row("ep2", MODEL, 2, muon=True), _SLOWER, "train.reduce_gradients=step"),
     ),
-    # Compared with fp32.
-    "fp16": (_FP16, _FP16.case(), replace(_FP16, precision="fp32").reference_case()),
+    "fp16": (
+        _FP16,
+        _FP16.case(),
+        replace(_FP32, settings={**_FP32.settings, "train_batch_size": SEQUENCES["fp16"]}),
+    ),
     "8-bit states, recomputed": (
         Row("ep2", MODEL, 1, states="8bit"),
         *_with(Row("ep2", MODEL, 1, states="8bit"), "train.recompute=full", _EVERY_BLOCK, *NO_CAPACITY),
