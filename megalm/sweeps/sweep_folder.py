@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megalm.config.schema import RunSection
-from megalm.errors import ConfigError, DataError
+from megalm.errors import ConfigError, DataError, MegalmError
 from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
 from megalm.runs.run_folder import read_mapping
 from megalm.runs.run_lock import is_held
@@ -86,6 +88,18 @@ class SweepFolder:
         record: dict[str, Any] = {"name": whole.name, "axes": axes, "arguments": list(whole.arguments)}
         write_json(self.record, {**record, "launcher": list(launcher), "runs": runs})
         return whole
+
+    @contextlib.contextmanager
+    def recorded(self, sweep: Sweep, launcher: Sequence[str]) -> Iterator[Sweep]:
+        """Record a sweep as `write` does; a new one that is refused inside the context leaves nothing."""
+        is_new = not self.record.exists()
+        whole = self.write(sweep, launcher)
+        try:
+            yield whole
+        except MegalmError:
+            if is_new:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
 
     def lock(self) -> HeldLock:
         """Keep a second `megalm sweep` away.
