@@ -42,6 +42,7 @@ DEEPSPEED_FILE = "deepspeed.resolved.json"
 ENVIRONMENT_FILE = "environment.json"
 PROFILE_FOLDER = "profile"
 
+ERROR_OPENING = "megalm: error: "  # of a message for a person
 _FAILURE_FILE = re.compile(r"attempt-(\d+)\.txt")
 _STEM = "run"  # of runs without a name and a preset
 _PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "mlflow", "megalm")
@@ -84,6 +85,21 @@ def read_deepspeed_settings(folder: Path) -> dict[str, Any]:
     given = folder / DEEPSPEED_GIVEN_FILE
     written = {} if is_stranger(given) or not given.exists() else parse_deepspeed_json(given)
     return flatten_mapping(written) | flatten_mapping(read_mapping(folder / DEEPSPEED_FILE))
+
+
+def failure_line(path: Path) -> str | None:
+    """Return a failure report in a line: its first one, and of a traceback its last one too; None: there is no report.
+
+    The file's very first line is the exit code.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    except OSError:
+        return None
+    told = [line.removeprefix(ERROR_OPENING).strip() for line in lines if line.strip()]
+    if told and told[0].endswith(":"):
+        return " ".join([told[0], *told[1:][-1:]])
+    return told[0] if told else "no report"
 
 
 class _Entry:

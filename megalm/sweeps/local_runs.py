@@ -168,15 +168,15 @@ class LocalRuns:
                 time.sleep(_POLL_SECONDS)
 
     def _failure(self, run: SweptRun, folder: Path) -> str:
-        """Return the error of a failed run in one line."""
-        reports = sorted((folder / "failures").glob("attempt-*.txt"), key=lambda path: path.stat().st_mtime)
-        for path in (*reversed(reports[-1:]), self._folder.log(run.name)):
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
-                lines = file.read().decode(errors="replace").splitlines()
-                errors = [line for line in lines if "error:" in line.lower() or "Error" in line]
-                if errors:
-                    return errors[-1].strip()[:_LONGEST_LINE]
+        """Return the error of a failed run in one line: of its report, else the last one that it printed."""
+        if (reported := read_status(folder).failure) is not None:
+            return reported[:_LONGEST_LINE]
+        path = self._folder.log(run.name)
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+            errors = [line for line in lines if "error:" in line.lower() or "Error" in line]
+            return errors[-1].strip()[:_LONGEST_LINE] if errors else ""
         return ""
 
 

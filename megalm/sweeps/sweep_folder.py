@@ -130,9 +130,9 @@ def find_sweep(name: str) -> SweepFolder:
     )
 
 
-def state_of(run_dir: Path, now: float | None = None) -> State:
+def state_of(run_dir: Path) -> State:
     """Return the state of a run, from its lock and its last event."""
-    if is_held(run_dir, now):
+    if is_held(run_dir):
         return "running"
     try:
         rows = read_newest_first(run_dir / METRICS_FILE) if (run_dir / METRICS_FILE).is_file() else iter(())
