@@ -23,7 +23,17 @@ import orjson
 from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_log import LOSS_OF, METRICS_FILE, Row, plain, read_metrics
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.sink import FAILED, FINISHED, KILLED, RUNNING, Sink, TakeBack, milliseconds
+from megalm.tracking.mlflow_mirror.sink import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    RUNNING,
+    Sink,
+    TakeBack,
+    group_of,
+    milliseconds,
+    numbers_of,
+)
 from megalm.tracking.mlflow_mirror.sync_state import STATE_FILE, MetricValue, MirrorState, Owner
 from megalm.tracking.mlflow_mirror.system_metrics import node_files, samples_after
 from megalm.tracking.report import REPORT_FILE, write_report
@@ -365,19 +375,16 @@ def metrics_of(row: Row) -> list[MetricValue]:
     if row["kind"] not in _NO_SERIES:
         return []
     return [
-        MetricValue(run_facts.clean_name(f"{_section(row, name)}/{name}"), float(value), row["step"], milliseconds(row))
-        for name, value in row.items()
-        if name not in _NO_SERIES[row["kind"]] and isinstance(value, (int, float)) and not isinstance(value, bool)
+        MetricValue(run_facts.clean_name(f"{_section(row, name)}/{name}"), value, row["step"], milliseconds(row))
+        for name, value in numbers_of(row, _NO_SERIES[row["kind"]]).items()
         if (name, value) != ("loss_scale", 1.0)  # there is none in bf16 and fp32
     ]
 
 
 def _section(row: Row, name: str) -> str:
-    if row["kind"] == "task":
-        return f"task/{row['task']}"
     if row["kind"] == "train":
         return "train" if name.startswith(LOSS_OF) else _SECTIONS.get(name, _SECTION_OF_THE_REST)
-    return "eval" if row.get("dataset") in (None, "validation") else f"eval/{Path(str(row['dataset'])).name}"
+    return group_of(row)
 
 
 def description(run_dir: Path, status: str) -> str:
