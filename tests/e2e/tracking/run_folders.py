@@ -5,6 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from megalm.runs.metrics_log import MetricsWriter
+from megalm.tracking.mlflow_mirror.mirror_process import sync_trackers
+from megalm.tracking.mlflow_mirror.mlflow_sink import MlflowSink, Sent
+
+
+def sync(run_dir: Path, deadline_seconds: float = 30.0) -> Sent:
+    """What `megalm track sync --to mlflow` sends."""
+    (sink,) = sync_trackers(run_dir, ("mlflow",), deadline_seconds)
+    assert isinstance(sink, MlflowSink)
+    return sink.sent
 
 
 def write_rows(run_dir: Path, steps: range, attempt: int = 1, end: str | None = None) -> None:

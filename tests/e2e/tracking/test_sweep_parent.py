@@ -12,8 +12,7 @@ import pytest
 from megalm.sweeps.expansion import make_sweep
 from megalm.sweeps.ranking import RankedRun, rank
 from megalm.sweeps.sweep_report import send_sweep_result, verdict
-from megalm.tracking.mlflow_mirror.mirror_process import sync
-from tests.e2e.tracking.run_folders import write_rows
+from tests.e2e.tracking.run_folders import sync, write_rows
 
 pytestmark = pytest.mark.e2e
 
