@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,44 +14,6 @@ _DEAD, _OVERLOADED = 0.02, 4.0
 _OF_ALL_TOKENS = 0.95
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """The load of the experts in some steps, 1 where a layer's experts have equally many tokens.
-
-    Attributes:
-        load: by layer, of each expert.
-        dead, overloaded: (layer, expert).
-        dropped: the share of choices beyond the experts' capacity; None: they have none.
-        is_news: whether these are others than in the report before; the first report with none is no news.
-    """
-
-    first_step: int
-    last_step: int
-    load: dict[int, tuple[float, ...]]
-    dead: tuple[tuple[int, int], ...]
-    overloaded: tuple[tuple[int, int], ...]
-    dropped: float | None
-    is_news: bool
-
-    def fields(self) -> dict[str, Any]:
-        """Of the event `experts`."""
-        return {
-            "first_step": self.first_step,
-            "last_step": self.last_step,
-            "load": {str(layer): [round(load, 4) for load in loads] for layer, loads in self.load.items()},
-            **({} if self.dropped is None else {"dropped_tokens": round(self.dropped, 4)}),
-        }
-
-    def news(self) -> dict[str, Any]:
-        """Of the event `unbalanced_experts`."""
-        return {
-            "first_step": self.first_step,
-            "last_step": self.last_step,
-            "dead": [list(place) for place in self.dead],
-            "overloaded": [list(place) for place in self.overloaded],
-        }
-
-
 class ExpertWatch:
     """Adds up the tokens of each expert, and reports them every `interval_steps`."""
 
@@ -61,10 +22,12 @@ class ExpertWatch:
         self._counts: Any = None  # [L, E]
         self._steps = 0
         self._dropped = 0.0
-        self._known: tuple[tuple[tuple[int, int], ...], ...] = ((), ())
+        self._known: dict[str, list[list[int]]] = {"dead": [], "overloaded": []}
 
-    def add(self, step: int, routing: RoutingStatistics, top: int) -> LoadReport | None:
-        """Add a step; return a report where one is due.
+    def add(self, step: int, routing: RoutingStatistics, top: int) -> dict[str, dict[str, Any]]:
+        """Add a step; where a report is due, return its events by name.
+
+        These are `experts`, and `unbalanced_experts` where others than in the report before are dead or overloaded.
 
         Args:
             top: experts of a token.
@@ -74,13 +37,20 @@ class ExpertWatch:
         self._steps += 1
         self._dropped += (routing.dropped or 0.0) * counts.sum()
         if self._steps < self._interval:
-            return None
+            return {}
         loads = self._counts / self._counts.mean(axis=1, keepdims=True)
         limit = min(_OVERLOADED, _OF_ALL_TOKENS * loads.shape[1] / top)
-        places = [np.argwhere(loads < _DEAD), np.argwhere(loads >= limit)]
-        dead, overloaded = (tuple((routing.layers[row], int(expert)) for row, expert in found) for found in places)
-        is_news, self._known = (dead, overloaded) != self._known, (dead, overloaded)
-        load = dict(zip(routing.layers, map(tuple, loads.tolist()), strict=True))
-        dropped = None if routing.dropped is None else float(self._dropped / self._counts.sum())
-        first, self._counts, self._steps, self._dropped = step - self._steps + 1, None, 0, 0.0
-        return LoadReport(first, step, load, dead, overloaded, dropped, is_news)
+        before, self._known = (
+            self._known,
+            {
+                name: [[routing.layers[row], int(expert)] for row, expert in np.argwhere(found)]
+                for name, found in (("dead", loads < _DEAD), ("overloaded", loads >= limit))
+            },
+        )
+        steps = {"first_step": step - self._steps + 1, "last_step": step}
+        load = {str(layer): of_layer for layer, of_layer in zip(routing.layers, loads.round(4).tolist(), strict=True)}
+        experts = {**steps, "load": load}
+        if routing.dropped is not None:
+            experts["dropped_tokens"] = round(float(self._dropped / self._counts.sum()), 4)
+        self._counts, self._steps, self._dropped = None, 0, 0.0
+        return {"experts": experts} | ({"unbalanced_experts": steps | self._known} if self._known != before else {})

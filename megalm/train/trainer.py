@@ -156,13 +156,11 @@ class MetricsRecorder:
         self._compare_with_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
 
     def _watch_experts(self, position: TrainingProgress, watch: ExpertWatch, routing: RoutingStatistics) -> None:
-        found = watch.add(position.step, routing, self.parts.run.config.model.num_experts_per_token)
-        if found is None:
-            return
-        self.event(position, "experts", **found.fields())
-        if found.is_news:
-            self.event(position, "unbalanced_experts", **found.news())
-            self.parts.reporter.info(f"step {position.step}: {describe_unbalanced_experts(found.news())}")
+        events = watch.add(position.step, routing, self.parts.run.config.model.num_experts_per_token)
+        for name, fields in events.items():
+            self.event(position, name, **fields)
+        if (news := events.get("unbalanced_experts")) is not None:
+            self.parts.reporter.info(f"step {position.step}: {describe_unbalanced_experts(news)}")
 
     def _phases(self) -> dict[str, float]:
         if not self.parts.run.diagnostics.phase_times:
