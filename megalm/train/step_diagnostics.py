@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
@@ -189,17 +190,6 @@ def part_times(ranks: Sequence[Mapping[str, PartTime]]) -> list[dict[str, Any]]:
     return rows
 
 
-class _Recorded(Protocol):
-    """What is used of an event, or of the average of all events of one name, of torch's profiler; times in µs."""
-
-    key: str
-    count: int
-    cpu_time_total: float
-    self_cpu_time_total: float
-    device_time_total: float
-    self_device_time_total: float
-
-
 class _Profile:
     """Consecutive steps of this rank under torch's profiler, which records from here on."""
 
@@ -231,7 +221,7 @@ class _Profile:
     def content(self, flops_computed: float, operators: bool, times: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what the JSON holds, all numbers for one step: on rank 0, the times on all ranks."""
         trace, count = self._trace or StepTrace.of(self._profiler), len(self.steps)
-        averages: list[_Recorded] = list(self._profiler.key_averages())
+        averages: list[FunctionEventAvg] = list(self._profiler.key_averages())
         ours = [it for it in averages if it.key.startswith(PROFILED_PHASE)]
         listed = sorted(
             (it for it in averages if not it.key.startswith((PROFILED_PHASE, PROFILED_STEP.rstrip("#")))),
@@ -267,7 +257,7 @@ def _write_content(stem: Path, content: Mapping[str, Any], text: str) -> None:
     write_bytes_atomically(Path(f"{stem}.txt"), text.encode())
 
 
-def _times(recorded: _Recorded, steps: int, own: bool = False) -> dict[str, float]:
+def _times(recorded: FunctionEventAvg, steps: int, own: bool = False) -> dict[str, float]:
     """Seconds on the CPU and on the device; own: without the operators that it calls."""
     cpu = recorded.self_cpu_time_total if own else recorded.cpu_time_total
     device = recorded.self_device_time_total if own else recorded.device_time_total

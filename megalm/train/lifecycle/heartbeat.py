@@ -106,9 +106,8 @@ class Heartbeat:
         self._start_timeout, self._on_lost, self.notice = start_timeout_seconds, on_lost, notice
         self._beat = Beat()
         self._progress_at = time.monotonic()
-        self._neighbors = [
-            each for each in places if each.host == self.place.host and each is not self.place and _is_visible(each)
-        ]
+        others = [each for each in places if each.host == self.place.host and each is not self.place]
+        self._neighbors = [each for each in others if each.process_state() != "gone"]  # else a container hides it
         self._kills_before = memory_kills()
         self._heard: dict[int, _Heard] = {}
         self._listens = threading.Event()  # reads the beats of all ranks, besides writing its own
@@ -158,7 +157,11 @@ class Heartbeat:
                 if self._listens.is_set():
                     silent -= {rank for rank in silent if self._store.check([f"beat/{rank}"])}
                     speaking = [place.rank for place in self._places if place.rank not in silent]
-                    self._hear(speaking, self._store.multi_get([f"beat/{rank}" for rank in speaking]))
+                    texts = self._store.multi_get([f"beat/{rank}" for rank in speaking])
+                    now = time.monotonic()
+                    for rank, beat in zip(speaking, map(Beat.from_text, texts), strict=True):
+                        if self._heard[rank].beat.number != beat.number:
+                            self._heard[rank] = _Heard(beat, now)
                 self._exchanged_at = time.monotonic()
                 self._stopped.wait(BEAT_SECONDS)
         except RuntimeError:  # of torch's store: its server has ended
@@ -169,18 +172,9 @@ class Heartbeat:
             self._beat,
             number=number,
             since_seconds=round(time.monotonic() - self._progress_at, 1),
-            seen={rank: state for rank, state in self._neighbor_states().items() if state != "alive"},
+            seen={each.rank: state for each in self._neighbors if (state := each.process_state()) != "alive"},
             memory_kills=memory_kills() - self._kills_before,
         )
-
-    def _neighbor_states(self) -> dict[int, ProcessState]:
-        return {place.rank: place.process_state() for place in self._neighbors}
-
-    def _hear(self, ranks: Sequence[int], texts: Sequence[bytes]) -> None:
-        now = time.monotonic()
-        for rank, beat in zip(ranks, map(Beat.from_text, texts), strict=True):
-            if self._heard[rank].beat.number != beat.number:
-                self._heard[rank] = _Heard(beat, now)
 
     # --- who is lost
 
@@ -203,13 +197,10 @@ class Heartbeat:
                 found[0] = "gone"
             elif now - self._exchanged_at >= silent_seconds:
                 found = {0: "silent"}  # nobody else can be heard
-        for beat in witnesses.values():
-            for rank, state in beat.seen.items():
-                if state != "alive":
-                    found[rank] = state
         kills: dict[str, int] = {}
-        for rank, beat in witnesses.items():
-            host = self._places[rank].host
+        for witness, beat in witnesses.items():
+            found |= {rank: state for rank, state in beat.seen.items() if state != "alive"}
+            host = self._places[witness].host
             kills[host] = max(kills.get(host, 0), beat.memory_kills)
         return {
             rank: LostRank(
@@ -332,11 +323,6 @@ class Heartbeat:
         beats = {rank: heard.beat for rank, heard in self._heard.items()}
         earliest = min((beat.stage for beat in beats.values()), default=0)
         return [(self._places[rank], beats[rank]) for rank in sorted(beats) if beats[rank].stage == earliest]
-
-
-def _is_visible(place: RankPlace) -> bool:
-    """Return whether this process sees that one: a container may hide it."""
-    return place.process_state() != "gone"
 
 
 def memory_kills(counters: Path = Path("/proc/vmstat")) -> int:
