@@ -10,7 +10,7 @@ from megalm.runs.metrics_log import ReadBatches, read_batches
 from megalm.runs.run_folder import RunFolder
 from megalm.tracking.report.page import render
 from megalm.tracking.report.run_data import read_run
-from megalm.utils.atomic_files import refuse_overwriting_inputs, write_atomically
+from megalm.utils.atomic_files import refuse_overwriting_inputs, write_atomically, writing_to
 
 REPORT_FILE = "report.html"
 
@@ -30,8 +30,6 @@ def write_report(run_dir: Path, output: Path | None = None, read: ReadBatches = 
     refuse_overwriting_inputs([path], RunFolder(run_dir).records)
     now = time.time()
     content = render(read_run(run_dir, now, read), now).encode("utf-8", errors="replace")
-    try:
+    with writing_to(path, "choose another path with --output", ConfigError):
         write_atomically(path, lambda file: file.write(content), durable=False)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another path with --output") from None
     return path
