@@ -134,14 +134,15 @@ def rank(runs: Sequence[RankedRun], scored_by: Score = "validation loss") -> Ran
     groups: dict[tuple[tuple[str, str], ...], list[RankedRun]] = {}
     for run in runs:
         if run.score is not None:
-            groups.setdefault(tuple(_without_seed(run.run.values).items()), []).append(run)
+            others = tuple((key, value) for key, value in run.run.values.items() if key != SEED)
+            groups.setdefault(others, []).append(run)
     deviation, freedom = _pooled([[run.score for run in group if run.score is not None] for group in groups.values()])
     entries = []
     for values, group in groups.items():
         scores = [run.score for run in group if run.score is not None]
         stderr = _stderr_of_samples(group) if deviation is None else deviation / math.sqrt(len(scores))
         entries.append(Entry(dict(values), tuple(group), sum(scores) / len(scores), stderr))
-    factor = _NORMAL if deviation is None else _quantile(freedom)
+    factor = _NORMAL if deviation is None else _T[freedom - 1] if freedom <= len(_T) else _T_OF_MORE
     rest = tuple(run for run in runs if run.score is None)
     ordered = tuple(sorted(entries, key=lambda entry: entry.score))
     return Ranking(scored_by, ordered, rest, deviation is not None, factor)
@@ -195,10 +196,6 @@ def _score(record: RunRecord, result: Results, scored_by: Score, measure: Measur
     return result.bits_per_byte, None if stderr is None else stderr * result.bits_per_byte / final
 
 
-def _without_seed(values: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in values.items() if key != SEED}
-
-
 def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float | None, int]:
     """Return the standard deviation over seeds of all groups together, and its degrees of freedom."""
     freedom = sum(len(group) - 1 for group in groups)
@@ -212,7 +209,3 @@ def _stderr_of_samples(group: Sequence[RankedRun]) -> float | None:
     """Return the error of the mean of runs on the same validation samples, which they share: the largest of theirs."""
     known = [run.stderr for run in group if run.stderr is not None]
     return max(known) if len(known) == len(group) else None
-
-
-def _quantile(freedom: int) -> float:
-    return _T[freedom - 1] if freedom <= len(_T) else _T_OF_MORE

@@ -221,13 +221,11 @@ class _Profile:
     def content(self, flops_computed: float, operators: bool, times: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what the JSON holds, all numbers for one step: on rank 0, the times on all ranks."""
         trace, count = self._trace or StepTrace.of(self._profiler), len(self.steps)
-        averages: list[FunctionEventAvg] = list(self._profiler.key_averages())
-        ours = [it for it in averages if it.key.startswith(PROFILED_PHASE)]
-        listed = sorted(
-            (it for it in averages if not it.key.startswith((PROFILED_PHASE, PROFILED_STEP.rstrip("#")))),
-            key=lambda it: (it.self_device_time_total, it.self_cpu_time_total),
-            reverse=True,
-        )
+        averages = [(str(it.key), it) for it in self._profiler.key_averages()]
+        ours = [(key.removeprefix(PROFILED_PHASE), it) for key, it in averages if key.startswith(PROFILED_PHASE)]
+        others = [pair for pair in averages if not pair[0].startswith((PROFILED_PHASE, PROFILED_STEP.rstrip("#")))]
+        others.sort(key=lambda pair: (pair[1].self_device_time_total, pair[1].self_cpu_time_total), reverse=True)
+        communication = PROFILED_COMMUNICATION.removeprefix(PROFILED_PHASE)
         return {
             "step": self.steps[0],
             "last_step": self.steps[-1],
@@ -238,16 +236,12 @@ class _Profile:
             "flops_computed": flops_computed,
             "times": times,
             "kinds": trace.kinds(),
-            "phases": {
-                it.key.removeprefix(PROFILED_PHASE): _times(it, count)
-                for it in ours
-                if not it.key.startswith(PROFILED_COMMUNICATION)
-            },
+            "phases": {name: _times(it, count) for name, it in ours if not name.startswith(communication)},
             "traffic": [
                 part.as_json() | {"calls": part.calls / count, "bytes": part.bytes / count}
                 for part in _summed(self.traffic)
             ],
-            "operators": {it.key: _times(it, count, own=True) for it in listed} if operators else {},
+            "operators": {name: _times(it, count, own=True) for name, it in others} if operators else {},
         }
 
 

@@ -17,7 +17,7 @@ from megalm.parity.miniature import ParityCase, dropped_by_rounding, make_case
 from megalm.parity.parity_process import PARTS, run_parity
 from megalm.parity.parity_report import Line, ParityReport
 from megalm.runs.run_settings import ANY_DEVICE, read_settings
-from megalm.utils.formatting import format_duration, table, terminal_width, wrapped
+from megalm.utils.formatting import format_duration, sections_text, table
 from megalm.utils.progress import ProgressBar
 from megalm.utils.terminal import echo, echo_text
 
@@ -97,8 +97,7 @@ def _text(case: ParityCase, report: ParityReport, seconds: float) -> str:
         "Smaller or otherwise here": "\n".join(map(str, case.changes)) or "nothing",
         "Not shown": "\n".join(case.not_shown),
     }
-    width = terminal_width()
-    return "\n\n".join(f"{title}\n{wrapped(text, width)}" for title, text in sections.items())
+    return sections_text(sections)
 
 
 def _verdict(case: ParityCase, report: ParityReport) -> list[str]:

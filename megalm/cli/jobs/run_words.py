@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import click
 import typer
 from typer.core import TyperCommand
 
@@ -59,7 +58,7 @@ def run_arguments(words: Sequence[str]) -> Arguments:
         ConfigError: an argument that it does not have.
     """
     try:
-        found: Arguments = _reader().main(list(words), prog_name="launch/pretrain.py", standalone_mode=False)
+        found: Arguments = _reader()(list(words), prog_name="launch/pretrain.py", standalone_mode=False)
     except Exception as error:
         if (text := getattr(error, "format_message", None)) is None:  # not about the words
             raise
@@ -68,7 +67,7 @@ def run_arguments(words: Sequence[str]) -> Arguments:
 
 
 @functools.cache
-def _reader() -> click.Command:
+def _reader() -> Callable[..., Any]:
     def read(
         overrides: Overrides = None,
         deepspeed_config: DeepSpeedJson = None,
@@ -85,4 +84,4 @@ def _reader() -> click.Command:
 
     app = typer.Typer(add_completion=False, rich_markup_mode=None)
     app.command(add_help_option=False)(read)
-    return typer.main.get_command(app)
+    return typer.main.get_command(app).main

@@ -98,7 +98,7 @@ def command(
     megalm submit --nodes=1 --gpus-per-node=8 --sweep train.seed=1,2,3 -- --config my.yaml
     """
     words: tuple[str, ...] = context.meta[RUN_WORDS]
-    request = _read(sbatch or [], words, after, chain, _Swept(tuple(sweep), sweep_name) if sweep else None)
+    request = _read(sbatch or [], words, after, chain, sweep or (), sweep_name)
     if not print_it:  # a script can be written where there is no Slurm
         require_slurm()
         _refuse_open_gpus(request)
@@ -155,18 +155,18 @@ class _Request:
         return {"MEGALM_SUBMIT_OPTIONS": shlex.join([*again, f"--chain={self.chain}"]), "MEGALM_CHAIN": "1"}
 
 
-@dataclass(frozen=True)
-class _Swept:
-    """What --sweep says."""
-
-    words: tuple[str, ...]
-    name: str | None
-
-
 def _read(
-    sbatch: Sequence[str], words: tuple[str, ...], after: str | None, chain: int | None, swept: _Swept | None
+    sbatch: Sequence[str],
+    words: tuple[str, ...],
+    after: str | None,
+    chain: int | None,
+    swept: Sequence[str],
+    sweep_name: str | None,
 ) -> _Request:
     """Read options and arguments.
+
+    Args:
+        swept: the words of --sweep.
 
     Raises:
         ConfigError: all that is wrong with them.
@@ -176,7 +176,7 @@ def _read(
     problems: list[str] = []
     allocation = _noted(problems, lambda: Allocation.of(options))
     arguments = _noted(problems, lambda: run_arguments(words))
-    sweep = None if swept is None else _noted(problems, lambda: read_sweep(swept.words, words, swept.name))
+    sweep = _noted(problems, lambda: read_sweep(swept, words, sweep_name)) if swept else None
     if problems or allocation is None or arguments is None:
         raise ConfigError(*problems)
     if sweep is not None:
@@ -277,7 +277,9 @@ def checked_plan(arguments: Arguments, allocation: Allocation, gpu: str | None, 
     with _named_by_job(SLURM_ARRAY_TASK_ID=None if task is None else str(task)):
         plan = planned_run(arguments, allocation.ranks, device, allocation.ranks_per_node, data_needed=True)
         warnings = planned_data(plan.resolved)[1]
-    _refuse_existing(arguments, plan)
+    run = plan.resolved.config.run
+    if run.name is not None:
+        refuse_existing_run(RunFolder(Path(run.root).expanduser() / run.name), arguments.resume is not None)
     for warning in warnings:
         echo(f"megalm: WARNING: {warning}", err=True)
     return plan
@@ -304,12 +306,6 @@ def _gpu(name: str | None, site_name: str | None) -> DeviceFacts:
         return _ANY_GPU if site_name is None else gpu_by_name(site_name)
     except ConfigError:
         return _ANY_GPU
-
-
-def _refuse_existing(arguments: Arguments, plan: Plan) -> None:
-    run = plan.resolved.config.run
-    if run.name is not None:
-        refuse_existing_run(RunFolder(Path(run.root).expanduser() / run.name), arguments.resume is not None)
 
 
 def _refuse_together(request: _Request, plan: Plan) -> None:

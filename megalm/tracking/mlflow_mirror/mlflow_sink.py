@@ -14,7 +14,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -66,23 +65,16 @@ _EVENTS = "events.jsonl"
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Sent:
-    """What a sink has sent so far: numbers and files, and the run's state in the store."""
-
-    metrics: int = 0
-    artifacts: int = 0
-    status: str = RUNNING
-    run_id: str = ""
-    tracking_uri: str = ""
-
-
 class MlflowSink(Sink):
-    """One run folder at its store."""
+    """One run folder at its store.
+
+    Attributes:
+        metrics, artifacts: the numbers and files sent so far, for messages.
+    """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.sent = Sent()
+        self.metrics = self.artifacts = 0
         self._state_path = run_dir / STATE_FILE
         self._state = MirrorState.load(self._state_path)
         self._opened: MlflowStore | None = None
@@ -113,9 +105,8 @@ class MlflowSink(Sink):
 
     @property
     def outcome(self) -> str:
-        sent = self.sent
-        files = f"{sent.metrics} metric values and {sent.artifacts} files"
-        return f"{files} to {sent.tracking_uri}, run {sent.run_id}, {sent.status}"
+        files, state = f"{self.metrics} metric values and {self.artifacts} files", self._state
+        return f"{files} to {state.tracking_uri}, run {state.run_id}, {state.status}"
 
     @property
     def state(self) -> MirrorState:
@@ -172,7 +163,6 @@ class MlflowSink(Sink):
         if state.status != state.status_sent:
             store.set_status(run_id, state.status, state.end_ms)
             state.status_sent = state.status
-        self.sent.status, self.sent.run_id, self.sent.tracking_uri = state.status, run_id, state.tracking_uri
 
     @property
     def _name(self) -> str:
@@ -181,7 +171,7 @@ class MlflowSink(Sink):
     def _send_metrics(self, store: MlflowStore, run_id: str, rows: Iterable[Row]) -> None:
         for batch in _batches(rows):
             store.log_metrics(run_id, batch)
-            self.sent.metrics += len(batch)
+            self.metrics += len(batch)
 
     def _open(self) -> tuple[MlflowStore, str]:
         if self._opened is None:
@@ -317,7 +307,7 @@ class MlflowSink(Sink):
             store.upload(run_id, self.run_dir / name, None if folder == "." else folder)
             self._state.artifacts[name] = mark
             self.save()
-            self.sent.artifacts += 1
+            self.artifacts += 1
 
     def _send_account(self, store: MlflowStore, run_id: str) -> None:
         """Send what an attempt leaves when it ends: its events, the result as description, the page of a failed run.
@@ -417,8 +407,5 @@ def _what(run: ReportData) -> Iterator[str]:
     yield f"**{setting('model.style')}, {layers} layers x {width}{size}**{preset}"
     device = facts.get("device") or "unknown device"
     yield f"{run.planned_steps or 0:,} steps in {facts.get('precision')} on {facts.get('world_size')} x {device}"
-    found = facts.get("datasets")
-    for part in found if isinstance(found, list) else ():
-        epochs, tokens = part.get("epochs"), part.get("tokens_per_epoch")
-        known = isinstance(epochs, (int, float)) and isinstance(tokens, int)
-        yield f"data: `{part.get('prefix')}`" + (f", {epochs:.2f} epochs of {tokens:,} tokens" if known else "")
+    for prefix, part in run.datasets:
+        yield f"data: `{prefix}`" + (f", {part}" if part else "")

@@ -145,13 +145,8 @@ def _environment(content: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _data(run: ReportData) -> list[tuple[str, str]]:
-    content, rows = run.environment, []
-    datasets = content.get("datasets")
-    for part in datasets if isinstance(datasets, list) else ():
-        epochs, tokens = part.get("epochs"), part.get("tokens_per_epoch")
-        known = isinstance(epochs, (int, float)) and isinstance(tokens, int)
-        planned = f": {epochs:.2f} epochs of {tokens:,} tokens planned" if known else ""
-        rows.append(("training data", f"{part.get('prefix')}{planned}"))
+    content = run.environment
+    rows = [("training data", f"{prefix}: {part} planned" if part else prefix) for prefix, part in run.datasets]
     entropy = content.get("unigram_entropy")
     if isinstance(entropy, (int, float)):
         rows.append(("unigram entropy", f"{entropy:.4f} nats per token"))

@@ -112,6 +112,17 @@ class ReportData:
         return next((setting.value for setting in self.settings if setting.name == name), None)
 
     @property
+    def datasets(self) -> list[tuple[str, str]]:
+        """The prefix of each training dataset, and what is planned to be read of it; "" where that is not known."""
+        found = []
+        datasets = self.environment.get("datasets")
+        for part in datasets if isinstance(datasets, list) else ():
+            epochs, tokens = part.get("epochs"), part.get("tokens_per_epoch")
+            known = isinstance(epochs, (int, float)) and isinstance(tokens, int)
+            found.append((str(part.get("prefix")), f"{epochs:.2f} epochs of {tokens:,} tokens" if known else ""))
+        return found
+
+    @property
     def planned_steps(self) -> int | None:
         planned = self.setting("train.steps")
         return int(planned) if planned is not None and planned.isdecimal() else None
