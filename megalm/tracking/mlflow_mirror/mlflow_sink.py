@@ -35,9 +35,8 @@ from megalm.tracking.mlflow_mirror.sink import (
 )
 from megalm.tracking.mlflow_mirror.sync_state import STATE_FILE, MetricValue, MirrorState, Owner
 from megalm.tracking.mlflow_mirror.system_metrics import node_files, samples_after
-from megalm.tracking.report import REPORT_FILE, write_report
 from megalm.tracking.report.headline import numbers, outcome
-from megalm.tracking.report.page import next_commands
+from megalm.tracking.report.page import REPORT_FILE, next_commands, write_report
 from megalm.tracking.report.run_data import ReportData, read_run
 from megalm.utils.addresses import public_address
 
@@ -169,7 +168,7 @@ class MlflowSink(Sink):
         return self._state.name or self.run_dir.resolve().name
 
     def _send_metrics(self, store: MlflowStore, run_id: str, rows: Iterable[Row]) -> None:
-        for batch in _batches(rows):
+        for batch in _batches(map(metrics_of, rows)):
             store.log_metrics(run_id, batch)
             self.metrics += len(batch)
 
@@ -284,17 +283,11 @@ class MlflowSink(Sink):
     def _send_system_metrics(self, store: MlflowStore, run_id: str) -> None:
         for prefix, path in node_files(self.run_dir).items():
             offset, count = self._state.system.get(path.name, [0, 0])
-            batch: list[MetricValue] = []
-            for metrics, end in samples_after(path, offset, count, prefix):
-                if len(batch) + len(metrics) > _BATCH_METRICS:
-                    store.log_metrics(run_id, batch)
-                    batch = []
-                batch += metrics
-                offset, count = end, count + 1
-            if batch:
+            samples = list(samples_after(path, offset, count, prefix))
+            for batch in _batches(metrics for metrics, _ in samples):
                 store.log_metrics(run_id, batch)
-            if [offset, count] != self._state.system.get(path.name, [0, 0]):
-                self._state.system[path.name] = [offset, count]
+            if samples:
+                self._state.system[path.name] = [samples[-1][1], count + len(samples)]
                 self.save()
 
     def _send_artifacts(self, store: MlflowStore, run_id: str) -> None:
@@ -344,11 +337,10 @@ def _outlives_a_run(tag: str) -> bool:
     return tag not in (run_facts.KEY_TAG, run_facts.NAME_TAG) and not tag.startswith("changed.")
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[MetricValue]]:
+def _batches(rows: Iterable[list[MetricValue]]) -> Iterator[list[MetricValue]]:
     """Yield the numbers of rows, at most as many at once as one request allows."""
     batch: list[MetricValue] = []
-    for row in rows:
-        values = metrics_of(row)
+    for values in rows:
         if len(batch) + len(values) > _BATCH_METRICS:
             yield batch
             batch = []
