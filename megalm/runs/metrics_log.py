@@ -68,6 +68,7 @@ Row = dict[str, Any]
 Columns = dict[str, npt.NDArray[np.float64]]
 
 METRICS_FILE = "metrics.jsonl"
+TOTAL = "validation"  # the only validation set, or all sets together
 LOSS_OF = "loss_of_"  # begins the columns of the training loss by dataset
 
 ATTEMPT_EVENTS = ("start", "resume", "rollback")  # each begins one

@@ -132,7 +132,7 @@ class RunFolder:
     bad_nodes = _Entry("bad_nodes.json")  # found by these checks
     request = _Entry("resume.json")  # the last attempt that resumed from a checkpoint
     preflight = _Entry("rehearsal")  # the checkpoint of the preflight, removed before step 1
-    _failures = _Entry("failures")
+    failures = _Entry("failures")
 
     @property
     def name(self) -> str:
@@ -156,10 +156,10 @@ class RunFolder:
     def records(self) -> tuple[Path, ...]:
         """The files and folders that the run itself writes and commands read."""
         files = (*self.config_files, self.environment_json, self.metrics, self.log, self.request, self.bad_nodes)
-        return *files, self.checkpoints, self.samples, self.incidents, self._failures
+        return *files, self.checkpoints, self.samples, self.incidents, self.failures
 
     def failure(self, attempt: int) -> Path:
-        return self._failures / f"attempt-{attempt}.txt"
+        return self.failures / f"attempt-{attempt}.txt"
 
     def next_attempt(self) -> int:
         """Return 1 for a new run, else the number after the last attempt.
@@ -176,9 +176,7 @@ class RunFolder:
         for path in (self.request, *self.path.glob("environment*.json")):
             with contextlib.suppress(ConfigError, OSError):  # whoever needs the rest of the file reports it
                 recorded.append(read_mapping(path).get("attempt"))
-        recorded += [
-            int(match[1]) for path in self._failures.glob("*") if (match := _FAILURE_FILE.fullmatch(path.name))
-        ]
+        recorded += [int(match[1]) for path in self.failures.glob("*") if (match := _FAILURE_FILE.fullmatch(path.name))]
         return (number for number in recorded if isinstance(number, int))
 
     def require_files(self) -> None:
@@ -188,7 +186,7 @@ class RunFolder:
             ConfigError: with its path; opening a pipe, for instance, would wait forever.
         """
         files = (*self.config_files, self.environment_json, self.metrics, self.log, self.request)
-        folders = (self.checkpoints, self.samples, self.incidents, self._failures)
+        folders = (self.checkpoints, self.samples, self.incidents, self.failures)
         pointers = (self.checkpoints / LATEST, self.checkpoints / BEST)
         for path in (*files, *folders, *pointers):
             if is_stranger(path, folder=path in folders):
@@ -239,7 +237,7 @@ class RunFolder:
     def never_started(self) -> bool:
         """Whether the run never trained: it failed, or left bad nodes, before it had metrics and a checkpoint."""
         return (
-            (self._failures.is_dir() or self.bad_nodes.exists())
+            (self.failures.is_dir() or self.bad_nodes.exists())
             and not self.metrics.exists()
             and not complete_checkpoints(self.checkpoints)
         )

@@ -42,7 +42,6 @@ class Outcome:
     run: SweptRun
     state: State
     code: int | None = None
-    seconds: float = 0.0
     why: str = ""
 
 
@@ -97,9 +96,8 @@ class LocalRuns:
         return ProgressBar(f"sweep {self._sweep.name}", count, shown=shown)
 
     def _run(self, run: SweptRun, number: int, bar: ProgressBar) -> Outcome:
-        started = time.monotonic()
         folder = self._sweep.root / run.name
-        before, next_line = read_status(folder).step, started
+        before, next_line = read_status(folder).step, time.monotonic()
         with self._start(run) as process:
             while process.poll() is None:
                 now = read_status(folder)
@@ -116,7 +114,7 @@ class LocalRuns:
         elif code != 0 and state in ("waiting", "finished"):  # refused before it had a folder
             state = "failed"
         why = self._failure(run, folder) if state == "failed" else ""
-        return Outcome(run, state, code, time.monotonic() - started, why)
+        return Outcome(run, state, code, why)
 
     @contextlib.contextmanager
     def _start(self, run: SweptRun) -> Iterator[subprocess.Popen[bytes]]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from megalm.sweeps.expansion import SEED, SweptRun
 from megalm.sweeps.sweep_folder import State
-from megalm.tracking.compare_runs import Measure, Results, RunRecord, measure_of, results
+from megalm.tracking.compare_runs import Measure, RunRecord, measure_of, results
 
 # Student's t at 97.5% for 1, 2, ... degrees of freedom (two-sided 95%).
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
@@ -33,7 +33,7 @@ class RankedRun:
     """A run of the sweep, with what it reached.
 
     Attributes:
-        record, results: None before its first row.
+        record: None before its first row.
         score: lower is better; None for a run that is not finished, or whose loss is not finite.
         stderr: of the score by the choice of the validation samples.
     """
@@ -41,7 +41,6 @@ class RankedRun:
     run: SweptRun
     state: State
     record: RunRecord | None = None
-    results: Results | None = None
     score: float | None = None
     stderr: float | None = None
 
@@ -123,9 +122,8 @@ def score_runs(found: Sequence[tuple[SweptRun, State, RunRecord | None]]) -> tup
         if record is None:
             ranked.append(RankedRun(run, state))
             continue
-        result = results(record)
-        score, stderr = _score(record, result, scored_by, measure) if state == "finished" else (None, None)
-        ranked.append(RankedRun(run, state, record, result, score, stderr))
+        score, stderr = _score(record, scored_by, measure) if state == "finished" else (None, None)
+        ranked.append(RankedRun(run, state, record, score, stderr))
     return ranked, scored_by
 
 
@@ -178,7 +176,7 @@ def _stderr_of_mean(entries: Sequence[Entry], ranking: Ranking) -> float | None:
     return math.sqrt(sum(error**2 for error in errors)) / len(errors) if ranking.by_seeds else max(errors)
 
 
-def _score(record: RunRecord, result: Results, scored_by: Score, measure: Measure) -> tuple[float | None, float | None]:
+def _score(record: RunRecord, scored_by: Score, measure: Measure) -> tuple[float | None, float | None]:
     if scored_by == "training loss":
         loss = record.history.column("loss")
         end = loss[math.floor(len(loss) * (1 - _TRAINING_SHARE)) :]
@@ -187,6 +185,7 @@ def _score(record: RunRecord, result: Results, scored_by: Score, measure: Measur
     last = record.history.evaluations[-1:]
     if not last or not record.validations or last[0].get("step") != record.validations[-1].get("step"):
         return None, None  # its last loss is not finite
+    result = results(record)
     final = result.final_validation_loss
     if measure == "loss":
         return final, result.validation_stderr

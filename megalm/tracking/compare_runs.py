@@ -14,7 +14,7 @@ import numpy as np
 
 from megalm.runs.evaluations import RecordedEvaluation, newest, read_evaluations
 from megalm.runs.metrics_history import History, Numbers, read_history
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, LOSS_OF, METRICS_FILE, ReadBatches, Row, read_batches
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, LOSS_OF, METRICS_FILE, TOTAL, ReadBatches, Row, read_batches
 from megalm.runs.run_folder import ENVIRONMENT_FILE, parameter_count, read_mapping
 from megalm.tracking.mlflow_mirror.run_facts import settings
 from megalm.utils.formatting import perplexity_of
@@ -25,7 +25,6 @@ _WARM_UP_SHARE = 0.1
 # These differ between any two runs and are not worth comparing.
 _OWN_TO_A_RUN = ("run.name", "run.root")
 _LEGEND_CHARACTERS = 50  # per line: half of the picture's width
-TOTAL = "validation"  # the only validation set, or all sets together
 
 Across = Literal["tokens", "time", "flops"]
 AXES: dict[Across, str] = {"tokens": "tokens", "time": "seconds of training", "flops": "training FLOPs"}

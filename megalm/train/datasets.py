@@ -29,10 +29,10 @@ from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.planning.batch_size import TrainingStages
 from megalm.planning.resolve import ResolvedRun
+from megalm.runs.metrics_log import TOTAL
 from megalm.train.multiple_choice import NO_CHOICES, Choices, ChoiceTask, Encoding, read_choices
 
 log = logging.getLogger(__name__)
-VALIDATION = "validation"  # the name of the only validation set, and of all together
 # Below this number of documents or samples, shuffling is faster than writing the order to a file.
 KEPT_ORDERS_FROM = 100_000
 KEPT_CHECKS_FROM = 1 << 22  # sequences; checking the index of fewer takes a few hundredths of a second
@@ -394,7 +394,7 @@ def _validation_samples(
         yield name, samples(opened[prefix], (0, len(opened[prefix])))
     for prefix, (_, documents) in ranges.items():
         if documents is not None:
-            yield VALIDATION if len(ranges) == 1 else Path(prefix).name, samples(opened[prefix], documents)
+            yield TOTAL if len(ranges) == 1 else Path(prefix).name, samples(opened[prefix], documents)
 
 
 # Up to this many tokens are read; of a larger dataset, evenly spaced probes that together have as many.

@@ -19,7 +19,7 @@ from typing import ClassVar, TypeVar
 from pydantic import BaseModel, Field, ValidationError
 
 from megalm.errors import ConfigError
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, Row, read_rows
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, TOTAL, Row, read_rows
 from megalm.utils.atomic_files import write_atomically
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
@@ -285,7 +285,7 @@ def group_of(row: Row) -> str:
     """Return what the series of a row's numbers are named after: `train`, `eval`, `eval/SET`, `task/NAME`."""
     if row["kind"] == "task":
         return f"task/{row['task']}"
-    if row["kind"] == "eval" and row.get("dataset") not in (None, "validation"):
+    if row["kind"] == "eval" and row.get("dataset") not in (None, TOTAL):
         return f"eval/{Path(str(row['dataset'])).name}"
     return str(row["kind"])
 
