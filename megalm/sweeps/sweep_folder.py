@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megalm.config.schema import RunSection
-from megalm.errors import ConfigError, DataError, MegalmError
-from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
-from megalm.runs.run_folder import read_mapping
-from megalm.runs.run_lock import is_held
+from megalm.errors import ConfigError, MegalmError
+from megalm.runs.run_folder import RunFolder, read_mapping
+from megalm.runs.run_status import read_status
 from megalm.sweeps.expansion import Sweep, make_sweep, sweep_folder
 from megalm.utils.atomic_files import write_json
 from megalm.utils.did_you_mean import did_you_mean
@@ -132,18 +131,14 @@ def find_sweep(name: str) -> SweepFolder:
 
 def state_of(run_dir: Path) -> State:
     """Return the state of a run, from its lock and its last event."""
-    if is_held(run_dir):
+    status = read_status(run_dir)
+    if status.state == "running":
         return "running"
-    try:
-        rows = read_newest_first(run_dir / METRICS_FILE) if (run_dir / METRICS_FILE).is_file() else iter(())
-        last = next((row for row in rows if row.get("event") in ("end", "start", "resume")), {})
-    except DataError:
-        return "failed"
-    if not last:
-        return "failed" if (run_dir / "failures").is_dir() else "waiting"
-    if last["event"] != "end":
+    if status.event is None:
+        return "failed" if RunFolder(run_dir).failures.is_dir() else "waiting"
+    if status.event["event"] != "end":
         return "stopped"  # killed, or its machine failed: it wrote no end
-    return _FROM_END.get(str(last.get("status")), "failed")
+    return _FROM_END.get(str(status.event.get("status")), "failed")
 
 
 def _merged(before: Sweep, now: Sweep, path: Path) -> Sweep:

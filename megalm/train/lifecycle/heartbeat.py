@@ -5,13 +5,14 @@ A rank that hangs in a collective still tells, since a thread does it. One that 
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from pydantic import BaseModel
 
 from megalm.communicator import SharedStore
 from megalm.rank_environment import ProcessState, RankPlace
@@ -34,8 +35,7 @@ Condition = Literal["gone", "stopped", "silent"]
 _BY_CERTAINTY: tuple[Condition, ...] = ("gone", "stopped", "silent")
 
 
-@dataclass(frozen=True)
-class Beat:
+class Beat(BaseModel, frozen=True):
     """What a rank last said of itself.
 
     Attributes:
@@ -52,16 +52,8 @@ class Beat:
     stage: int = 0
     doing: str = "starting"
     since_seconds: float = 0.0
-    seen: Mapping[int, ProcessState] = field(default_factory=dict)
+    seen: Mapping[int, ProcessState] = {}
     memory_kills: int = 0
-
-    def as_text(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_text(text: bytes) -> Beat:
-        fields = json.loads(text)
-        return Beat(**{**fields, "seen": {int(rank): state for rank, state in fields["seen"].items()}})
 
 
 @dataclass(frozen=True)
@@ -135,14 +127,14 @@ class Heartbeat:
 
     def enter(self, stage: str) -> None:
         """Say at which stage of the start this rank is."""
-        self._beat = replace(self._beat, doing=stage, stage=self._beat.stage + 1)
+        self._beat = self._beat.model_copy(update={"doing": stage, "stage": self._beat.stage + 1})
         self._progress_at = time.monotonic()
 
     def progress(self, step: int | None = None) -> None:
         """Say that something was done; `step` is the last complete one."""
         self._progress_at = time.monotonic()
         if step is not None:
-            self._beat = replace(self._beat, step=step, doing="training")
+            self._beat = self._beat.model_copy(update={"step": step, "doing": "training"})
 
     # --- the exchange through the store
 
@@ -152,14 +144,14 @@ class Heartbeat:
         try:
             while not self._stopped.is_set():
                 number += 1
-                self._store.set(f"beat/{self.place.rank}", self._own_beat(number).as_text())
+                self._store.set(f"beat/{self.place.rank}", self._own_beat(number).model_dump_json())
                 self._store.add("beats", 1)  # is answered, so that a server that stands still is noticed
                 if self._listens.is_set():
                     silent -= {rank for rank in silent if self._store.check([f"beat/{rank}"])}
                     speaking = [place.rank for place in self._places if place.rank not in silent]
                     texts = self._store.multi_get([f"beat/{rank}" for rank in speaking])
                     now = time.monotonic()
-                    for rank, beat in zip(speaking, map(Beat.from_text, texts), strict=True):
+                    for rank, beat in zip(speaking, map(Beat.model_validate_json, texts), strict=True):
                         if self._heard[rank].beat.number != beat.number:
                             self._heard[rank] = _Heard(beat, now)
                 self._exchanged_at = time.monotonic()
@@ -168,13 +160,13 @@ class Heartbeat:
             self._store_is_gone = True
 
     def _own_beat(self, number: int) -> Beat:
-        return replace(
-            self._beat,
-            number=number,
-            since_seconds=round(time.monotonic() - self._progress_at, 1),
-            seen={each.rank: state for each in self._neighbors if (state := each.process_state()) != "alive"},
-            memory_kills=memory_kills() - self._kills_before,
-        )
+        now = {
+            "number": number,
+            "since_seconds": round(time.monotonic() - self._progress_at, 1),
+            "seen": {each.rank: state for each in self._neighbors if (state := each.process_state()) != "alive"},
+            "memory_kills": memory_kills() - self._kills_before,
+        }
+        return self._beat.model_copy(update=now)
 
     # --- who is lost
 
@@ -219,7 +211,7 @@ class Heartbeat:
         beat = self._heard[rank].beat if rank in self._heard else None
         if self._beat.step is None or (beat is not None and (beat.step or 0) > self._beat.step):
             return beat
-        return replace(beat or Beat(), step=self._beat.step)
+        return (beat or Beat()).model_copy(update={"step": self._beat.step})
 
     def find_lost(self, patience_seconds: float, is_reported: Callable[[], bool] = lambda: False) -> list[LostRank]:
         """Wait for the first cause of a failure to show: the ranks that are lost, of the surest kind only; or none.
