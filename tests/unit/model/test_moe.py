@@ -20,7 +20,7 @@ from megalm.model.modules import DropoutClock
 from megalm.model.moe import STATISTICS, MixtureOfExperts
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import MLP, LanguageModel, initial_weight, initialize
-from megalm.train.expert_watch import ExpertWatch
+from megalm.train.console import ExpertWatch
 
 VOCAB, LENGTH, BATCH = 61, 20, 3
 BALANCE, Z = 0.5, 0.25
