@@ -96,7 +96,12 @@ class Sink(ABC):
     """One tracker, fed by `Feed`. Any exception of a method means: the whole pass is tried again later.
 
     A row may then come a second time, so that sending it must not count twice.
+
+    Attributes:
+        state: the tracker's own, as loaded from its file; `start` may replace it.
     """
+
+    state: FeedState
 
     @property
     @abstractmethod
@@ -106,11 +111,6 @@ class Sink(ABC):
     def remedy(self, run_dir: Path) -> str:
         """For messages: what a person does about rows that could not be sent."""
         return f"run `megalm track sync {run_dir}` to send the rest"
-
-    @property
-    @abstractmethod
-    def state(self) -> FeedState:
-        """The tracker's own, as loaded from its file; `start` may replace it."""
 
     @abstractmethod
     def save(self) -> None:

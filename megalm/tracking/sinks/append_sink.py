@@ -45,6 +45,7 @@ class AppendSink(Sink):
         sent: numbers, for messages.
     """
 
+    state: AppendState
     folder_name: ClassVar[str]
     state_type: ClassVar[type[AppendState]] = AppendState
 
@@ -52,20 +53,16 @@ class AppendSink(Sink):
         self.run_dir = run_dir
         self.folder = run_dir / self.folder_name
         self.sent = 0
-        self._state = self.state_type.load(self.folder / _STATE_FILE)
+        self.state = self.state_type.load(self.folder / _STATE_FILE)
         self._facts: dict[str, Fact] = {}  # as sent last
 
-    @property
-    def state(self) -> AppendState:
-        return self._state
-
     def save(self) -> None:
-        state = self._state
+        state = self.state
         state.is_sending, state.reached = False, max(state.reached, state.offset)
         self._write_state()
 
     def start(self) -> None:
-        state = self._state
+        state = self.state
         if state.is_sending:
             state.begin_again()
             state.reached = max(state.reached, 1)  # also where nothing is known to have arrived
@@ -73,7 +70,7 @@ class AppendSink(Sink):
         self._send_facts()
 
     def send(self, rows: Sequence[Row]) -> None:
-        state = self._state
+        state = self.state
         if state.offset < state.reached:  # rows come again that the tracker has
             self._forget_all()
         state.is_sending = True
@@ -81,13 +78,13 @@ class AppendSink(Sink):
         self.write([row for row in rows if row["kind"] != "event"])
 
     def take_back(self, back: TakeBack) -> None:
-        self._state.begin_again()
+        self.state.begin_again()
         self._forget_all()
 
     def _forget_all(self) -> None:
         self.forget()
         self._send_facts()
-        self._state.reached = 0
+        self.state.reached = 0
 
     def _send_facts(self) -> None:
         """Send the run's settings, unless the tracker has them."""
@@ -120,7 +117,7 @@ class AppendSink(Sink):
 
     def _write_state(self) -> None:
         self.folder.mkdir(exist_ok=True)
-        self._state.save(self.folder / _STATE_FILE)
+        self.state.save(self.folder / _STATE_FILE)
 
 
 def _fact(text: str) -> Fact:

@@ -45,8 +45,8 @@ class TensorBoardSink(AppendSink):
     def open(self) -> None:
         if self._writer is None:
             if not self._files():  # deleted
-                self._state.begin_again()
-            self._writer = self._new_file((self._state.last_step or 0) + 1)
+                self.state.begin_again()
+            self._writer = self._new_file((self.state.last_step or 0) + 1)
 
     def forget(self) -> None:
         before = self._files()

@@ -43,6 +43,7 @@ class WandbState(AppendState):
 
 
 class WandbSink(AppendSink):
+    state: WandbState
     folder_name = "wandb"
     state_type = WandbState
 
@@ -50,11 +51,6 @@ class WandbSink(AppendSink):
         super().__init__(run_dir)
         self._run: Any = None
         self._files: dict[str, list[int] | None] = {}  # as sent last
-
-    @property
-    def state(self) -> WandbState:
-        assert isinstance(self._state, WandbState)
-        return self._state
 
     @property
     def name(self) -> str:
