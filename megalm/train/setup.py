@@ -66,7 +66,7 @@ from megalm.train.run_summary import (
     write_report_page,
 )
 from megalm.train.spikes.spike_guard import SpikeGuard
-from megalm.train.spikes.spike_report import SpikeReportWriter, sample_text_reader
+from megalm.train.spikes.spike_report import SpikeReportWriter
 from megalm.train.step_diagnostics import StepDiagnostics
 from megalm.train.text_samples import SampleWriter
 from megalm.train.trainer import Trainer, TrainerComponents, memory_errors_named, run_preflight
@@ -425,7 +425,6 @@ def _components(
     run, data, folder, console = plan.run, plan.data, opened.folder, opened.console
     data_rank = run.topology.coordinate(comm.rank).data
     config, length = run.config, run.config.data.sample_length
-    read_text = sample_text_reader(data.train, data.tokenizer)
     return TrainerComponents(
         run=run,
         comm=comm,
@@ -446,7 +445,7 @@ def _components(
         reporter=console,
         stop=StopRequest(limits=limits),
         guard=spikes,
-        incidents=SpikeReportWriter(folder.incidents, read_text, command, comm, console),
+        incidents=SpikeReportWriter(folder.incidents, data.train, data.tokenizer, command, comm, console),
         limits=limits,
         flops_per_token=partial(
             flops_per_token, plan.shape, frozen=frozen_parameters(plan.shape, config.train.parameter_groups)
