@@ -17,15 +17,14 @@ from pathlib import Path
 import psutil
 import typer
 
-from megalm.cluster.slurm_client import run_slurm
 from megalm.config.schema import RunSection
-from megalm.errors import ConfigError
 from megalm.rank_environment import step_place
 from megalm.utils.formatting import format_bytes, table
 from megalm.utils.terminal import echo
 
 _GIB = 2**30
 _SLURM_COMMANDS = ("sbatch", "srun", "scontrol", "sinfo")
+_SLURM_TIMEOUT_SECONDS = 10
 # With less, gloo and data workers run out of shared memory; containers have 64 MiB by default.
 _ENOUGH_SHM_BYTES = _GIB
 
@@ -220,7 +219,10 @@ def _slurm() -> Finding:
     if missing:
         return Finding("Slurm", f"no {', '.join(missing)}", "absent")
     try:
-        partitions = run_slurm(["sinfo", "--noheader", "--format=%P: %D nodes"]).splitlines()
-    except ConfigError as error:
-        return Finding("Slurm", f"commands installed, but no controller answers ({error})", "absent")
-    return Finding("Slurm", ", ".join(partitions) or "no partitions")
+        command = ["sinfo", "--noheader", "--format=%P: %D nodes"]
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_SLURM_TIMEOUT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return Finding("Slurm", f"the controller does not answer within {_SLURM_TIMEOUT_SECONDS} s", "absent")
+    if answer.returncode != 0:
+        return Finding("Slurm", "commands installed, but sinfo finds no controller", "absent")
+    return Finding("Slurm", ", ".join(answer.stdout.split("\n")[:-1]) or "no partitions")

@@ -16,19 +16,19 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from rich.console import Console
 
-from megalm.checkpoint.checkpointer import Saved
 from megalm.checkpoint.discovery import step_of
 from megalm.data.readers.questions import task_name
-from megalm.engine.interface import RoutingStatistics, StepResult
 from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.runs.metrics_log import LOSS_OF, TOTAL, Row, describe_unbalanced_experts
-from megalm.train.evaluator import Evaluation
-from megalm.train.resume.training_progress import TrainingProgress
 from megalm.utils.atomic_files import still_names
 from megalm.utils.formatting import PrintableFormatter, format_duration, printable
 from megalm.utils.progress import ProgressBar, counts
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a plan imports this module and does not load torch
+    from megalm.checkpoint.checkpointer import Saved
+    from megalm.engine.interface import RoutingStatistics, StepResult
+    from megalm.train.evaluator import Evaluation
+    from megalm.train.resume.training_progress import TrainingProgress
     from megalm.train.trainer import TrainerComponents
 
 log = logging.getLogger("megalm")

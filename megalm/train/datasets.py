@@ -20,7 +20,7 @@ from megalm.data.builder.rebuild import Wanted, build_prefix, ensure_dataset
 from megalm.data.builder.stdlib_corpus import default_cache_dir, prepare_recipe
 from megalm.data.indexed.dataset import IndexedDataset, bin_path, idx_path
 from megalm.data.indexed.metadata import read_sidecar
-from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader, PrepareBatch, ValidationLoader
+from megalm.data.sampling.batch_loader import BatchLayout, ValidationLoader
 from megalm.data.sampling.index_cache import ArrayCache
 from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
 from megalm.data.sampling.sample_order import Range
@@ -290,12 +290,6 @@ def _check_index(dataset: IndexedDataset, cache: Path) -> None:
     found = path.stat()
     ArrayCache(cache).get(("index", str(path), found.st_size, found.st_mtime_ns), check)
     return None
-
-
-def batch_loader(
-    run: ResolvedRun, train: BlendedSamples, data_rank: int, prepare: PrepareBatch | None = None
-) -> BatchLoader:
-    return BatchLoader(train, batch_layout(run, data_rank), prepare)
 
 
 def batch_layout(run: ResolvedRun, data_rank: int, sequences: int | None = None) -> BatchLayout:

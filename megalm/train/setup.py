@@ -16,6 +16,7 @@ import torch
 
 from megalm.communicator import Communicator
 from megalm.config.schema import TRACKERS, RunConfig, TrainSection
+from megalm.data.sampling.batch_loader import BatchLoader
 from megalm.engine.build import build_engine
 from megalm.engine.device import (
     bind_to_numa_node,
@@ -46,7 +47,7 @@ from megalm.runs.run_settings import Arguments, ResumeOptions, config_changes
 from megalm.tracking.mlflow_mirror.mirror_process import MirrorHandle, start_mirror
 from megalm.tracking.mlflow_mirror.sync_state import copied_from
 from megalm.train.console import RunConsole
-from megalm.train.datasets import batch_loader, open_run_data, validation_loaders
+from megalm.train.datasets import batch_layout, open_run_data, validation_loaders
 from megalm.train.evaluator import Evaluator
 from megalm.train.lifecycle.heartbeat import Heartbeat
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
@@ -429,7 +430,7 @@ def _components(
         run=run,
         comm=comm,
         engine=engine,
-        batches=batch_loader(run, data.train, data_rank, pin_batch if run.device.kind == "cuda" else None),
+        batches=BatchLoader(data.train, batch_layout(run, data_rank), pin_batch if run.device.kind == "cuda" else None),
         evaluator=Evaluator(
             validation_loaders(run, data, data_rank),
             data.tokenizer.token_bytes(),
