@@ -21,7 +21,8 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 # A file, a folder or a prefix; `~` is the home folder.
 UserPath = Annotated[str, AfterValidator(os.path.expanduser)]
-JobText = Annotated[str, AfterValidator(expand_job_fields)]
+# Slurm's fields in it, such as %a, are a job's own values.
+JobText = Annotated[str, AfterValidator(lambda text: expand_job_fields(text) if "%" in text else text)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(ge=0, le=1)]
 

@@ -193,7 +193,7 @@ def split_is_two_weights(case: CheckContext) -> None:
 def datasets_are_local(case: CheckContext) -> None:
     data = case.config.data
     for key, path in (*_named_datasets(data), ("data.tokenizer", data.tokenizer or "")):
-        if is_remote(path):
+        if "://" in path and is_remote(path):
             raise ConfigError(
                 f"{key}={public_address(path)}: a run reads its data from a local disk; copy it there first, or build "
                 "the dataset from text at an address (data_tools/build_dataset.py --input)"

@@ -159,33 +159,21 @@ def float8_divides_the_model(case: CheckContext) -> None:
             )
 
 
-def float8_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
-    """Return a notice where float8 products are emulated."""
-    emulated = config.precision.float8 and device.kind == "cpu"
-    return ["precision.float8=true: this CPU emulates float8 products, slower than without"] if emulated else []
-
-
-def offload_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
-    """Return a notice where offloaded activations save nothing."""
-    if device.kind == "cuda" or not config.train.offload_activations:
-        return []
-    return ["train.offload_activations=true on a CPU: block inputs are copied within its memory, and nothing is saved"]
-
-
-def compile_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
-    """Return a notice where "auto" compiles nothing on a GPU."""
-    if config.compile != "auto" or device.kind == "cpu" or device.compiles:
-        return []
-    return [
-        'compile ("auto"): false; torch.compile needs Triton, a C compiler, Python.h and compute capability 7.0 here'
-    ]
-
-
-def frozen_notices(config: RunConfig, shape: ModelConfig) -> list[str]:
-    """Return a notice where a frozen embedding is the head too."""
-    if not shape.tie_word_embeddings or _TABLE not in frozen_parameters(shape, config.train.parameter_groups):
-        return []
-    return [f"train.parameter_groups freezes {_TABLE}, which is the head as well: model.tie_word_embeddings=true"]
+def engine_notices(config: RunConfig, device: DeviceFacts, shape: ModelConfig) -> Iterator[str]:
+    """Yield a notice of each setting that does less on this device or model than it says."""
+    if config.precision.float8 and device.kind == "cpu":
+        yield "precision.float8=true: this CPU emulates float8 products, slower than without"
+    if config.train.offload_activations and device.kind == "cpu":
+        yield (
+            "train.offload_activations=true on a CPU: block inputs are copied within its memory, and nothing is saved"
+        )
+    if config.compile == "auto" and device.kind == "cuda" and not device.compiles:
+        yield (
+            'compile ("auto"): false; torch.compile needs Triton, a C compiler, Python.h and compute capability 7.0 '
+            "here"
+        )
+    if shape.tie_word_embeddings and _TABLE in frozen_parameters(shape, config.train.parameter_groups):
+        yield f"train.parameter_groups freezes {_TABLE}, which is the head as well: model.tie_word_embeddings=true"
 
 
 def gradient_precision(case: CheckContext) -> None:
@@ -366,6 +354,7 @@ DEEPSPEED_RULES: tuple[Rule, ...] = (
     device_has_bf16,
     fp16_needs_a_gpu,
     float8_has_its_kernel,
+    float8_divides_the_model,
     gradient_precision,
     nvme_needs_stage_3_and_path,
     gds_needs_a_gpu,

@@ -6,14 +6,13 @@ Slow but legal grids get a notice.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import get_args
 
-from megalm.config.deepspeed.json_schema import ZeroSection
-from megalm.config.schema import RunConfig
+from megalm.config.schema import ParallelSection
 from megalm.errors import ConfigError
 from megalm.parallel.pipeline_schedules import virtual_stages_of
-from megalm.planning.engine_checks import CheckContext, Rule, float8_divides_the_model, runs_compiled
+from megalm.planning.engine_checks import CheckContext, Rule, runs_compiled
 from megalm.topology import AXES, PipelineScheduleName, nearest
 
 
@@ -258,7 +257,6 @@ def second_copy_is_shared_by_equal_ranks(case: CheckContext) -> None:
 PARALLEL_RULES: tuple[Rule, ...] = (
     degrees_divide_the_ranks,
     tensor_divides_the_model,
-    float8_divides_the_model,
     context_divides_the_heads,
     ring_attends_plainly,
     sequence_has_a_tensor_group,
@@ -276,35 +274,32 @@ PARALLEL_RULES: tuple[Rule, ...] = (
 )
 
 
-def second_copy_notices(zero: ZeroSection, ranks_per_node: int) -> list[str]:
-    """Return a notice if ranks that share a second copy of the weights are not of one node."""
-    size = zero.secondary_ranks
-    if not size or ranks_per_node % size == 0:
-        return []
-    return [
-        f"zero_optimization.zero_hpz_partition_size={size} does not divide the {ranks_per_node} ranks of a node: "
-        f"weights are gathered over the network in each micro-batch; use {ranks_per_node}"
-    ]
+def grid_notices(parallel: ParallelSection, secondary_ranks: int, ranks_per_node: int) -> Iterator[str]:
+    """Yield a notice for each group of ranks that leaves its node and communicates several times a step.
 
-
-def parallel_notices(config: RunConfig, ranks_per_node: int) -> list[str]:
-    """Return a notice if tensor or context groups, which communicate several times a layer, leave their node."""
-    degree, context = config.parallel.tensor, config.parallel.context
-    if ranks_per_node % degree == 0:
-        if context == 1 or ranks_per_node % (degree * context) == 0:
-            return []
-        return [
+    Args:
+        secondary_ranks: ranks that share a second copy of the weights.
+    """
+    degree, context, size = parallel.tensor, parallel.context, secondary_ranks
+    if size and ranks_per_node % size:
+        yield (
+            f"zero_optimization.zero_hpz_partition_size={size} does not divide the {ranks_per_node} ranks of a node: "
+            f"weights are gathered over the network in each micro-batch; use {ranks_per_node}"
+        )
+    if ranks_per_node % degree:
+        relation = "is more than" if degree > ranks_per_node else "does not divide"
+        fitting = max(n for n in range(1, ranks_per_node + 1) if ranks_per_node % n == 0 and degree % n == 0)
+        yield (
+            f"parallel.tensor={degree} {relation} the {ranks_per_node} ranks of a node: tensor groups communicate over "
+            f"the network in every layer, which is slow; parallel.tensor={fitting} with parallel.pipeline="
+            f"{degree // fitting} uses the same number of ranks"
+        )
+    elif context > 1 and ranks_per_node % (degree * context):
+        yield (
             f"parallel.context={context} with parallel.tensor={degree} takes {degree * context} ranks that share each "
             f"layer's attention, and a node has {ranks_per_node}: they exchange queries, keys and values over the "
             "network, which is slow"
-        ]
-    relation = "is more than" if degree > ranks_per_node else "does not divide"
-    fitting = max(n for n in range(1, ranks_per_node + 1) if ranks_per_node % n == 0 and degree % n == 0)
-    return [
-        f"parallel.tensor={degree} {relation} the {ranks_per_node} ranks of a node: tensor groups communicate over the "
-        f"network in every layer, which is slow; parallel.tensor={fitting} with parallel.pipeline={degree // fitting} "
-        "uses the same number of ranks"
-    ]
+        )
 
 
 def _legal_tensor_degrees(case: CheckContext) -> str:

@@ -19,7 +19,7 @@ from megalm.checkpoint.copies.copy_store import COPY_SCHEMES
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, named_json, read_deepspeed_json
 from megalm.config.deepspeed.unsupported_keys import DEEPSPEED_NAMES
 from megalm.config.loading import RUN_LENGTH, LoadedConfig, value_of
-from megalm.config.schema import RunConfig
+from megalm.config.schema import ParallelSection, RunConfig
 from megalm.config.validation import leaf_fields
 from megalm.errors import ConfigError, MegalmError
 from megalm.planning.batch_size import BatchPlan, RunBatch, TrainingStages, plan_batch
@@ -40,8 +40,8 @@ _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 def check_run(
     loaded: LoadedConfig, ds: DeepSpeedConfig, world_size: int, device: DeviceFacts, data_needed: bool = True
-) -> None:
-    """Refuse a run for all the rules that it breaks, and for all problems of its files.
+) -> CheckContext:
+    """Return the run with what its JSON implies; refuse it for all rules that it breaks, and all problems of its files.
 
     Args:
         data_needed: whether to refuse a run without data; a plan needs none.
@@ -50,7 +50,12 @@ def check_run(
         ConfigError: the value, its place, and what to use instead, of each problem.
         DataError: a file of the data, where nothing else is wrong.
     """
-    _raise_all(_problems(loaded, ds, world_size, device, data_needed))
+    loaded = loaded.with_implied(ds.run_settings, ds.path)
+    case = CheckContext(loaded, ds, world_size, device)
+    problems = [ConfigError(line) for line in (*loaded.problems.values(), *ds.problems)]
+    named = {*loaded.problems, *(outcome.key for outcome in ds.outcomes if outcome.action == "refused")}
+    _raise_all([*problems, *_broken(case, _rules(case, data_needed), named)])
+    return case
 
 
 def _raise_all(found: Sequence[MegalmError]) -> None:
@@ -60,16 +65,17 @@ def _raise_all(found: Sequence[MegalmError]) -> None:
         raise ConfigError(*(line for error in found for line in _lines_of(error)))
 
 
-def _problems(
-    loaded: LoadedConfig, ds: DeepSpeedConfig, world_size: int, device: DeviceFacts, data_needed: bool
-) -> list[MegalmError]:
-    """Return the problems of both files, and those of the rules that do not follow from them."""
-    loaded = loaded.with_implied(ds.run_settings, ds.path)
-    case = CheckContext(loaded, ds, world_size, device)
-    found: list[MegalmError] = [ConfigError(line) for line in (*loaded.problems.values(), *ds.problems)]
-    named = {*loaded.problems, *(outcome.key for outcome in ds.outcomes if outcome.action == "refused")}
-    rules = (rule for rule in RULES if data_needed or rule is not data_is_configured)
-    return [*found, *_broken(case, rules, named)]
+def _rules(case: CheckContext, data_needed: bool) -> list[Rule]:
+    """Return the rules but for those of what the run does not have."""
+    absent: list[Rule] = [] if data_needed else [data_is_configured]
+    if not has_grid(case):
+        absent += PARALLEL_RULES
+    return [rule for rule in RULES if rule not in absent]
+
+
+def has_grid(case: CheckContext) -> bool:
+    """Return whether ranks have other roles than data parallelism alone, or are to."""
+    return case.config.parallel != ParallelSection() or case.zero.secondary_ranks > 0
 
 
 def _broken(case: CheckContext, rules: Iterable[Rule], named: set[str]) -> Iterator[MegalmError]:
@@ -395,7 +401,8 @@ def wall_time_is_a_duration(case: CheckContext) -> None:
 
 
 def profiled_steps_are_steps(case: CheckContext) -> None:
-    profiled_steps(case.config.profile.steps)
+    if case.config.profile.steps is not None:
+        profiled_steps(case.config.profile.steps)
 
 
 def trackers_are_installed(case: CheckContext) -> None:
@@ -434,33 +441,24 @@ def excluded_nodes_are_checked(case: CheckContext) -> None:
         raise ConfigError("slurm.exclude_bad=true leaves what train.check_nodes finds, which is false; set it to true")
 
 
-def stage_notices(config: RunConfig) -> list[str]:
-    """Return a notice of each stage that begins after the last step."""
-    steps = config.train.steps
-    return [
-        f"{key}: from_step={first} is after train.steps={steps}: no step is in that stage"
-        for key, firsts in (
-            ("schedule.batch", [stage.from_step for stage in config.schedule.batch]),
-            ("data.stages", [stage.from_step for stage in config.data.stages if stage.sequence_length]),
-        )
-        for first in firsts
-        if first > steps
-    ]
+_INTERVALS = (
+    *("evaluate.interval_steps", "evaluate.tasks_interval_steps"),
+    *("sample.interval_steps", "checkpoint.interval_steps"),
+)
 
 
-def interval_notices(config: RunConfig) -> list[str]:
-    """Return a notice of each interval that is longer than the run."""
+def length_notices(config: RunConfig) -> Iterator[str]:
+    """Yield a notice of each interval that is longer than the run, and of each stage that begins after its end."""
     steps = config.train.steps
-    return [
-        f"{key}={interval} is more than train.steps={steps}: once, at the end"
-        for key, interval in (
-            ("evaluate.interval_steps", config.evaluate.interval_steps),
-            ("evaluate.tasks_interval_steps", config.evaluate.tasks_interval_steps),
-            ("sample.interval_steps", config.sample.interval_steps),
-            ("checkpoint.interval_steps", config.checkpoint.interval_steps),
-        )
-        if interval is not None and interval > steps
-    ]
+    for key in _INTERVALS:
+        interval = value_of(config, key)
+        if interval is not None and interval > steps:
+            yield f"{key}={interval} is more than train.steps={steps}: once, at the end"
+    stages = [("schedule.batch", stage.from_step) for stage in config.schedule.batch]
+    stages += [("data.stages", stage.from_step) for stage in config.data.stages if stage.sequence_length]
+    for key, first in stages:
+        if first > steps:
+            yield f"{key}: from_step={first} is after train.steps={steps}: no step is in that stage"
 
 
 # Every key of both files, as a message names it.

@@ -243,8 +243,9 @@ def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed:
 
 def refuse_other_moments(path: Path, manifest: Manifest, run: ResolvedRun) -> None:
     """Raise CheckpointError if the checkpoint lacks a moment of this run's optimizer: another one trained it."""
-    train = run.config.train
-    stored_tensors = manifest.parameter_tensors
+    train, stored_tensors = run.config.train, manifest.parameter_tensors
+    if run.optimizer.muon is None and all({*MOMENTS["adam"]} <= {*tensor.kinds} for tensor in stored_tensors.values()):
+        return
     dimensions = {name: len(tensor.shape) for name, tensor in stored_tensors.items()}
     keys = group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay, run.optimizer.muon is not None)
     for name, key in keys.items():
@@ -339,7 +340,8 @@ def grid_notes(manifest: Manifest, run: ResolvedRun) -> list[str]:
 
 def frozen_notes(manifest: Manifest, run: ResolvedRun, shape: ModelConfig) -> list[str]:
     """Return what a change of the frozen parameters means, one line each."""
-    frozen = frozen_parameters(shape, run.config.train.parameter_groups)
+    rules = run.config.train.parameter_groups
+    frozen = frozen_parameters(shape, rules) if rules else frozenset()
     lines = []
     if trains := sorted(manifest.frozen - frozen):
         lines.append(

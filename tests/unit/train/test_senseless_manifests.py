@@ -33,8 +33,7 @@ from megalm.train.resume.compatibility import (
     progress_from,
     with_schedule,
 )
-from megalm.train.resume.find_checkpoint import find_checkpoint
-from megalm.train.resume.resume_plan import _require_state
+from megalm.train.resume.resume_plan import _require_state, find_checkpoint
 from tests.messages import assert_names
 
 ROOT = Path(__file__).resolve().parents[3]
