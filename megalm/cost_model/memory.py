@@ -277,17 +277,17 @@ class MemoryCase:
     @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer's states lie in the CPU's memory or on NVMe."""
-        return self.zero.offload_optimizer is not None and self.zero.offload_optimizer.device != "none"
+        return self.zero.optimizer_device != "none"
 
     @property
     def offloads_parameters(self) -> bool:
         """Whether the weights lie in the CPU's memory."""
-        return self.zero.offload_param is not None and self.zero.offload_param.device != "none"
+        return self.zero.parameter_device != "none"
 
     @property
     def swaps(self) -> bool:
         """Whether the optimizer's states lie on NVMe."""
-        return self.zero.offload_optimizer is not None and self.zero.offload_optimizer.device == "nvme"
+        return self.zero.optimizer_device == "nvme"
 
     @property
     def uses_bf16_optimizer(self) -> bool:

@@ -188,7 +188,7 @@ class RunMemory:
         if zero.stage != 2 or wanted != "auto" or batch.accumulation == 1 or batch.data_parallel == 1:
             return zero.stage == 2 and wanted == "step", []
         often = f'train.reduce_gradients ("auto"): gradients are reduced {batch.accumulation} times a step'
-        if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none":
+        if zero.optimizer_device != "none":
             return False, [f"{often}: offload_optimizer keeps no whole ones"]
         whole = self.fit(batch, True, recompute)
         if not whole.leaves_room:

@@ -37,9 +37,7 @@ from megalm.train.resume.compatibility import (
     begin_notes,
     change_notes,
     continuation_kind,
-    ema_notes,
     first_sample_of,
-    frozen_notes,
     grid_notes,
     identity_of,
     incompatibilities,
@@ -47,6 +45,7 @@ from megalm.train.resume.compatibility import (
     progress_from,
     refuse_incompatible,
     refuse_other_moments,
+    state_notes,
     with_last_step,
     with_schedule,
 )
@@ -271,7 +270,7 @@ def planned_start(run: ResolvedRun, resume: ResumeOptions) -> tuple[ResolvedRun,
     folder = RunFolder(Path(section.root) / (section.name or "-"))
     point = find_resume_checkpoint(run, folder, resume, SingleProcessCommunicator())
     manifest = _continued(point.found, point.options)
-    notes = () if manifest is None else grid_notes(manifest, point.run)
+    notes = () if manifest is None else tuple(grid_notes(manifest, point.run))
     return replace(point.run, notices=(*point.run.notices, *notes)), point.schedule.segments
 
 
@@ -320,9 +319,7 @@ def _plan_from_import(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
     notes = (
         f"the run continues {reader.path} with its moments at step {manifest.step:,} of the run's own schedule, and at "
         "the first sample",
-        *frozen_notes(manifest, run, plan.shape),
-        *ema_notes(manifest, run),
-        *begin_notes(manifest, plan.data.tokenizer),
+        *state_notes(manifest, run, plan.shape, plan.data.tokenizer),
         *_skip_steps(plan, position, plan.identity),
     )
     to_come = run.stages.samples(run.config.train.steps, after=position.step)
@@ -366,9 +363,7 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
     notes += tuple(_skip_steps(plan, position, identity))
     notes = (
         *change_notes(position, manifest, run),
-        *frozen_notes(manifest, run, plan.shape),
-        *ema_notes(manifest, run),
-        *begin_notes(manifest, plan.data.tokenizer),
+        *state_notes(manifest, run, plan.shape, plan.data.tokenizer),
         *notes,
     )
     return replace(plan, data=data, identity=identity, position=position, notes=notes)
