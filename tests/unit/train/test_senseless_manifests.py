@@ -122,7 +122,7 @@ def use(folder: Path, run: ResolvedRun) -> None:
     for continuation in ("on", "anew", "recut"):
         position = progress_from(manifest, run, continuation)  # type: ignore[arg-type]
         position.schedule = schedule
-        change_notes(position, manifest, run)
+        list(change_notes(position, manifest, run))
         position.data_json("a")
 
 
