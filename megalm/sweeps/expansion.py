@@ -228,7 +228,7 @@ def _values_of(key: str, texts: Sequence[str]) -> tuple[str, list[str]]:
         return key, [_text(parse_yaml(text, key)) for text in texts]
     values, names = [], {key}
     for text in texts:
-        found = parse_override(f"{key}={text}")
+        found = dict(parse_override(f"{key}={text}"))
         if key in RunConfig.model_fields and list(found) != [key]:
             raise ConfigError(f"{key} is a section; sweep one of its keys, such as {next(iter(found), key)}")
         names = set(found)
@@ -295,7 +295,7 @@ def _problems_of(key: str, values: Sequence[str]) -> list[str]:
         problems.append(f"{key} has no values; give it a list")
     if not key.startswith(IN_JSON):
         for value in values:
-            problems += validate_valid_values(RunConfig, parse_override(f"{key}={value}"), lambda _: "sweep")[
+            problems += validate_valid_values(RunConfig, dict(parse_override(f"{key}={value}")), lambda _: "sweep")[
                 1
             ].values()
     return problems

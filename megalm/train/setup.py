@@ -52,8 +52,7 @@ from megalm.train.evaluator import Evaluator
 from megalm.train.lifecycle.heartbeat import Heartbeat
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
 from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start, wall_seconds
-from megalm.train.resume.find_checkpoint import clean_up_interrupted_saves
-from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_resume
+from megalm.train.resume.resume_plan import ResumePlan, clean_up_interrupted_saves, find_resume_checkpoint, plan_resume
 from megalm.train.resume.resume_request import record_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.run_copies import check_copies, fetch_newer_copy, finish_run_copies, start_run_copies
