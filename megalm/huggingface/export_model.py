@@ -18,7 +18,7 @@ from megalm.checkpoint.manifest import shape_of
 from megalm.data.tokenizers.chat_template import ChatTemplate, load_chat_template
 from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer, tokenizer_of
 from megalm.errors import CheckpointError
-from megalm.huggingface.config_json import model_type, require_exportable, to_config
+from megalm.huggingface.config_json import family_of, to_config
 from megalm.huggingface.export_tokenizer import GENERATION_CONFIG, ExportedTokenizer, write_tokenizer
 from megalm.huggingface.export_weights import weight_files, write_model
 from megalm.huggingface.model_card import Card
@@ -101,7 +101,7 @@ def plan_export(
     if shape.mup_base_width is not None:
         reader = folded = FoldedReader(reader, shape)
         shape = folded.shape
-    require_exportable(shape)
+    family_of(shape)  # refuses a model that transformers does not have
     ends = manifest.bos_id, manifest.eod_id
     used = tokenizer_of(reader.path, manifest.tokenizer, manifest.fingerprints.tokenizer, ends, tokenizer)
     if used.vocab_size > shape.vocab_size:
@@ -150,7 +150,7 @@ def _write_small_files(plan: ExportPlan, folder: Path, name: str) -> ExportedTok
     shape, used = plan.shape, plan.tokenizer
     dtype = str(plan.dtype).removeprefix("torch.")
     sizes = shape.max_position_embeddings, shape.vocab_size
-    made = write_tokenizer(used, folder, *sizes, model_type(shape), plan.template)
+    made = write_tokenizer(used, folder, *sizes, family_of(shape).name, plan.template)
     write_json(folder / "config.json", to_config(shape, used.eod_id, made.special, dtype))
     write_json(folder / GENERATION_CONFIG, _generation_config(used, shape.vocab_size, made.special))
     card = Card(name, plan.reader.path, plan.reader.manifest, shape, dtype, made, plan.reader.ema)

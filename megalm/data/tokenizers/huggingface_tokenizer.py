@@ -208,7 +208,7 @@ def _decoder_types(decoder: dict[str, Any] | None) -> Iterator[str]:
 def _piece_content(piece: str, decoders: set[str]) -> TokenContent:
     """Return a piece's bytes inside a text. Decoding a single id would be wrong: decoders strip the start of a text."""
     if "ByteLevel" in decoders:
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         spelled = all(character in alphabet for character in piece)
         return TokenContent(TEXT, bytes(map(alphabet.__getitem__, piece)) if spelled else piece.encode())
     if "ByteFallback" in decoders and BYTE_TOKEN.fullmatch(piece):
@@ -219,7 +219,7 @@ def _piece_content(piece: str, decoders: set[str]) -> TokenContent:
 
 
 @functools.cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Return the byte that each character of a byte-level piece is: printable ones as Latin-1, others from 256 on."""
     printable = [byte for byte in range(256) if chr(byte) in tokenizers.pre_tokenizers.ByteLevel.alphabet()]
     others = [byte for byte in range(256) if byte not in printable]
