@@ -22,13 +22,7 @@ from megalm.config.validation import to_yaml
 from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer
 from megalm.errors import DataError, TrainingError
 from megalm.huggingface.config_json import section_of
-from megalm.huggingface.export_tokenizer import (
-    BESIDE,
-    SENTENCEPIECE,
-    TOKENIZER,
-    TOKENIZER_MODEL,
-    added_around,
-)
+from megalm.huggingface.export_tokenizer import BESIDE, added_around
 from megalm.huggingface.output_folder import complete_folder
 from megalm.huggingface.pretrained_folder import ModelSource
 from megalm.huggingface.universal_checkpoint import MOMENTS, OptimizerFacts, UniversalCheckpoint
@@ -39,7 +33,6 @@ MODEL_FILE = "model.yaml"
 
 # The largest data.sequence_length to propose: the model's own maximum may need too much memory.
 _LONGEST_SAMPLE = 1024
-_TOKENIZERS = (SENTENCEPIECE, TOKENIZER, TOKENIZER_MODEL)
 _HEADER = (
     "# For --config: the model {source}, its tokenizer and a sequence length. All other keys have their defaults.\n"
 )
@@ -93,7 +86,7 @@ def import_model(
     if isinstance(source, UniversalCheckpoint):
         tokenizer = tokenizer or source.config_folder
     with tempfile.TemporaryDirectory() as scratch:
-        chosen = choose_vocabulary(source, find_tokenizer, tokenizer, (add_tokens, new_rows), Path(scratch))
+        chosen = choose_vocabulary(source, tokenizer, add_tokens, new_rows, Path(scratch))
         if chosen[0] is not source and _optimizer_of(source) is not None:
             raise DataError(
                 "the tokenizer changes the rows of the vocabulary, and new rows have no moments; import the weights "
@@ -169,21 +162,6 @@ def _import(
     checkpoint = target / "checkpoints" / folder_name(step)
     notes = (*changes, *_notes(source, kept), *(() if optimizer is None else _training_notes(optimizer)))
     return Imported(checkpoint, target / MODEL_FILE, kept, notes, shape, optimizer)
-
-
-def find_tokenizer(folder: Path) -> Path:
-    """The file itself, or the folder's tokenizer file; megalm's own SentencePiece export comes first."""
-    if folder.is_file():
-        return folder
-    if not folder.exists():
-        raise DataError(f"{folder}: no such tokenizer; give a tokenizer.json, a .model file, or their folder")
-    for name in _TOKENIZERS:
-        if (folder / name).is_file():
-            return folder / name
-    raise DataError(
-        f"{folder} has none of {', '.join(_TOKENIZERS)}; save the tokenizer with transformers "
-        "(AutoTokenizer.from_pretrained(...).save_pretrained), or name a file with --tokenizer"
-    )
 
 
 def _notes(source: ModelSource, tokenizer: Tokenizer) -> Iterator[str]:

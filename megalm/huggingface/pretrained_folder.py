@@ -31,7 +31,7 @@ _BUFFER = re.compile(
     r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.(self_attn|attention)\.rotary_emb\.inv_freq"
     r"|layers\.\d+\.attention\.(bias|masked_bias))"
 )
-_SHOWN = 3
+_SHOWN = 5
 
 
 class ModelSource(Protocol):
@@ -105,9 +105,9 @@ class HuggingFaceFolder:
         if self.shape.tie_word_embeddings:
             self._drop_tied_head()
         if missing := [name for name in expected if name not in self._places]:
-            raise DataError(f"{self.folder}: config.json requires {_first(missing)}, which no file holds")
+            raise DataError(f"{self.folder}: config.json requires {first_of(missing)}, which no file holds")
         if unknown := [stored for name, (_, stored) in self._places.items() if name not in expected]:
-            raise DataError(f"{self.folder}: megalm's model has no place for {_first(unknown)}")
+            raise DataError(f"{self.folder}: megalm's model has no place for {first_of(unknown)}")
         for name, tensor in expected.items():
             self._check_tensor(tensor, *self._places[name])
 
@@ -203,6 +203,7 @@ def _opened(path: Path) -> Any:
         raise DataError(f"{path} is not a complete safetensors file ({error}); copy the file again") from None
 
 
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def first_of(names: list[str], between: str = ", ") -> str:
+    """Return the first names, and how many more there are."""
+    more = f"{between}and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return between.join(names[:_SHOWN]) + more

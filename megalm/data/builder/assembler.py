@@ -21,9 +21,8 @@ from megalm.data.builder.decontamination import (
     overlap_listing,
     overlap_report,
 )
-from megalm.data.builder.dedup import make_deduplicator
+from megalm.data.builder.dedup import MADE, make_deduplicator
 from megalm.data.builder.disk_hash_table import Bools
-from megalm.data.builder.minhash_dedup import MADE
 from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary
 from megalm.data.indexed.dataset import best_dtype, bin_path, idx_path, sidecar_path
 from megalm.data.indexed.document_sources import SOURCE, sources_path

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from megalm.data.builder.decontamination import OverlapOptions
-from megalm.data.builder.dedup import Dedup
-from megalm.data.builder.minhash_dedup import check_threshold
+from megalm.data.builder.dedup import Dedup, check_threshold
 from megalm.data.builder.quality_filters import Filters
 from megalm.data.readers.document_reader import TABLE, LossPolicy, OnError, Span, row_groups
 from megalm.data.readers.formats import format_of

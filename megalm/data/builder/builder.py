@@ -70,10 +70,6 @@ class Built:
     resumed: int
     reading: ReadReport
 
-    @property
-    def ignored_files(self) -> int:
-        return self.reading.ignored_files
-
 
 @dataclass(frozen=True)
 class _Inputs:
@@ -82,7 +78,6 @@ class _Inputs:
     files: list[InputFile]
     reading: ReadReport
     reports: list[DatasetMetadata]
-    inputs: list[dict[str, Any]]  # of all reports
     options: BuildOptions
     overlap: OverlapIndex | None
 
@@ -112,10 +107,10 @@ def _find(
         sources += [path for file in overlap.files for path in file.on_disk]
     refuse_overwriting(prefixes, Path(f"{output_prefix}{WORK_SUFFIX}"), sources)
     facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
-    inputs: list[dict[str, Any]] = []
+    inputs: list[dict[str, Any]] = []  # one list for all reports
     # Also refuses a tokenizer without an end-of-document token, before anything is read.
     reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
-    return _Inputs(files, reading, reports, inputs, options, overlap)
+    return _Inputs(files, reading, reports, options, overlap)
 
 
 def _refuse_training_on_evaluation(files: Sequence[InputFile], overlap: OverlapIndex) -> None:
@@ -168,7 +163,7 @@ def build_files(
     """
     found = _find(paths, tokenizer, output_prefix, options or BuildOptions(), stdin_kind)
     options = found.options
-    files, reading, reports, inputs = found.files, found.reading, found.reports, found.inputs
+    files, reading, reports = found.files, found.reading, found.reports
     prefixes, work = options.output_prefixes(output_prefix), Path(f"{output_prefix}{WORK_SUFFIX}")
     finished = None if again else _finished_reports(prefixes, files, reports[0], overwrite)
     if finished is not None:
@@ -193,7 +188,7 @@ def build_files(
                 assembler.add(placed)
             for file in plan.files:
                 file.check_unchanged()
-            inputs += [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
+            reports[0].inputs += [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
             assembler.losses.input_bytes += plan.streamed_bytes
             assembler.finish(counts.assembling, found.overlap)
         shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are still mapped

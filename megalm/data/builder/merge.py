@@ -18,8 +18,16 @@ import numpy.typing as npt
 
 from megalm.data.builder.assembler import DatasetWriter
 from megalm.data.builder.decontamination import LISTED, merge_overlaps
-from megalm.data.builder.dedup import Dedup, Deduplicator, exact_signatures, make_deduplicator
-from megalm.data.builder.minhash_dedup import KEPT_PAIRS, Pair, check_threshold, open_signatures
+from megalm.data.builder.dedup import (
+    KEPT_PAIRS,
+    Dedup,
+    Deduplicator,
+    Pair,
+    check_threshold,
+    exact_signatures,
+    make_deduplicator,
+    open_signatures,
+)
 from megalm.data.builder.workspace import refuse_overwriting, tokenizer_files, working_in
 from megalm.data.indexed.dataset import IndexedDataset, bin_path
 from megalm.data.indexed.document_sources import DocumentSources

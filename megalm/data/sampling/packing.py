@@ -36,11 +36,6 @@ class Pieces(NamedTuple):
     lengths: Ints
     unit: int = 1
 
-    @staticmethod
-    def of_documents(dataset: IndexedDataset, documents: Range) -> Pieces:
-        where = slice(*documents)
-        return Pieces(dataset.sequence_pointers[where], dataset.sequence_lengths[where], dataset.dtype.itemsize)
-
 
 class Packing:
     """Pieces in samples of up to L + 1 tokens, the full ones first. A piece of one token has no label: left out.
@@ -110,7 +105,7 @@ def pack(lengths: Ints, sequence_length: int, order: Callable[[], Ints]) -> Arra
         pieces of the other samples, sample by sample; bounds [S - F + 1], where each sample begins there; sizes
         [S - F] of these samples in tokens.
     """
-    full_ends = np.cumsum(_full_samples(lengths, sequence_length), dtype=np.int64)
+    full_ends = np.cumsum(np.maximum(lengths.astype(np.int32) - 1, 0) // sequence_length, dtype=np.int64)
     if not len(full_ends) or not full_ends[-1]:
         full_ends = full_ends[:0]
     taken = order()
@@ -235,7 +230,8 @@ def pack_documents(
     Raises:
         DataError: no document has two tokens.
     """
-    pieces = Pieces.of_documents(dataset, documents)
+    where = slice(*documents)
+    pieces = Pieces(dataset.sequence_pointers[where], dataset.sequence_lengths[where], dataset.dtype.itemsize)
     count = len(pieces.lengths)
 
     def order() -> Ints:
@@ -258,11 +254,6 @@ def expected_padding(lengths: Ints, sequence_length: int) -> float:
     some = lengths[:: -(-max(1, len(lengths)) // WINDOW_PIECES)]
     arrays = pack(some, sequence_length, lambda: np.arange(len(some)))
     return Packing(Pieces(np.zeros(len(some), dtype=np.int64), some), sequence_length, arrays).padding_share
-
-
-def _full_samples(lengths: Ints, sequence_length: int) -> Ints:
-    """Return [P] the number of full samples of each piece."""
-    return np.asarray(np.maximum(lengths.astype(np.int32) - 1, 0) // sequence_length)
 
 
 def _joined(firsts: Int64s, lengths: Int64s) -> Pieces:

@@ -62,13 +62,6 @@ class SequenceBatches:
         return GlobalBatch((MicroBatch(tokens, labels, None),), targets, (first, first + len(rows)))
 
 
-def evenly(count: int, limit: int | None) -> list[int]:
-    """Up to `limit` of `count` indices, evenly spaced and always the same."""
-    if limit is None or limit >= count:
-        return list(range(count))
-    return [(2 * index + 1) * count // (2 * limit) for index in range(limit)]
-
-
 def common_prefix(first: Sequence[object], second: Sequence[object]) -> int:
     """The length of the longest common prefix."""
     pairs = enumerate(zip(first, second, strict=False))

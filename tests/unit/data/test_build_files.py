@@ -517,7 +517,7 @@ def test_documents_too_long_are_refused(tmp_path: Path) -> None:
         losses = build_files([packed], ByteTokenizer(), prefix, limited, workers).reports[0].losses
         assert (losses["read"], losses["skipped"], losses["lost_files"]) == (3, 1, 0)
         assert losses["skipped_bytes"] == pytest.approx(len(lines[1]), abs=1)
-    assert again.ignored_files == 4
+    assert again.reading.ignored_files == 4
 
 
 def test_text_named_like_the_dataset_is_not_replaced_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,13 @@ def test_the_same_texts(model: InferenceModel, temperature: float, seeds: int) -
     assert max(len(text.encode()) for text in texts[0]) > LENGTH
 
 
+def whole_logits(model: InferenceModel, tokens: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Without what is kept between calls."""
+    with torch.inference_mode():
+        places = torch.from_numpy(positions).to(model.device)
+        return model.network(torch.from_numpy(tokens).to(model.device), positions=places).float().cpu().numpy()
+
+
 def test_a_bias_of_experts_is_read_in_fp32_and_chooses(tmp_path: Path) -> None:
     place = write_run(tmp_path / "run", ByteTokenizer(), EXPERTS, LENGTH)
     for dtype in (torch.float32, torch.bfloat16):
@@ -58,10 +65,10 @@ def test_a_bias_of_experts_is_read_in_fp32_and_chooses(tmp_path: Path) -> None:
         assert all(torch.equal(router.expert_bias, torch.linspace(-1, 1, 4)) for router in found.values())
     model = InferenceModel(place)
     tokens, positions = np.arange(20)[None], np.array([19])
-    biased = model.next_token_logits(tokens, positions)
+    biased = whole_logits(model, tokens, positions)
     for router in routers(model.network).values():
         router.expert_bias = torch.zeros(4)
-    assert not np.array_equal(model.next_token_logits(tokens, positions), biased)
+    assert not np.array_equal(whole_logits(model, tokens, positions), biased)
 
 
 def test_the_same_logits_whatever_was_asked_before(model: InferenceModel) -> None:
@@ -74,7 +81,7 @@ def test_the_same_logits_whatever_was_asked_before(model: InferenceModel) -> Non
         for row, values in enumerate(rows):
             tokens[row, : len(values)] = values
         positions = np.array([len(values) - 1 for values in rows])
-        expected = model.next_token_logits(tokens, positions)
+        expected = whole_logits(model, tokens, positions)
         np.testing.assert_allclose(cached.next_token_logits(tokens, positions), expected, rtol=1e-4, atol=1e-5)
 
 
