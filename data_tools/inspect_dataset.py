@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import one_line_errors, out, reading_bar, run
+from console import out, reading_bar, run
 from options import packing_of, weights_of
 
 from megalm.cli.find_run import find_run
@@ -58,40 +58,37 @@ def main(
         --tokenizer data/my.model --report my-scan
     python data_tools/inspect_dataset.py --run mine --step 500
     """
-    with one_line_errors():
-        if named_run is not None:
-            if prefix is not None or step is None:
-                raise DataError(f"--run {named_run}: takes --step and no PREFIX; the run determines the dataset")
-            _show_step_of_run(find_run(named_run), step)
-            return
-        if prefix is None:
-            raise DataError("give the PREFIX of a dataset, or --run and --step")
-        loaded = load_tokenizer(tokenizer) if tokenizer else None
-        facts = describe(prefix, loaded, (sequence_length,) if sequence_length else PACKED_LENGTHS)
-        if document is not None:
-            out.text(document_text(prefix, document, loaded))
-        elif step is not None:
-            if batch_size is None:
-                raise DataError(
-                    f"--step {step}: add --batch-size, the run's train_batch_size, or name the run with --run"
-                )
-            dataset = IndexedDataset(prefix, loaded.vocab_size if loaded else None)
-            weights, kind = weights_of(split), packing_of(packing)
-            documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))
-            samples = TrainingSamples(dataset, documents, sequence_length or 256, seed, stride=stride, packing=kind)
-            only = BlendedSamples([samples], [MixtureStage(0, (1.0,))])
-            _show_pieces(spans_of(only, (step - 1) * batch_size, batch_size), loaded)
-        elif scan or around is not None:
-            _scan(prefix, loaded, around, window, report)
-        else:
-            if check:
-                with reading_bar("verifying", len(IndexedDataset(prefix).tokens)) as bar:
-                    facts |= verify(prefix, loaded, bar.advance)
-            width = max(map(len, facts))
-            for name, value in facts.items():
-                out.print(f"{name:<{width}}  {value}")
-            if stats:
-                _show_statistics(prefix, loaded)
+    if named_run is not None:
+        if prefix is not None or step is None:
+            raise DataError(f"--run {named_run}: takes --step and no PREFIX; the run determines the dataset")
+        _show_step_of_run(find_run(named_run), step)
+        return
+    if prefix is None:
+        raise DataError("give the PREFIX of a dataset, or --run and --step")
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    facts = describe(prefix, loaded, (sequence_length,) if sequence_length else PACKED_LENGTHS)
+    if document is not None:
+        out.text(document_text(prefix, document, loaded))
+    elif step is not None:
+        if batch_size is None:
+            raise DataError(f"--step {step}: add --batch-size, the run's train_batch_size, or name the run with --run")
+        dataset = IndexedDataset(prefix, loaded.vocab_size if loaded else None)
+        weights, kind = weights_of(split), packing_of(packing)
+        documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))
+        samples = TrainingSamples(dataset, documents, sequence_length or 256, seed, stride=stride, packing=kind)
+        only = BlendedSamples([samples], [MixtureStage(0, (1.0,))])
+        _show_pieces(spans_of(only, (step - 1) * batch_size, batch_size), loaded)
+    elif scan or around is not None:
+        _scan(prefix, loaded, around, window, report)
+    else:
+        if check:
+            with reading_bar("verifying", len(IndexedDataset(prefix).tokens)) as bar:
+                facts |= verify(prefix, loaded, bar.advance)
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            out.print(f"{name:<{width}}  {value}")
+        if stats:
+            _show_statistics(prefix, loaded)
 
 
 def _show_step_of_run(run: Path, step: int) -> None:

@@ -19,8 +19,7 @@ from megalm.checkpoint.checkpoint_reader import is_finite
 from megalm.checkpoint.manifest import refuse_adapter
 from megalm.errors import DataError
 from megalm.huggingface.config_json import family_of_config, to_shape
-from megalm.huggingface.export_weights import INDEX, WEIGHTS, read_part
-from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head, tensors_by_part
+from megalm.huggingface.weight_mapping import INDEX, WEIGHTS, HFTensor, hf_tensors, own_head, read_part, tensors_by_part
 from megalm.model.model_config import ModelConfig
 from megalm.utils.atomic_files import read_json
 

@@ -25,11 +25,10 @@ from megalm.checkpoint.checkpoint_reader import is_finite
 from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.errors import CheckpointError, DataError
 from megalm.huggingface.config_json import family_of_config, to_shape
-from megalm.huggingface.export_weights import read_part
 from megalm.huggingface.families import Family
 from megalm.huggingface.pretrained_folder import first_of, is_buffer, read_config
 from megalm.huggingface.torch_file import load_torch_file
-from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head, tensors_by_part
+from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head, read_part, tensors_by_part
 from megalm.model.model_config import ModelConfig
 
 MOMENTS: tuple[FragmentKind, ...] = ("exp_avg", "exp_avg_sq")

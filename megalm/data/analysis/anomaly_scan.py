@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from megalm.data.builder.disk_hash_table import hash_runs
 from megalm.data.indexed.dataset import IndexedDataset
-from megalm.data.indexed.document_sources import DocumentSources
+from megalm.data.indexed.metadata import DocumentSources
 from megalm.data.indexed.token_counts import Tell, count_tokens, no_tell
 from megalm.utils.atomic_files import write_bytes_atomically
 from megalm.utils.plotting import new_plots

@@ -14,8 +14,7 @@ import numpy as np
 from megalm.data.builder.decontamination import describe_overlap
 from megalm.data.builder.dedup import ExactDeduplicator, exact_signatures, open_signatures
 from megalm.data.indexed.dataset import IndexedDataset, bin_path, idx_path, sidecar_path
-from megalm.data.indexed.document_sources import DocumentSources
-from megalm.data.indexed.metadata import check_trained, read_sidecar
+from megalm.data.indexed.metadata import DocumentSources, check_trained, read_sidecar
 from megalm.data.indexed.token_counts import Tell, count_tokens, no_tell
 from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.readers.input_files import sha256_of

@@ -10,13 +10,14 @@ import hashlib
 import logging
 import os
 import shutil
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megalm.data.builder.assembler import Assembler, DatasetWriter, Placed
 from megalm.data.builder.build_plan import BuildOptions, Group, Plan, make_plan
@@ -37,7 +38,6 @@ from megalm.utils.atomic_files import json_hash
 __all__ = ["BuildOptions", "BuildProgress", "Built", "DatasetMetadata", "build_dataset", "build_files"]
 
 logger = logging.getLogger(__name__)
-PROGRESS_SECONDS = 0.2
 LARGEST_BLOCK = 16 << 20  # sent to a worker through a pipe
 
 
@@ -97,13 +97,17 @@ def _find(
     reading = ReadReport()
     files = find_inputs(paths, reading, stdin_kind, options.read.kind)
     prefixes = options.output_prefixes(output_prefix)
-    _warn_of_repeated(files)
+    names = Counter(os.path.abspath(file.path) for file in files)
+    if repeated := [name for name, times in names.items() if times > 1]:
+        logger.warning("%s is named more than once, and is read each time (%d such files)", repeated[0], len(repeated))
     sources: list[str | Path] = [*(file.on_disk for file in files), *tokenizer_files(tokenizer.spec)]
     overlap = None
     if options.overlap is not None:
         overlap = read_evaluation_sets(options.overlap, tokenizer)
         options = replace(options, overlap=replace(options.overlap, content=overlap.content))
-        _refuse_training_on_evaluation(files, overlap)
+        read = {os.path.realpath(file.on_disk) for file in files}
+        if both := [file.path for file in overlap.files if os.path.realpath(file.path) in read]:
+            raise DataError(f"{both[0]}: is an input and an evaluation set (--exclude-overlap); choose one of them")
         sources += [path for file in overlap.files for path in file.on_disk]
     refuse_overwriting(prefixes, Path(f"{output_prefix}{WORK_SUFFIX}"), sources)
     facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
@@ -111,13 +115,6 @@ def _find(
     # Also refuses a tokenizer without an end-of-document token, before anything is read.
     reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
     return _Inputs(files, reading, reports, options, overlap)
-
-
-def _refuse_training_on_evaluation(files: Sequence[InputFile], overlap: OverlapIndex) -> None:
-    read = {os.path.realpath(file.on_disk) for file in files}
-    for file in overlap.files:
-        if os.path.realpath(file.path) in read:
-            raise DataError(f"{file.path}: is an input and an evaluation set (--exclude-overlap); choose one of them")
 
 
 def check_build(
@@ -188,7 +185,10 @@ def build_files(
                 assembler.add(placed)
             for file in plan.files:
                 file.check_unchanged()
-            reports[0].inputs += [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
+            for file in plan.files:
+                entry = file.facts() | {"bytes": file.size, "sha256": hashes.get(file.path, "")}
+                del entry["size"]
+                reports[0].inputs.append(entry)
             assembler.losses.input_bytes += plan.streamed_bytes
             assembler.finish(counts.assembling, found.overlap)
         shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are still mapped
@@ -249,12 +249,11 @@ class _Units:
 
 
 class _Counts:
-    """Sums the counts, and reports progress at most a few times per second."""
+    """Sums the counts, and reports them."""
 
     def __init__(self, plan: Plan, progress: Progress | None) -> None:
-        self._weight, self._progress = plan.weight, progress
-        self._last, self._done = 0.0, 0
-        self._now = BuildProgress(0, 0, 0)
+        self._weight, self._progress = plan.weight, progress or (lambda done: None)
+        self._done, self._now = 0, BuildProgress(0, 0, 0)
 
     def add(self, summary: WorkUnitSummary, weight: int, reused: int) -> None:
         self._done += weight
@@ -265,16 +264,11 @@ class _Counts:
             tokens=self._now.tokens + summary.tokens,
             share=min(1.0, (self._done + reused) / self._weight) if self._weight else None,
         )
-        self._report()
+        self._progress(self._now)
 
     def assembling(self, share: float) -> None:
         self._now = replace(self._now, share=share, stage="writing")
-        self._report(always=share == 1.0)
-
-    def _report(self, always: bool = False) -> None:
-        if self._progress is not None and (always or time.monotonic() - self._last >= PROGRESS_SECONDS):
-            self._last = time.monotonic()
-            self._progress(self._now)
+        self._progress(self._now)
 
 
 def _finished_reports(
@@ -316,21 +310,9 @@ def _same_inputs(report: DatasetMetadata, files: Sequence[InputFile]) -> bool:
     return bool(known)
 
 
-def _warn_of_repeated(files: Sequence[InputFile]) -> None:
-    names = Counter(os.path.abspath(file.path) for file in files)
-    if repeated := [name for name, times in names.items() if times > 1]:
-        logger.warning("%s is named more than once, and is read each time (%d such files)", repeated[0], len(repeated))
-
-
 def _listing(files: Sequence[InputFile]) -> str:
     """Return a hash of all input names and sizes, which determine the content of each shard."""
     return json_hash([[file.path, file.size] for file in files])
-
-
-def _recorded_input(file: InputFile, sha256: str) -> dict[str, Any]:
-    entry = file.facts()
-    entry["bytes"] = entry.pop("size")
-    return entry | {"sha256": sha256}
 
 
 def build_dataset(
@@ -364,7 +346,7 @@ def build_dataset(
             (found,) = encode_documents(tokenizer, [document.text])
             if isinstance(found, DataError):
                 raise DataError(f"{document.source}: {found}")
-            writer.add(*with_ends([tokenizer.begun(found.tokens)], eod_id, dtype))
+            writer.add(*with_ends([tokenizer.begun(found.tokens)], eod_id, dtype), np.ones(1, dtype=np.bool_))
             report.text_bytes += found.text_bytes
             if not found.is_exact:
                 writer.note_inexact([document.source], 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -39,6 +39,10 @@ class Pair(NamedTuple):
     left_out: int
     copy_of: int
     alike: float
+
+    def named(self, name: Callable[[int], str]) -> dict[str, Any]:
+        """Return an entry of `near_copies` in PREFIX.json, given the name of a document's number."""
+        return {"left_out": name(self.left_out), "copy_of": name(self.copy_of), "alike": self.alike}
 
 
 def check_threshold(share: float) -> float:

@@ -38,10 +38,6 @@ class DocumentTable:
         # Stream position of each document's first token, and of the end: [D + 1].
         self.starts = document_starts(dataset, documents) if starts is None else starts
 
-    @property
-    def token_count(self) -> int:
-        return int(self.starts[-1])
-
     def find(self, position: npt.NDArray[np.int64] | int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
         """Return (index in `documents`, token inside that document) of stream positions; skips empty documents."""
         entry = np.asarray(np.searchsorted(self.starts, position, side="right") - 1)
@@ -49,7 +45,7 @@ class DocumentTable:
 
     def locate(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Map stream positions [first, first + count) to places in the dataset's tokens [n] and in `documents` [n]."""
-        assert 0 <= first <= first + count <= self.token_count
+        assert 0 <= first <= first + count <= self.starts[-1]
         entry, offset = self.find(np.arange(first, first + count, dtype=np.int64))
         base = self._dataset.sequence_pointers[self.documents[entry]] // self._dataset.dtype.itemsize
         return base + offset, entry.astype(np.int64)

@@ -106,7 +106,10 @@ class _Windows(Samples, ABC):
                 f"{self.tokens_per_epoch} tokens, but a sample needs two; give more text or another data.split"
             )
         check_trained(dataset)
-        self.trained_per_epoch = self.tokens_per_epoch if dataset.trained is None else self._count_trained()
+        self.trained_per_epoch = self.tokens_per_epoch
+        if dataset.trained is not None:
+            first, last = (dataset.sequence_positions(at) for at in (document_range[0], document_range[1] - 1))
+            self.trained_per_epoch = dataset.trained.count(first.start, last.stop)
         if not self.trained_per_epoch:
             raise DataError(
                 f"{dataset.prefix}: no token of documents {document_range[0]} to {document_range[1]} is trained; "
@@ -154,12 +157,6 @@ class _Windows(Samples, ABC):
             joints = np.flatnonzero(_starts(place))
             targets[joints] &= self.dataset.begins_sequence(place.positions[joints + 1])
         return targets
-
-    def _count_trained(self) -> int:
-        start, end = self.document_range
-        first = self.dataset.sequence_positions(start).start
-        assert self.dataset.trained is not None
-        return self.dataset.trained.count(first, self.dataset.sequence_positions(end - 1).stop)
 
     def _label_count(self, index: int) -> int:
         """Return how many of the sample's positions hold a token."""

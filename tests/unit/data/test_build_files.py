@@ -28,7 +28,7 @@ from megalm.data.builder.builder import BuildOptions, BuildProgress, Built, buil
 from megalm.data.builder.merge import merge_datasets
 from megalm.data.builder.quality_filters import Filters
 from megalm.data.indexed.dataset import IndexedDataset, sidecar_path
-from megalm.data.indexed.document_sources import DocumentSources
+from megalm.data.indexed.metadata import DocumentSources
 from megalm.data.readers.input_files import InputFile
 from megalm.data.readers.losses import Losses
 from megalm.data.readers.records import ReadOptions

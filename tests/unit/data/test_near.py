@@ -21,7 +21,7 @@ from megalm.data.builder.builder import BuildOptions, Built, build_files
 from megalm.data.builder.dedup import PERMUTATIONS, MinHashDeduplicator, Pair, Values, bands_of
 from megalm.data.builder.merge import merge_datasets
 from megalm.data.indexed.dataset import IndexedDataset, sidecar_path
-from megalm.data.indexed.document_sources import DocumentSources
+from megalm.data.indexed.metadata import DocumentSources
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import DataError
 from tests.messages import assert_names
