@@ -19,8 +19,8 @@ from options import (
     StdinKind,
     TextKey,
     TxtDocuments,
-    dedup_of,
     loss_policy,
+    one_of,
     overlap_of,
     read_options,
     shard_of,
@@ -28,7 +28,9 @@ from options import (
 )
 
 from megalm.data.analysis.dataset_info import packed_padding
-from megalm.data.builder.builder import BuildOptions, build_files, check_build
+from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.builder import build_files, check_build
+from megalm.data.builder.dedup import Dedup
 from megalm.data.builder.quality_filters import Filters
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.trained_tokens import trained_share
@@ -118,7 +120,7 @@ def main(
         max_loss=policy.max_loss,
         read=read_options(text_key, columns, txt_documents, max_document_mb, input_kind, messages_key),
         filters=filters,
-        dedup=dedup_of(dedup),
+        dedup=one_of("--dedup", dedup, Dedup),
         minhash_threshold=minhash_threshold,
         split=weights_of(split),
         shard=shard_of(shard),
@@ -130,7 +132,7 @@ def main(
     loaded = load_tokenizer(tokenizer, eod_token, bos_token)
     stdin_kind = stdin_kind or options.read.kind or ".jsonl"
     if check:
-        files = check_build(inputs, loaded, output_prefix, options, stdin_kind)
+        files = check_build(inputs, loaded, output_prefix, options, stdin_kind).files
         out.print(f"{output_prefix}: a build would read {len(files):,} files")
         return
     bar = BuildBar()

@@ -22,7 +22,7 @@ from megalm.cli.options import expand_home
 from megalm.data.builder.builder import BuildProgress, Built
 from megalm.data.builder.decontamination import describe_overlap
 from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
-from megalm.data.readers.document_reader import ReadReport
+from megalm.data.readers.input_files import ReadReport
 from megalm.data.readers.losses import Losses
 from megalm.utils.formatting import printable
 from megalm.utils.process_setup import keep_standard_streams
@@ -68,11 +68,6 @@ class BuildBar(ProgressBar):
         rates = f"{done.text_bytes / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
         self.begin(done.stage, None if done.share is None else 1.0)
         self.update(done.share or 0.0, rates)
-
-
-def reading_bar(what: str, tokens: int) -> ProgressBar:
-    """Return a bar of the share of tokens read and the time left."""
-    return ProgressBar(what, tokens, shown=percent)
 
 
 def print_skipped(report: ReadReport) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import out, reading_bar, run
-from options import packing_of, weights_of
+from console import out, run
+from options import one_of, weights_of
 
 from megalm.cli.find_run import find_run
 from megalm.data.analysis.dataset_info import PACKED_LENGTHS, describe, document_text, marked_text, statistics, verify
@@ -17,10 +17,11 @@ from megalm.data.builder.workspace import tokenizer_files
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.metadata import dataset_paths
 from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
-from megalm.data.sampling.samples import TrainingSamples, split_documents
+from megalm.data.sampling.samples import PackingKind, TrainingSamples, split_documents
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import refuse_overwriting_inputs
+from megalm.utils.progress import ProgressBar, percent
 
 
 def main(
@@ -73,7 +74,7 @@ def main(
         if batch_size is None:
             raise DataError(f"--step {step}: add --batch-size, the run's train_batch_size, or name the run with --run")
         dataset = IndexedDataset(prefix, loaded.vocab_size if loaded else None)
-        weights, kind = weights_of(split), packing_of(packing)
+        weights, kind = weights_of(split), one_of("--packing", packing, PackingKind)
         documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))
         samples = TrainingSamples(dataset, documents, sequence_length or 256, seed, stride=stride, packing=kind)
         only = BlendedSamples([samples], [MixtureStage(0, (1.0,))])
@@ -82,7 +83,7 @@ def main(
         _scan(prefix, loaded, around, window, report)
     else:
         if check:
-            with reading_bar("verifying", len(IndexedDataset(prefix).tokens)) as bar:
+            with ProgressBar("verifying", len(IndexedDataset(prefix).tokens), shown=percent) as bar:
                 facts |= verify(prefix, loaded, bar.advance)
         width = max(map(len, facts))
         for name, value in facts.items():
@@ -111,7 +112,7 @@ def _show_pieces(pieces: Iterable[TokenSpan], tokenizer: Tokenizer | None) -> No
 
 def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
     dataset = IndexedDataset(prefix)
-    with reading_bar("counting", 2 * len(dataset.tokens)) as bar:
+    with ProgressBar("counting", 2 * len(dataset.tokens), shown=percent) as bar:
         found = statistics(dataset, tokenizer, tell=bar.advance)
     out.print("\ntokens per sequence  sequences")
     most = max((count for _, _, count in found.length_histogram), default=1)
@@ -144,7 +145,7 @@ def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window:
         refuse_overwriting_inputs(scan_paths(report), read)
     if around is not None and around >= len(dataset.tokens):
         raise DataError(f"{prefix}: --around {around}: the dataset has {len(dataset.tokens):,} tokens, numbered from 0")
-    with reading_bar("scanning", 2 * len(dataset.tokens)) as bar:
+    with ProgressBar("scanning", 2 * len(dataset.tokens), shown=percent) as bar:
         scanned = scan(dataset, tokenizer.fallback_ids() if tokenizer else None, window, bar.advance)
     if around is not None:
         middle = around // window

@@ -22,10 +22,9 @@ from options import (
     read_options,
 )
 
-from megalm.data.readers.document_reader import ReadReport, read_documents
-from megalm.data.readers.input_files import find_inputs
-from megalm.data.tokenizers.tokenizer import train_tokenizer
-from megalm.data.tokenizers.training import ModelType, report_path
+from megalm.data.readers.document_reader import read_documents
+from megalm.data.readers.input_files import ReadReport, find_inputs
+from megalm.data.tokenizers.training import ModelType, report_path, train_tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import refuse_overwriting_inputs
 

@@ -183,7 +183,10 @@ def _byte_level(tokenizer: Tokenizer, rows: int, definition: dict[str, Any]) -> 
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
             raise NoEquivalentError(f"its {key} is {model[key]!r}")
-    pre, takes_words = _pre_tokenizer(definition.get("pre_tokenizer"))
+    steps = tuple(_steps(definition.get("pre_tokenizer") or {}))
+    if steps not in _PRE_TOKENIZERS:
+        raise NoEquivalentError("its pre-tokenizer is none of GPT-2, Llama 3, Qwen 2 and SmolLM")
+    pre, takes_words = _PRE_TOKENIZERS[steps]
     if bool(model.get("ignore_merges")) != takes_words:
         raise NoEquivalentError(
             f"its ignore_merges is {str(not takes_words).lower()}, with this pre-tokenizer llama.cpp's is "
@@ -195,13 +198,6 @@ def _byte_level(tokenizer: Tokenizer, rows: int, definition: dict[str, Any]) -> 
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     special = _ids(tokens, _special(tokenizer))
     return GGUFTokenizer("gpt2", tokens, kinds, pre=pre, merges=merges, special=special, note=note)
-
-
-def _pre_tokenizer(definition: dict[str, Any] | None) -> tuple[str, bool]:
-    steps = tuple(_steps(definition or {}))
-    if steps not in _PRE_TOKENIZERS:
-        raise NoEquivalentError("its pre-tokenizer is none of GPT-2, Llama 3, Qwen 2 and SmolLM")
-    return _PRE_TOKENIZERS[steps]
 
 
 def _steps(definition: dict[str, Any]) -> Iterator[str]:

@@ -26,7 +26,7 @@ from megalm.huggingface.model_card import Card
 from megalm.huggingface.output_folder import complete_folder, require_free, require_room
 from megalm.huggingface.weight_mapping import INDEX, WEIGHTS, HFTensor, hf_tensors, to_hf
 from megalm.model.model_config import ModelConfig
-from megalm.utils.atomic_files import read_json, write_json
+from megalm.utils.atomic_files import write_json
 
 # Upper bounds for the card and the file headers, and for the exported tokenizer as a multiple of the original's size.
 _OVERHEAD_BYTES = 1 << 20
@@ -163,8 +163,7 @@ def _write_small_files(plan: ExportPlan, folder: Path, name: str) -> ExportedTok
 
 def _generation_config(tokenizer: Tokenizer, rows: int, special: Mapping[str, int]) -> dict[str, Any]:
     """The sampling defaults of an imported model, with the ids of this tokenizer, and those that have no token."""
-    path = Path(tokenizer.spec).with_name(GENERATION_CONFIG)
-    read = read_json(path) if tokenizer.spec != BYTES and path.is_file() else {}
+    read = tokenizer.beside(GENERATION_CONFIG)
     found = {key: value for key, value in read.items() if key not in ("transformers_version", "_from_model_config")}
     found |= {key.replace("token", "token_id"): token for key, token in special.items() if key != "unk_token"}
     ends = read.get("eos_token_id")

@@ -164,12 +164,7 @@ def read_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """What the files beside a tokenizer.json say of it; {} for other tokenizers."""
     if Path(tokenizer.spec).suffix != ".json":
         return {}
-    found: dict[str, Any] = {}
-    for name in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG):
-        path = Path(tokenizer.spec).with_name(name)
-        read = read_json(path) if path.is_file() else {}
-        found |= read if isinstance(read, dict) else {}
-    return found
+    return tokenizer.beside(SPECIAL_TOKENS_MAP) | tokenizer.beside(TOKENIZER_CONFIG)
 
 
 def own_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:

@@ -108,17 +108,15 @@ class HuggingFaceFolder:
         if unknown := [stored for name, (_, stored) in self._places.items() if name not in expected]:
             raise DataError(f"{self.folder}: megalm's model has no place for {first_of(unknown)}")
         for name, tensor in expected.items():
-            self._check_tensor(tensor, *self._places[name])
-
-    def _check_tensor(self, tensor: HFTensor, file: str, stored: str) -> None:
-        found = self._files[file].get_slice(stored)
-        shape, dtype = tuple(found.get_shape()), found.get_dtype()
-        if shape != tensor.shape:
-            raise DataError(
-                f"{self.folder}: {stored} has shape {list(shape)}, but config.json implies {list(tensor.shape)}"
-            )
-        if dtype not in _EXACT:
-            raise DataError(f"{self.folder}: {stored} is {dtype}; megalm reads only {', '.join(_EXACT)}")
+            file, stored = self._places[name]
+            found = self._files[file].get_slice(stored)
+            shape, dtype = tuple(found.get_shape()), found.get_dtype()
+            if shape != tensor.shape:
+                raise DataError(
+                    f"{self.folder}: {stored} has shape {list(shape)}, but config.json implies {list(tensor.shape)}"
+                )
+            if dtype not in _EXACT:
+                raise DataError(f"{self.folder}: {stored} is {dtype}; megalm reads only {', '.join(_EXACT)}")
 
     def _drop_tied_head(self) -> None:
         """A stored head of a model with tied weights must equal the token embedding."""

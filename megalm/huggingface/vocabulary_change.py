@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from megalm.huggingface.export_tokenizer import (
     write_tokenizer,
 )
 from megalm.huggingface.pretrained_folder import ModelSource
+from megalm.model.model_config import ModelConfig
 from megalm.utils.atomic_files import read_json, write_json
 from megalm.utils.did_you_mean import did_you_mean
 
@@ -76,23 +76,14 @@ class ChangedVocabulary:
     """
 
     source: ModelSource
+    folder: Path
+    config: dict[str, Any]
+    shape: ModelConfig
     rows: npt.NDArray[np.int64]
     known: npt.NDArray[np.bool_]
     new: tuple[int, ...]
     dropped: int
     rule: NewRows
-
-    @cached_property
-    def shape(self) -> Any:
-        return replace(self.source.shape, vocab_size=len(self.rows))
-
-    @property
-    def folder(self) -> Path:
-        return self.source.folder
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.source.config
 
     def read(self, name: str) -> Tensor:
         """See `ModelSource.read`."""
@@ -144,7 +135,8 @@ def change_vocabulary(source: ModelSource, old: Tokenizer, new: Tokenizer, rule:
         rows[token] = begin if row is None else row
     used = {row for row in matched.values() if row is not None}
     missing = tuple(sorted(token for token, row in matched.items() if row is None))
-    return ChangedVocabulary(source, rows, known, missing, len(theirs.keys() - used), rule)
+    shape, dropped = replace(source.shape, vocab_size=size), len(theirs.keys() - used)
+    return ChangedVocabulary(source, source.folder, source.config, shape, rows, known, missing, dropped, rule)
 
 
 def _match(

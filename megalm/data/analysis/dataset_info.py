@@ -201,19 +201,14 @@ def statistics(
     if tokenizer is not None:
         text_bytes = int((tokenizer.token_bytes().astype(np.int64) * counts).sum())
         fallback = float(counts[tokenizer.fallback_ids()].sum() / total)
+    powers = np.bincount(np.frexp(dataset.sequence_lengths.astype(np.float64))[1].clip(0))
     return Statistics(
-        length_histogram=_histogram(dataset),
+        length_histogram=[(2**power >> 1, 2**power - 1, int(count)) for power, count in enumerate(powers) if count],
         frequent=[(int(token), float(counts[token] / total)) for token in order if counts[token]],
         tokens_per_byte=len(dataset.tokens) / text_bytes if text_bytes else None,
         fallback_share=fallback,
         duplicates=_duplicates(dataset, tell),
     )
-
-
-def _histogram(dataset: IndexedDataset) -> list[tuple[int, int, int]]:
-    lengths = np.asarray(dataset.sequence_lengths)
-    powers = np.bincount(np.frexp(lengths.astype(np.float64))[1].clip(0))
-    return [(2**power >> 1, 2**power - 1, int(count)) for power, count in enumerate(powers) if count]
 
 
 def _duplicates(dataset: IndexedDataset, tell: Tell) -> int:

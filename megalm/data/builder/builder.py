@@ -35,8 +35,6 @@ from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash
 
-__all__ = ["BuildOptions", "BuildProgress", "Built", "DatasetMetadata", "build_dataset", "build_files"]
-
 logger = logging.getLogger(__name__)
 LARGEST_BLOCK = 16 << 20  # sent to a worker through a pipe
 
@@ -72,7 +70,7 @@ class Built:
 
 
 @dataclass(frozen=True)
-class _Inputs:
+class BuildInputs:
     """What a build reads and begins with, found and checked."""
 
     files: list[InputFile]
@@ -82,13 +80,17 @@ class _Inputs:
     overlap: OverlapIndex | None
 
 
-def _find(
+def check_build(
     paths: Sequence[str | Path],
     tokenizer: Tokenizer,
     output_prefix: str | Path,
     options: BuildOptions,
-    stdin_kind: str,
-) -> _Inputs:
+    stdin_kind: str = ".jsonl",
+) -> BuildInputs:
+    """Return what a build would read; writes nothing, and reads only evaluation sets.
+
+    Raises: as `build_files`, before it reads.
+    """
     if options.chat is not None and not tokenizer.reads_special_tokens:
         raise DataError(
             f"{tokenizer.spec}: reads no special tokens from a text, as chat templates write them; give the same "
@@ -114,21 +116,7 @@ def _find(
     inputs: list[dict[str, Any]] = []  # one list for all reports
     # Also refuses a tokenizer without an end-of-document token, before anything is read.
     reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
-    return _Inputs(files, reading, reports, options, overlap)
-
-
-def check_build(
-    paths: Sequence[str | Path],
-    tokenizer: Tokenizer,
-    output_prefix: str | Path,
-    options: BuildOptions,
-    stdin_kind: str = ".jsonl",
-) -> list[InputFile]:
-    """Return the files that a build would read; writes nothing, and reads only evaluation sets.
-
-    Raises: as `build_files`, before it reads.
-    """
-    return _find(paths, tokenizer, output_prefix, options, stdin_kind).files
+    return BuildInputs(files, reading, reports, options, overlap)
 
 
 def build_files(
@@ -158,7 +146,7 @@ def build_files(
         DataError: see `BuildOptions.on_error`; an existing output that was built differently; an input that changes;
             no document left; a full disk. Finished parts stay in PREFIX.building for the next attempt.
     """
-    found = _find(paths, tokenizer, output_prefix, options or BuildOptions(), stdin_kind)
+    found = check_build(paths, tokenizer, output_prefix, options or BuildOptions(), stdin_kind)
     options = found.options
     files, reading, reports = found.files, found.reading, found.reports
     prefixes, work = options.output_prefixes(output_prefix), Path(f"{output_prefix}{WORK_SUFFIX}")

@@ -40,6 +40,7 @@ from megalm.data.indexed.metadata import (
     finished_report,
     overlaps_path,
     read_sidecar,
+    recorded_paths,
     versions,
 )
 from megalm.data.indexed.token_counts import Tell, no_tell
@@ -66,8 +67,7 @@ class Input(NamedTuple):
     def files(self) -> Iterator[Path]:
         """Yield the dataset's files, and the recorded files that it was built from."""
         yield from dataset_paths(self.dataset.prefix)
-        for entry in self.sidecar.get("inputs", ()):
-            yield Path(entry["path"] if isinstance(entry, dict) else entry)
+        yield from map(Path, recorded_paths(self.sidecar))
         if spec := self.tokenizer.get("spec"):  # relative to the dataset's folder
             yield from tokenizer_files(Path(self.dataset.prefix).parent / spec)
 

@@ -51,11 +51,11 @@ class Filters:
 
     def removes(self, text: str) -> str | None:
         """Return the first bound that the text violates, or None."""
-        return next((name for name in self.names if self._breaks(name, text)), None)
-
-    def _breaks(self, name: str, text: str) -> bool:
-        bound, value = getattr(self, name), MEASURES[name.partition("_")[2]](text)
-        return bool(value < bound if name.startswith("min_") else value > bound)
+        for name in self.names:
+            bound, value = getattr(self, name), MEASURES[name.partition("_")[2]](text)
+            if value < bound if name.startswith("min_") else value > bound:
+                return name
+        return None
 
 
 def letter_share(text: str) -> float:

@@ -230,9 +230,12 @@ class WorkUnitWriter:
     def _leave_out(self, record: TextRecord, place: _Place) -> None:
         """Note a record without a text. Raises DataError if the policy refuses it."""
         summary = self._summary
-        if self._policy.refuses(record):
+
+        def name() -> str:
             line = (place.first_line or lines_before(place.span)) + record.line
-            raise self._policy.refusal(record, record_name(place.span.file, self._options.read, line))
+            return record_name(place.span.file, self._options.read, line)
+
+        self._policy.check(record, name)
         if record.lost_bytes is not None and place.number not in summary.lost_spans:
             summary.lost_spans.append(place.number)
         if record.is_loss and len(summary.messages) < KEPT_MESSAGES:

@@ -26,8 +26,10 @@ import sentencepiece
 
 from megalm.data.builder.builder import build_dataset
 from megalm.data.indexed.metadata import SIDECAR_VERSION
-from megalm.data.readers.document_reader import Document, ReadReport
-from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from megalm.data.readers.document_reader import Document
+from megalm.data.readers.input_files import ReadReport
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.data.tokenizers.training import train_tokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.utils.atomic_files import CACHE_ADVICE, json_hash, read_json, sync_directory, write_json, writing_to
 from megalm.utils.file_lock import take_lock

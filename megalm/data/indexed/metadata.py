@@ -139,6 +139,11 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
     return facts if isinstance(facts, dict) and "bin_sha256" in facts else None
 
 
+def recorded_paths(sidecar: Mapping[str, Any]) -> list[str]:
+    """Return the names of the inputs of a PREFIX.json."""
+    return [entry["path"] if isinstance(entry, dict) else str(entry) for entry in sidecar.get("inputs", ())]
+
+
 def finished_report(
     prefix: str | Path, options: dict[str, Any], tokenizer: Mapping[str, Any], thorough: bool
 ) -> DatasetMetadata | None:

@@ -326,7 +326,9 @@ def _find_files(given: str, report: ReadReport, input_kind: str) -> list[Path]:
         raise DataError("an input has an empty name; give files, folders or globs")
     path, left_out = Path(given), list[str]()
     if path.is_dir():
-        found, left_out = _below(path, input_kind)
+        reasons = {file: _left_out_because(file, path, input_kind) for file in sorted(_walk(path))}
+        found = [file for file, reason in reasons.items() if not reason]
+        left_out = [f"{file}: {reason}" for file, reason in reasons.items() if reason]
     elif path.is_file():
         found = [path]
     else:
@@ -377,18 +379,6 @@ def sha256_of(path: str | Path, stop: Callable[[], bool] = lambda: False) -> str
         while (block := file.read(HASH_BYTES)) and not stop():
             digest.update(block)
     return "" if block else digest.hexdigest()
-
-
-def _below(folder: Path, input_kind: str) -> tuple[list[Path], list[str]]:
-    """Return (a folder's files to read, sorted; the others, each with the reason why it is left out)."""
-    found: list[Path] = []
-    left_out: list[str] = []
-    for file in sorted(_walk(folder)):
-        if reason := _left_out_because(file, folder, input_kind):
-            left_out.append(f"{file}: {reason}")
-        else:
-            found.append(file)
-    return found, left_out
 
 
 def _walk(folder: Path) -> Iterator[Path]:

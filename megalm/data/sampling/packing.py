@@ -18,7 +18,14 @@ import numpy.typing as npt
 
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling.index_cache import ArrayCache, Arrays
-from megalm.data.sampling.sample_order import ORDER_VERSION, Int64s, Place, Range, permutation, random_state
+from megalm.data.sampling.sample_order import (
+    Int64s,
+    Place,
+    Range,
+    permutation,
+    random_state,
+    shuffled_samples,
+)
 from megalm.errors import DataError
 
 PACKING_VERSION = 1
@@ -217,9 +224,7 @@ class PackedStream:
     def _shuffled(self, epoch: int) -> Ints:
         if self._rest is not None and epoch < self._epoch:
             return permutation(random_state(self._seed, epoch, _PURPOSE_REST), self._read_first)
-        facts = (ORDER_VERSION, "samples", len(self.whole), self._seed, epoch)
-        make = lambda: {"samples": permutation(random_state(self._seed, epoch, 1), len(self.whole))}  # noqa: E731
-        return self._cache.get(facts, make)["samples"]
+        return shuffled_samples(self._cache, len(self.whole), self._seed, epoch)
 
 
 def pack_documents(

@@ -211,9 +211,7 @@ class PrefixStableStream:
 
     def _shuffled_samples(self, epoch: int) -> npt.NDArray[np.integer]:
         count = self.first_sample(epoch + 1) - self.first_sample(epoch)
-        facts = (ORDER_VERSION, "samples", count, self._seed, epoch)
-        state = random_state(self._seed, epoch, 1)
-        return self._cache.get(facts, lambda: {"samples": permutation(state, count)})["samples"]
+        return shuffled_samples(self._cache, count, self._seed, epoch)
 
 
 class RecutStream:
@@ -292,6 +290,13 @@ def permutation(state: np.random.RandomState, count: int) -> npt.NDArray[np.inte
     order: npt.NDArray[np.integer] = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
     state.shuffle(order)
     return order
+
+
+def shuffled_samples(cache: ArrayCache, count: int, seed: int, epoch: int) -> npt.NDArray[np.integer]:
+    """Return [count] the order of an epoch's samples."""
+    facts = (ORDER_VERSION, "samples", count, seed, epoch)
+    state = random_state(seed, epoch, 1)
+    return cache.get(facts, lambda: {"samples": permutation(state, count)})["samples"]
 
 
 def random_state(seed: int, epoch: int, purpose: int) -> np.random.RandomState:

@@ -76,7 +76,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def eod_source(self) -> str:
-        named = not self.eod_is_chosen and self._fitting_eod[0] in self._configured_eos()
+        named = not self.eod_is_chosen and self._fitting_eod[0] in self._configured_eos
         return f"the eos_token of {TOKENIZER_CONFIG}" if named else ""
 
     @functools.cached_property
@@ -105,7 +105,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @functools.cached_property
     def _fitting_eod(self) -> tuple[str, int]:
         """The name and the id of the file's own end-of-document token; warns if others fit as well."""
-        configured = tuple(self._configured_eos())
+        configured = self._configured_eos
         found = {name: self._tokenizer.token_to_id(name) for name in (*configured, *EOD_TOKENS)}
         fitting = {name: int(token) for name, token in found.items() if token is not None}
         if not fitting:
@@ -177,9 +177,10 @@ class HuggingFaceTokenizer(Tokenizer):
             fallback[token] = piece == unknown or BYTE_TOKEN.fullmatch(piece) is not None
         return fallback
 
-    def _configured_eos(self) -> Iterator[str]:
-        if name := token_name(self.beside(TOKENIZER_CONFIG).get("eos_token")):
-            yield name
+    @property
+    def _configured_eos(self) -> list[str]:
+        name = token_name(self.beside(TOKENIZER_CONFIG).get("eos_token"))
+        return [name] if name else []
 
 
 def _definition_of(path: Path) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.readers.input_files import refuse_pointer
-from megalm.data.tokenizers.training import TokenizerReport, train_tokenizer
 from megalm.errors import CheckpointError, DataError
 from megalm.utils.atomic_files import read_json
 from megalm.utils.did_you_mean import did_you_mean
@@ -26,8 +25,6 @@ from megalm.utils.did_you_mean import did_you_mean
 Integer = TypeVar("Integer", bound=np.integer)
 
 log = logging.getLogger(__name__)
-
-__all__ = ["ByteTokenizer", "Tokenizer", "TokenizerReport", "load_tokenizer", "train_tokenizer"]
 
 BYTES = "bytes"
 TEXT, BYTE, SPECIAL = "text", "byte", "special"  # kinds of tokens

@@ -19,7 +19,8 @@ import pytest
 from megalm.data.analysis.dataset_info import describe, verify
 from megalm.data.builder import builder as builder_module
 from megalm.data.builder import word_hashes
-from megalm.data.builder.builder import BuildOptions, build_files, check_build
+from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.builder import build_files, check_build
 from megalm.data.builder.decontamination import (
     CUT_MARGIN,
     MOST_PARTS,

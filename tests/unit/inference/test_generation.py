@@ -11,7 +11,8 @@ import torch
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import ModelSection, SampleSection
 from megalm.data.builder.stdlib_corpus import source_files
-from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from megalm.data.tokenizers.training import train_tokenizer
 from megalm.inference.generation import CachedModel, stream
 from megalm.inference.inference_model import InferenceModel
 from megalm.model.moe import routers
