@@ -28,10 +28,9 @@ from options import (
 )
 
 from megalm.data.analysis.dataset_info import packed_padding
-from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.build_plan import BuildOptions, Filters
 from megalm.data.builder.builder import build_files, check_build
 from megalm.data.builder.dedup import Dedup
-from megalm.data.builder.quality_filters import Filters
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.tokenizers.chat_template import load_chat_template

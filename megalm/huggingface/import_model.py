@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megalm.checkpoint.discovery import folder_name
 from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
-from megalm.checkpoint.shard_spec import WEIGHTS, WEIGHTS_AND_MOMENTS, FragmentKey, FragmentKind, FragmentOnAccess
+from megalm.checkpoint.shard_spec import WEIGHTS, WEIGHTS_AND_MOMENTS, FragmentKey, FragmentOnAccess
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.validation import to_yaml
 from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer
@@ -24,8 +24,8 @@ from megalm.errors import DataError, TrainingError
 from megalm.huggingface.config_json import section_of
 from megalm.huggingface.export_tokenizer import BESIDE, added_around
 from megalm.huggingface.output_folder import complete_folder
-from megalm.huggingface.pretrained_folder import ModelSource
-from megalm.huggingface.universal_checkpoint import MOMENTS, OptimizerFacts, UniversalCheckpoint
+from megalm.huggingface.pretrained_folder import ModelSource, OptimizerFacts
+from megalm.huggingface.universal_checkpoint import UniversalCheckpoint
 from megalm.huggingface.vocabulary_change import NewRows, choose_vocabulary
 from megalm.model.model_config import ModelConfig, model_settings
 
@@ -86,33 +86,22 @@ def import_model(
     if isinstance(source, UniversalCheckpoint):
         tokenizer = tokenizer or source.config_folder
     with tempfile.TemporaryDirectory() as scratch:
-        chosen = choose_vocabulary(source, tokenizer, add_tokens, new_rows, Path(scratch))
-        if chosen[0] is not source and _optimizer_of(source) is not None:
+        chosen, found, changes = choose_vocabulary(source, tokenizer, add_tokens, new_rows, Path(scratch))
+        if chosen is not source and source.optimizer is not None:
             raise DataError(
                 "the tokenizer changes the rows of the vocabulary, and new rows have no moments; import the weights "
                 "alone with --weights-only"
             )
-        return _import(*chosen, target, advance)
+        return _import(chosen, found, changes, target, advance)
 
 
 def tensor_count(source: ModelSource) -> int:
     """How often `import_model` calls `advance`."""
-    return len(source.shape.parameters()) * len(_kinds(source))
-
-
-def _optimizer_of(source: ModelSource) -> OptimizerFacts | None:
-    return source.optimizer if isinstance(source, UniversalCheckpoint) else None
-
-
-def _kinds(source: ModelSource) -> tuple[FragmentKind, ...]:
-    return ("master",) if _optimizer_of(source) is None else ("master", *MOMENTS)
+    return len(source.shape.parameters()) * len(source.kinds)
 
 
 def _values(source: ModelSource, key: FragmentKey, advance: Callable[[], None]) -> Tensor:
     advance()
-    if key.kind == "master":
-        return source.read(key.name).reshape(-1)
-    assert isinstance(source, UniversalCheckpoint)
     return source.read(key.name, key.kind).reshape(-1)
 
 
@@ -133,10 +122,10 @@ def _import(
     keys = (
         FragmentKey(name, kind, size, 0, math.prod(size))
         for name, size in shape.parameters().items()
-        for kind in _kinds(source)
+        for kind in source.kinds
     )
     stored = [FragmentOnAccess(key, partial(_values, source, key, advance)) for key in keys]
-    optimizer = _optimizer_of(source)
+    optimizer = source.optimizer
     step = 0 if optimizer is None else optimizer.step
 
     def fill(folder: Path) -> None:

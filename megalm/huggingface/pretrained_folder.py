@@ -7,9 +7,11 @@ use.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import is_finite
 from megalm.checkpoint.manifest import refuse_adapter
+from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.errors import DataError
 from megalm.huggingface.config_json import family_of_config, to_shape
 from megalm.huggingface.weight_mapping import INDEX, WEIGHTS, HFTensor, hf_tensors, own_head, read_part, tensors_by_part
@@ -31,24 +34,55 @@ _BUFFER = re.compile(
     r"|layers\.\d+\.attention\.(bias|masked_bias))"
 )
 _SHOWN = 5
+MOMENTS: tuple[FragmentKind, ...] = ("exp_avg", "exp_avg_sq")
 
 
-class ModelSource(Protocol):
-    """A model to import: the content of its config.json, its dimensions, and its parameters by canonical name, fp32."""
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """What DeepSpeed's run had done, and with which settings.
+
+    Attributes:
+        step: steps, with those that an overflow skipped.
+        updates: steps that changed the weights; the bias correction counts these.
+        loss_scaler: the state of a dynamic loss scaler; empty without one.
+        settings: learning rate, betas, eps and weight decay of each parameter group.
+    """
+
+    step: int
+    updates: int
+    loss_scaler: dict[str, float]
+    settings: tuple[dict[str, Any], ...]
 
     @property
-    def folder(self) -> Path: ...
+    def counters(self) -> dict[str, Any]:
+        """The `counters` of a manifest."""
+        skipped = self.step - self.updates
+        return {"optimizer_step": self.updates, "skipped_steps": skipped, "loss_scaler": self.loss_scaler}
+
+
+class ModelSource(ABC):
+    """A model to import: the content of its config.json, its dimensions, and its parameters.
+
+    Attributes:
+        optimizer: of a model with moments; None: it has weights alone.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shape: ModelConfig
+    optimizer: OptimizerFacts | None = None
 
     @property
-    def config(self) -> dict[str, Any]: ...
+    def kinds(self) -> tuple[FragmentKind, ...]:
+        """What it has of each parameter."""
+        return ("master",) if self.optimizer is None else ("master", *MOMENTS)
 
-    @property
-    def shape(self) -> ModelConfig: ...
+    @abstractmethod
+    def read(self, name: str, kind: FragmentKind = "master") -> Tensor:
+        """One of megalm's parameters by canonical name, or a moment of it: fp32 in the parameter's shape."""
 
-    def read(self, name: str) -> Tensor: ...
 
-
-class HuggingFaceFolder:
+class HuggingFaceFolder(ModelSource):
     """A supported model with all its tensors.
 
     Args:
@@ -71,8 +105,8 @@ class HuggingFaceFolder:
         self._owners = tensors_by_part(self._tensors.values())
         self._check_tensors()
 
-    def read(self, name: str) -> Tensor:
-        """One of megalm's parameters by canonical name, in fp32.
+    def read(self, name: str, kind: FragmentKind = "master") -> Tensor:
+        """See `ModelSource.read`.
 
         Raises:
             DataError: the tensor cannot be read, or is not finite.

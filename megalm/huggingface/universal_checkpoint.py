@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,17 @@ from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.errors import CheckpointError, DataError
 from megalm.huggingface.config_json import family_of_config, to_shape
 from megalm.huggingface.families import Family
-from megalm.huggingface.pretrained_folder import first_of, is_buffer, read_config
+from megalm.huggingface.pretrained_folder import (
+    MOMENTS,
+    ModelSource,
+    OptimizerFacts,
+    first_of,
+    is_buffer,
+    read_config,
+)
 from megalm.huggingface.torch_file import load_torch_file
 from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head, read_part, tensors_by_part
 from megalm.model.model_config import ModelConfig
-
-MOMENTS: tuple[FragmentKind, ...] = ("exp_avg", "exp_avg_sq")
 
 LATEST = "latest_universal"
 _STATES = "*_model_states.pt"
@@ -41,29 +46,6 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _ADAM = frozenset({"adam", "adamw", "torch_adam", "fusedadam", "deepspeedcpuadam", "cpuadam"})
 _MEGATRON = re.compile(r"(.*\.)?(query_key_value|dense_h_to_4h|word_embeddings|linear_qkv|linear_fc1)\.(weight|bias)")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-
-
-@dataclass(frozen=True)
-class OptimizerFacts:
-    """What DeepSpeed's run had done, and with which settings.
-
-    Attributes:
-        step: steps, with those that an overflow skipped.
-        updates: steps that changed the weights; the bias correction counts these.
-        loss_scaler: the state of a dynamic loss scaler; empty without one.
-        settings: learning rate, betas, eps and weight decay of each parameter group.
-    """
-
-    step: int
-    updates: int
-    loss_scaler: dict[str, float]
-    settings: tuple[dict[str, Any], ...]
-
-    @property
-    def counters(self) -> dict[str, Any]:
-        """The `counters` of a manifest."""
-        skipped = self.step - self.updates
-        return {"optimizer_step": self.updates, "skipped_steps": skipped, "loss_scaler": self.loss_scaler}
 
 
 def is_universal(path: Path) -> bool:
@@ -89,7 +71,7 @@ def refuse_unconverted(path: Path) -> None:
         )
 
 
-class UniversalCheckpoint:
+class UniversalCheckpoint(ModelSource):
     """A supported model with its weights, and with the moments of its optimizer.
 
     Args:
@@ -133,7 +115,7 @@ class UniversalCheckpoint:
         self.optimizer = None if weights_only else _optimizer(self.folder, folders)
 
     def read(self, name: str, kind: FragmentKind = "master") -> Tensor:
-        """One of megalm's parameters by canonical name, or a moment of it: fp32 in the parameter's shape.
+        """See `ModelSource.read`.
 
         Raises:
             CheckpointError: the file is damaged, or has values that are not finite.

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.data.tokenizers.tokenizer import AUTO, BYTE, SPECIAL, TEXT, TokenContent, Tokenizer, load_tokenizer
 from megalm.errors import DataError
 from megalm.huggingface.export_tokenizer import (
@@ -66,7 +67,7 @@ class NewRows:
 
 
 @dataclass(frozen=True)
-class ChangedVocabulary:
+class ChangedVocabulary(ModelSource):
     """A model as `HuggingFaceFolder` has it, with the rows of another tokenizer.
 
     Attributes:
@@ -85,9 +86,9 @@ class ChangedVocabulary:
     dropped: int
     rule: NewRows
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, kind: FragmentKind = "master") -> Tensor:
         """See `ModelSource.read`."""
-        found = self.source.read(name)
+        found = self.source.read(name, kind)
         if name not in _WITH_ROWS:
             return found
         rows = torch.from_numpy(self.rows)

@@ -24,10 +24,9 @@ from megalm.data.analysis.dataset_info import describe, verify
 from megalm.data.builder import assembler as assembly_module
 from megalm.data.builder import build_plan as plan_module
 from megalm.data.builder import builder as builder_module
-from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.build_plan import BuildOptions, Filters
 from megalm.data.builder.builder import BuildProgress, Built, build_files
 from megalm.data.builder.merge import merge_datasets
-from megalm.data.builder.quality_filters import Filters
 from megalm.data.indexed.dataset import IndexedDataset, sidecar_path
 from megalm.data.indexed.metadata import DocumentSources
 from megalm.data.readers.input_files import InputFile
