@@ -150,8 +150,7 @@ class DatasetWriter:
             report.idx_sha256 = sha256_of(idx_path(self._prefix))
             write_json(sidecar_path(self._prefix), asdict(report))
         except BaseException:
-            for path in dataset_paths(self._prefix):  # tokens without PREFIX.json would block the next attempt
-                path.unlink(missing_ok=True)
+            _unlink_all(self._prefix)  # tokens without PREFIX.json would block the next attempt
             raise
 
     def check_trained(self) -> None:
@@ -167,6 +166,11 @@ class DatasetWriter:
         for writer in (self._tokens, self._sources, self._signatures, self._trained):
             if writer is not None:
                 writer.abort()
+
+
+def _unlink_all(prefix: str | Path) -> None:
+    for path in dataset_paths(prefix):
+        path.unlink(missing_ok=True)
 
 
 class Assembler:
