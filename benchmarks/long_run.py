@@ -28,7 +28,7 @@ from megalm.cli.compare import command  # noqa: E402
 from megalm.config.schema import GuardSection  # noqa: E402
 from megalm.runs.metrics_log import read_newest_first  # noqa: E402
 from megalm.runs.run_folder import RunFolder  # noqa: E402
-from megalm.tracking.report import write_report  # noqa: E402
+from megalm.tracking.report.page import write_report  # noqa: E402
 from megalm.train.spikes.spike_guard import SpikeGuard  # noqa: E402
 
 CONFIG = ROOT / "tests" / "fixtures" / "run-0.1.0" / "small"

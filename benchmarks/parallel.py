@@ -48,7 +48,7 @@ from megalm.engine.build import build_engine  # noqa: E402
 from megalm.engine.device import claim_device, device_facts, device_name  # noqa: E402
 from megalm.engine.distributed import DistributedCommunicator, start_distributed  # noqa: E402
 from megalm.model.model_config import ModelConfig, build_model_config  # noqa: E402
-from megalm.planning.resolve import ResolvedRun, memory_case, resolve  # noqa: E402
+from megalm.planning.resolve import ResolvedRun, resolve  # noqa: E402
 from megalm.rank_environment import rank_facts  # noqa: E402
 from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
 
@@ -160,9 +160,7 @@ def _fullest(
     activations: int,
     states: int,
 ) -> dict[str, float]:
-    facts = (run.topology, run.precision, run.device, run.batch, run.whole_gradients, run.recompute)
-    case = memory_case(run.config, run.deepspeed_source, shape, *facts)
-    plan = estimate_memory(case)
+    plan = estimate_memory(run.memory_case(shape))
     held = plan.weights + plan.gradients + plan.master + plan.moments
     # What divides the sixteen bytes: tensor and pipeline ranks all of them, ZeRO 1 those of the optimizer only.
     model_ranks, data = run.topology.tensor * run.topology.pipeline, run.topology.data_context

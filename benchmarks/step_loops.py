@@ -34,7 +34,8 @@ from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, initialize
-from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens, resolve
+from megalm.planning.memory_fit import loss_chunk_tokens
+from megalm.planning.resolve import ResolvedRun, resolve
 from megalm.rank_environment import rank_facts
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from megalm.checkpoint.shard_spec import HasFragment
@@ -294,8 +295,7 @@ class EngineBase(ABC):
     ) -> None:
         run, groups = context.run, context.groups
         settings = context.settings() | (extra_settings or {})
-        self._comm = context.comm
-        self._device = context.device
+        self._comm, self._device = context.comm, context.device
         self._groups, self._copies = groups, groups.data_context
         self._data_ranks, self._replicas = groups.topology.data, groups.data_context.size
         self._sequence = context.sequence
@@ -332,7 +332,8 @@ class EngineBase(ABC):
             settings["gradient_clipping"] = 0.0
         import_muon_uncompiled()
         read_norm_once()
-        register_groups(model, weight_groups, groups)
+        if groups.expert.size > 1 or deepspeed_groups._EXPERT_PARALLEL_GROUP:  # of an earlier engine of this process
+            register_groups(model, weight_groups, groups)
         with prints_to_log():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -342,7 +343,8 @@ class EngineBase(ABC):
                 dist_init_required=False,
             )
         self._phase_seconds: dict[str, float] = {}
-        count_experts_once(self._engine.optimizer, groups.expert)
+        if groups.expert.size > 1:
+            count_experts_once(self._engine.optimizer, groups.expert)
         first = [name for name, group in copies.items() if group.index == 0]
         self._state = OptimizerState(self._engine, trained, shards, first, run.config.train.ema_decay)
         if isinstance(inner, Muon):

@@ -19,7 +19,7 @@ from megalm.tracking.report.curves import robust_scale
 from megalm.tracking.report.headline import moment
 from megalm.tracking.report.page import template
 from megalm.tracking.report.svg_chart import FRAME, Chart, Scale, thinned
-from megalm.utils.atomic_files import write_atomically
+from megalm.utils.atomic_files import write_atomically, writing_to
 
 # The runs' looks, in order; the rest share one.
 _LOOKS = ("median", "validation", "set-0", "set-1", "set-2", "set-3")
@@ -67,11 +67,9 @@ def write_comparison(path: Path, page: ComparisonPage, runs: Sequence[RunRecord]
     panels = [(across, AXES[across], charts) for across in AXES if (charts := curves(runs, names, across))]
     text = template(_TEMPLATE).render(page=page, panels=panels, frame=FRAME, made=moment(time.time()))
     content = text.encode("utf-8", errors="replace")
-    try:
+    with writing_to(path, "choose another path", ConfigError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(content), durable=False)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another path") from None
 
 
 def curves(runs: Sequence[RunRecord], names: Sequence[str], across: Across) -> list[Chart]:

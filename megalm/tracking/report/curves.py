@@ -10,8 +10,7 @@ from itertools import groupby
 import numpy as np
 
 from megalm.runs.metrics_history import History, Numbers
-from megalm.runs.metrics_log import LOSS_OF, Row
-from megalm.tracking.compare_runs import TOTAL
+from megalm.runs.metrics_log import LOSS_OF, TOTAL, Row
 from megalm.tracking.report.svg_chart import Chart, Point, Scale, label, running_median, thinned
 
 # Events that are marked, with their names in the legend.
