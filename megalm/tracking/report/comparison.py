@@ -99,9 +99,9 @@ def _chart(
         look = look_of(index)
         for curve in filter(None, runs[index]):
             x, y = np.array(curve).T
-            found = thinned(x, y, 0.0, chart.across.high, _BUCKETS)
-            chart.draw(found.stretches, look, names[index])
-            chart.dot((at for part in found.stretches for at in part if dots or len(part) == 1), look, names[index])
+            stretches, _ = thinned(x, y, chart.across, _BUCKETS)
+            chart.draw(stretches, look, names[index])
+            chart.dot((at for part in stretches for at in part if dots or len(part) == 1), look, names[index])
     chart.legend = [(f"line {look_of(index)}", names[index]) for index in range(min(len(runs), len(_LOOKS)))]
     if len(runs) > len(_LOOKS):
         chart.legend.append((f"line {_OTHERS}", f"{len(runs) - len(_LOOKS)} others; point at a line for its name"))
