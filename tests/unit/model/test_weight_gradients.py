@@ -82,7 +82,7 @@ def test_gradients_of_weights_can_be_put_off(words: str, kind: Recompute, float8
         gradient_precision="fp32",
         communication_precision="fp32",
         zero=ZeroSection(stage=1),
-        topology=Topology(1),
+        topology=Topology(2, pipeline=2),  # without stages nothing is put off
         schedule_name="zb_v",
         virtual_stages=2,
         on_cpu=True,
