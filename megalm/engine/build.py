@@ -83,7 +83,7 @@ def build_engine(
     if groups.context.size > 1:
         divided = RingSequence if run.config.parallel.context_method == "ring" else ExchangedSequence
         sequence = divided(groups.context)
-    context = EngineContext(run, shape, device, comm, groups, judge, sequence)
+    context = EngineContext(run, shape, device, comm, groups, judge, clock, sequence)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
     float8 = run.config.precision.float8
@@ -114,9 +114,8 @@ def build_engine(
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
-        make = _interleaved_engine if run.config.parallel.virtual_stages > 1 else _pipeline_engine
-        return make(context, build, clock, blocks, draw)
-    return _zero_engine(context, layers, clock, draw)
+        return _pipeline_engine(context, build, blocks, draw)
+    return _zero_engine(context, layers, draw)
 
 
 def _recomputation(run: ResolvedRun, device: torch.device) -> Recomputation:
@@ -125,7 +124,7 @@ def _recomputation(run: ResolvedRun, device: torch.device) -> Recomputation:
     return Recomputation(run.recompute, train.checkpoint_activations_every, train.mlp_chunk_tokens, inputs)
 
 
-def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClock, draw: DrawWeight | None) -> Engine:
+def _zero_engine(context: EngineContext, layers: LayerFactory, draw: DrawWeight | None) -> Engine:
     from megalm.engine.optimizer.expert_states import mark_experts
     from megalm.engine.zero_engine import ZeroEngine
 
@@ -141,17 +140,17 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClo
                 _partition(stage, context)
 
         init = ParameterInit(context.device, _TYPES[run.precision], fill)
-        model = LanguageModel(shape, layers, clock, chunk, init, _recomputation(run, context.device))
+        model = LanguageModel(shape, layers, context.clock, chunk, init, _recomputation(run, context.device))
     if run.compiled:
         model.compile_blocks()
-    return ZeroEngine(model, clock, context)
+    return ZeroEngine(model, context)
 
 
-def _interleaved_engine(
-    context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
+def _pipeline_engine(
+    context: EngineContext, build: StageBuilder, blocks: tuple[int, ...], draw: DrawWeight | None
 ) -> Engine:
     from megalm.engine.optimizer.expert_states import mark_experts
-    from megalm.engine.pipeline.interleaved_engine import InterleavedEngine, PipelinePart
+    from megalm.engine.pipeline.pipeline_engine import PipelineEngine, PipelinePart
 
     run, pipeline = context.run, context.groups.pipeline
     part = PipelinePart(build, blocks, run.pipeline.stages_of(pipeline.index))
@@ -160,25 +159,7 @@ def _interleaved_engine(
     mark_experts(part, "", context.groups)
     if run.compiled:
         part.compile_blocks()
-    return InterleavedEngine(part, clock, context)
-
-
-def _pipeline_engine(
-    context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
-) -> Engine:
-    from megalm.engine.optimizer.expert_states import mark_experts
-    from megalm.engine.pipeline.pipeline_engine import PipelineEngine
-    from megalm.engine.pipeline.pipeline_stage import MicroBatchContext, PipelineStage
-
-    run = context.run
-    stage = PipelineStage(build, MicroBatchContext(clock, context.shape, build.sequence.parts), run.topology, blocks)
-    part = stage.part_of_model()
-    with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups) as weights:
-        weights.fill(part)
-    mark_experts(part, "", context.groups)
-    if run.compiled:
-        stage.compile_blocks()
-    return PipelineEngine(stage, context)
+    return PipelineEngine(part, context)
 
 
 class _InitialWeights:

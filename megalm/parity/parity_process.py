@@ -155,7 +155,6 @@ def _import_first(case: ParityCase) -> None:
     import torch
     import torch._dynamo
 
-    import megalm.engine.pipeline.interleaved_engine
     import megalm.engine.pipeline.pipeline_engine
     import megalm.engine.zero_engine
     import megalm.parity.miniature_training  # noqa: F401
