@@ -21,7 +21,7 @@ def launch_ranks(count: int, words: list[str], name: str) -> str:
         # The store is here already, under a port that is held: the first rank is not to start one.
         meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
         environment = os.environ | {key: str(value) for key, value in (here | meet).items()}
-        command = [sys.executable, *sys.argv, *words]
+        command = [sys.executable, *sys.orig_argv[1:], *words]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )

@@ -4,7 +4,7 @@ The architecture is GPT-2's (tied embeddings, biases, tanh-GELU), the loop nanoG
 file, cross-entropy over all logits at once, clipping at 1, AdamW, one line a step. AdamW is torch's fused one on a CPU
 too, which nanoGPT takes on CUDA only: the faster choice.
 
-    python benchmarks/nanogpt.py --tokens FILE.bin --layers 4 --hidden 256 --heads 4 --vocabulary 8192 --sequence 256 \
+    python -m benchmarks nanogpt --tokens FILE.bin --layers 4 --hidden 256 --heads 4 --vocabulary 8192 --sequence 256 \
         --batch 16 --steps 40 [--precision bf16] [--no-compile]
 
 prints a JSON line a step: {"step": 1, "loss": ..., "time": seconds since 1970}.
@@ -17,7 +17,6 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.bench_runs import Shape
 
-@dataclass(frozen=True)
-class Architecture:
-    layers: int
-    hidden: int
-    heads: int
-    vocabulary: int
-    sequence: int
+_SIZES = ("layers", "hidden", "heads", "vocabulary", "sequence", "batch")
 
 
 class _Attention(nn.Module):
-    def __init__(self, shape: Architecture) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.heads = shape.heads
         self.qkv = nn.Linear(shape.hidden, 3 * shape.hidden)
@@ -53,7 +47,7 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, shape: Architecture) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(shape.hidden)
         self.attention = _Attention(shape)
@@ -69,7 +63,7 @@ class _Block(nn.Module):
 class NanoGPT(nn.Module):
     """[B, T] tokens and [B, T] labels -> the mean loss."""
 
-    def __init__(self, shape: Architecture) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.tokens = nn.Embedding(shape.vocabulary, shape.hidden)
         self.positions = nn.Embedding(shape.sequence, shape.hidden)
@@ -103,7 +97,7 @@ def nanogpt_optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=Path, required=True, help="token ids as uint16, one after another")
-    for name in ("layers", "hidden", "heads", "vocabulary", "sequence", "batch", "steps"):
+    for name in (*_SIZES, "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
@@ -112,14 +106,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(1337)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = Architecture(arguments.layers, arguments.hidden, arguments.heads, arguments.vocabulary, arguments.sequence)
+    shape = Shape(**{name: getattr(arguments, name) for name in _SIZES})
     model = NanoGPT(shape).to(device)
     optimizer = nanogpt_optimizer(model, 1e-3)
     forward = model if arguments.no_compile else torch.compile(model)
 
     def next_batch() -> tuple[Tensor, Tensor]:
         data = np.memmap(arguments.tokens, dtype=np.uint16, mode="r")  # anew each time: nanoGPT's cure for a leak
-        places = torch.randint(len(data) - shape.sequence, (arguments.batch,))
+        places = torch.randint(len(data) - shape.sequence, (shape.batch,))
         rows = [torch.from_numpy(data[at : at + shape.sequence + 1].astype(np.int64)) for at in places.tolist()]
         whole = torch.stack(rows).to(device)
         return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()
@@ -138,7 +132,3 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         sys.stdout.write(json.dumps({"step": step, "loss": loss.item(), "time": time.time()}) + "\n")
         sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Activation checkpointing: what each mode costs in time and saves in memory.
 
-    python benchmarks/recompute.py [--layers 8] [--hidden 512] [--sequence 512] [--batch 8] [--repeats 5]
+    python -m benchmarks recompute [--layers 8] [--hidden 512] [--sequence 512] [--batch 8] [--repeats 5]
 
 Forward and backward of the plain model in bf16, the modes in turn within one run. Beside each other stand what is alive
 after the forward pass and what the plan says; and the operations of the backward pass beyond those without
@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import get_args
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -121,7 +117,3 @@ def _kept_bytes(model: LanguageModel, tokens: torch.Tensor) -> int:
     del loss
     weight = model.head.weight
     return kept - 4 * weight.numel() - tokens.numel() * weight.shape[1] * weight.element_size()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,13 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.nanogpt import Architecture, NanoGPT, nanogpt_optimizer
-from benchmarks.random_data import random_batches, write_random_tokens
-from benchmarks.shapes import Shape
-from megalm.config.deepspeed.json_reader import read_deepspeed_json
-from megalm.config.loading import load_run_config
-from megalm.engine.build import build_engine
-from megalm.engine.device import device_facts
+from benchmarks.bench_runs import ZERO1, Shape, engine_steps, random_batches, resolved_run, write_random_tokens
+from benchmarks.nanogpt import NanoGPT, nanogpt_optimizer
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.optimizer.build_optimizer import parameter_groups
 from megalm.model import transformer
@@ -34,10 +28,8 @@ from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, initialize
-from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens, resolve
-from megalm.rank_environment import rank_facts
+from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
 
-ROOT = Path(__file__).resolve().parent.parent
 Step = Callable[[int], None]
 _LARGE = 200_000_000  # parameters; drawing more of them on the CPU takes longer than the steps
 
@@ -69,7 +61,7 @@ class Setting:
     comm: DistributedCommunicator
     folder: Path
     style: str = "gpt2"
-    json: str = str(ROOT / "ds_configs" / "zero1.json")
+    json: Path = ZERO1
 
     def write_tokens(self) -> None:
         write_random_tokens(self.prefix, self.bench.vocabulary, self.bench.sequence)
@@ -85,37 +77,25 @@ class Setting:
     def resolve(self, compiled: bool) -> ResolvedRun:
         """megalm's run of the bench."""
         bench = self.bench
-        content = json.loads(Path(self.json).read_text()) | {"train_batch_size": bench.batch}
-        ours = self.folder / "deepspeed.json"
-        ours.write_text(json.dumps(content))
-        loaded = load_run_config(
-            None,
-            [
-                f"model.style={self.style}",
-                f"model.num_hidden_layers={bench.layers}",
-                f"model.hidden_size={bench.hidden}",
-                f"model.num_attention_heads={bench.heads}",
-                "model.qk_norm=false",
-                f"data.sequence_length={bench.sequence}",
-                f"train.loss_chunk_tokens={bench.chunk}",
-                f"train.checkpoint_activations_every={bench.recompute}",
-                f"compile={str(compiled).lower()}",
-            ],
-        )
-        ranks = rank_facts()
-        device = device_facts(ranks.local_world_size)
-        return resolve(loaded, read_deepspeed_json(str(ours)), ranks.world_size, device, bench.vocabulary)
+        keys = {
+            **bench.keys(self.style),
+            "model.qk_norm": False,
+            "train.loss_chunk_tokens": bench.chunk,
+            "train.checkpoint_activations_every": bench.recompute,
+            "compile": compiled,
+        }
+        batch = {"train_batch_size": bench.batch}
+        return resolved_run(self.folder / "deepspeed.json", batch, keys, bench.vocabulary, self.json)
 
 
 def engine_step(setting: Setting, compiled: bool) -> Step:
     """The whole of `train_step`: reading the batch, forward, backward, reduction, clipping, update."""
-    run = setting.resolve(compiled)
+    run, vocabulary = setting.resolve(compiled), setting.bench.vocabulary
     with _drawn_where_it_is_fast(setting):
-        engine = build_engine(run, setting.shape, setting.device, setting.comm)
-    loader = random_batches(run, setting.prefix, setting.comm.rank)
+        _, train = engine_steps(run, vocabulary, setting.device, setting.comm, setting.prefix)
 
     def step(number: int) -> None:
-        engine.train_step(loader.batch((number - 1) * run.batch.global_batch), number, 1e-4)
+        train(number)
         _wait(setting.device)
 
     return step
@@ -157,9 +137,7 @@ def bare_step(setting: Setting, compiled: bool) -> Step:
 
 def nanogpt_step(setting: Setting, compiled: bool) -> Step:
     """nanoGPT's way: fp32 weights under autocast, whole logits, the whole model compiled as one graph."""
-    bench = setting.bench
-    model = NanoGPT(Architecture(bench.layers, bench.hidden, bench.heads, bench.vocabulary, bench.sequence))
-    model = model.to(setting.device)
+    model = NanoGPT(setting.bench).to(setting.device)
     forward = torch.compile(model) if compiled else model
     return _foreign_step(setting, nanogpt_optimizer(model, 1e-4), forward)
 

@@ -154,7 +154,6 @@ def _largest(setting: Setting, most_layers: int) -> Bench:
     """As many layers as the plan says that fit this device, every block recomputed."""
     from megalm.cost_model.memory import estimate_memory
     from megalm.planning.memory_fit import MemoryFit
-    from megalm.planning.resolve import memory_case
 
     on_gpu = setting.device.type == "cuda"
     wide = (
@@ -165,18 +164,7 @@ def _largest(setting: Setting, most_layers: int) -> Bench:
         candidate = replace(fitting, layers=layers)
         trial = replace(setting, bench=candidate)
         run = trial.resolve(True)
-        case = memory_case(
-            run.config,
-            run.deepspeed_source,
-            trial.shape,
-            run.topology,
-            run.precision,
-            run.device,
-            run.batch,
-            run.whole_gradients,
-            run.recompute,
-        )
-        if MemoryFit.of(estimate_memory(case), run.device).level != "fits":
+        if MemoryFit.of(estimate_memory(run.memory_case(trial.shape)), run.device).level != "fits":
             break
         fitting = candidate
     return fitting

@@ -37,7 +37,7 @@ from megalm.planning.parallel_checks import parallel_notices, second_copy_notice
 from megalm.planning.run_checks import check_run, interval_notices, stage_notices, with_steps
 from megalm.topology import Topology
 
-__all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "loss_chunk_tokens", "memory_case", "resolve"]
+__all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "loss_chunk_tokens", "resolve"]
 
 UNKNOWN_VOCAB_SIZE = 50_304  # GPT-2's, padded
 _BYTES_VOCAB_SIZE = 257
@@ -110,6 +110,11 @@ class ResolvedRun:
     def zero_stage(self) -> int:
         return self.deepspeed_source.settings.zero_optimization.stage
 
+    def memory_case(self, shape: ModelConfig) -> MemoryCase:
+        """The facts that the estimate of the run's memory needs."""
+        decided = self.precision, self.device, self.batch, self.whole_gradients, self.recompute
+        return _memory_case(self.config, self.deepspeed_source, shape, self.topology, *decided)
+
 
 def pipeline_schedule(config: RunConfig, topology: Topology, batch: BatchPlan) -> PipelineSchedule:
     """The schedule of a step; without a pipeline, of one rank."""
@@ -152,7 +157,7 @@ def resolve(
         whole_gradients: bool = config.train.reduce_gradients == "step",
         recompute: Recompute = given,
     ) -> MemoryFit:
-        case = memory_case(config, ds, shape, topology, precision, device, batch, whole_gradients, recompute)
+        case = _memory_case(config, ds, shape, topology, precision, device, batch, whole_gradients, recompute)
         return MemoryFit.of(estimate_memory(case), device)
 
     def fits(batch: BatchPlan) -> bool:
@@ -340,7 +345,7 @@ def loss_chunk_tokens(config: RunConfig, shape: ModelConfig, device: DeviceFacts
     return chunk
 
 
-def memory_case(
+def _memory_case(
     config: RunConfig,
     ds: DeepSpeedConfig,
     shape: ModelConfig,

@@ -27,7 +27,7 @@ from megalm.parallel.pipeline_schedules import PipelineSchedule, virtual_stages_
 from megalm.planning.batch_size import TrainingStage
 from megalm.planning.lr_schedule import ScheduleSegment, rate_at
 from megalm.planning.memory_fit import MemoryFit
-from megalm.planning.resolve import ResolvedRun, memory_case
+from megalm.planning.resolve import ResolvedRun
 from megalm.topology import PipelineScheduleName
 from megalm.utils.plotting import new_plot, save_plot
 
@@ -325,17 +325,7 @@ def make_plan(resolved: ResolvedRun, vocab_size: int, schedules: Sequence[Schedu
     """
     config = resolved.config
     shape = build_model_config(config.model, vocab_size, config.data.sample_length)
-    case = memory_case(
-        config,
-        resolved.deepspeed_source,
-        shape,
-        resolved.topology,
-        resolved.precision,
-        resolved.device,
-        resolved.batch,
-        resolved.whole_gradients,
-        resolved.recompute,
-    )
+    case = resolved.memory_case(shape)
     return Plan(
         resolved=resolved,
         shape=shape,

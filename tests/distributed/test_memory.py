@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from megalm.cost_model.memory import estimate_stages
-from megalm.planning.resolve import memory_case
 from tests.distributed.training import Case, make_dataset, resolved, shape_of, start
 from tests.ranks import run_ranks
 
@@ -175,9 +174,7 @@ def test_plan_tells_what_is_held(measured: Any, name: str) -> None:
 
 
 def _plans(run: Any) -> list[Any]:
-    facts = (run.topology, run.precision, run.device, run.batch, run.whole_gradients, run.recompute)
-    case = memory_case(run.config, run.deepspeed_source, shape_of(run), *facts)
-    return estimate_stages(case)
+    return estimate_stages(run.memory_case(shape_of(run)))
 
 
 def _most_gradients(plan: Any, run: Any) -> float:

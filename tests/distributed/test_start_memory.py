@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from megalm.cost_model.memory import estimate_stages
 from megalm.engine.build import build_engine
 from megalm.model.transformer import initial_weight
-from megalm.planning.resolve import ResolvedRun, memory_case
+from megalm.planning.resolve import ResolvedRun
 from tests.distributed.training import Case, Trace, resolved, shape_of, snapshot, whole_state
 from tests.ranks import run_ranks
 
@@ -157,5 +157,4 @@ def test_initial_weights_are_those_of_their_names(started: Any, name: str) -> No
 
 
 def _plans(run: ResolvedRun) -> Iterator[Any]:
-    facts = run.topology, run.precision, run.device, run.batch, run.whole_gradients, run.recompute
-    return estimate_stages(memory_case(run.config, run.deepspeed_source, shape_of(run), *facts))
+    return estimate_stages(run.memory_case(shape_of(run)))
