@@ -242,18 +242,11 @@ def pin_batch(batch: GlobalBatch) -> GlobalBatch:
     def pinned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return torch.from_numpy(array).pin_memory().numpy()
 
-    return replace(
-        batch,
-        micro_batches=tuple(
-            MicroBatch(
-                pinned(micro.tokens),
-                pinned(micro.labels),
-                None if micro.documents is None else pinned(micro.documents),
-                None if micro.datasets is None else pinned(micro.datasets),
-            )
-            for micro in batch.micro_batches
-        ),
-    )
+    def pinned_batch(micro: MicroBatch) -> MicroBatch:
+        arrays = vars(micro).items()
+        return MicroBatch(**{name: None if array is None else pinned(array) for name, array in arrays})
+
+    return replace(batch, micro_batches=tuple(map(pinned_batch, batch.micro_batches)))
 
 
 def _computes_on_cuda() -> bool:

@@ -18,6 +18,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from pydantic import TypeAdapter
+
 from megalm.checkpoint.copies.copy_status import LOCK_FILE, Copied, CopyReader, CopyStatus
 from megalm.checkpoint.copies.copy_store import CopyStore, copies_due
 from megalm.checkpoint.discovery import BEST, Entry, complete_checkpoints, list_checkpoints, read_pointer
@@ -61,12 +63,8 @@ class CopyRequest:
     def store(self) -> CopyStore:
         return CopyStore(self.address, self.run_dir.name)
 
-    def words(self) -> list[str]:
-        keep = self.retention
-        words = [str(self.run_dir), self.address, *(word for name in self.files for word in ("--file", name))]
-        words += [] if keep.keep_last is None else ["--keep-last", str(keep.keep_last)]
-        words += [] if keep.keep_every_steps is None else ["--keep-every", str(keep.keep_every_steps)]
-        return words + (["--keep-best"] if keep.keep_best else [])
+
+_REQUEST = TypeAdapter(CopyRequest)  # as JSON on a command line
 
 
 class Copier:
@@ -228,7 +226,7 @@ def start_copies(request: CopyRequest) -> CopyHandle:
 
 
 def _start_process(request: CopyRequest) -> subprocess.Popen[bytes]:
-    words = [*request.words(), "--parent-pid", str(os.getpid())]
+    words = [_REQUEST.dump_json(request).decode(), "--parent-pid", str(os.getpid())]
     return start_beside(_MODULE, words, request.run_dir / LOG_FILE)
 
 
@@ -285,14 +283,9 @@ def copy_now(request: CopyRequest, patience_seconds: float, on_status: Callable[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`RUN_DIR ADDRESS --parent-pid N`, see utils/child_process.py; exit code 0: all is copied."""
+    """`REQUEST --parent-pid N`, see utils/child_process.py; exit code 0: all is copied."""
     parser = argparse.ArgumentParser(prog=_MODULE, description="Copy the checkpoints of a run as they are written.")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("address")
-    parser.add_argument("--file", action="append", default=[])
-    parser.add_argument("--keep-last", type=int)
-    parser.add_argument("--keep-every", type=int)
-    parser.add_argument("--keep-best", action="store_true")
+    parser.add_argument("request", type=_REQUEST.validate_json)
     parser.add_argument("--parent-pid", type=int, required=True)
     options = parser.parse_args(arguments)
     os.nice(19)
@@ -307,9 +300,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AFTER_TRAINING_SECONDS,
         lambda: logger.error("not everything is copied: megalm checkpoint copy RUN ADDRESS copies the rest"),
     )
-    retention = Retention(options.keep_last, options.keep_every, options.keep_best)
     try:
-        follow(CopyRequest(options.run_dir, options.address, retention, tuple(options.file)), parent)
+        follow(options.request, parent)
     except Exception as error:
         logger.error("copying ended: %s", short_reason(error))
         return EXIT_FAILED
