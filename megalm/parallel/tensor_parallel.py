@@ -231,22 +231,11 @@ class ShardedRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         count = self.weight.shape[0] * self._part.sharers
-        squares = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self._group)  # type: ignore[no-untyped-call]  # torch: untyped
+        # Each rank makes another use of the sum: its gradient is summed too.
+        summed = partial(collectives.sum_of_copies, group=self._group)
+        squares = collectives.linear(wide.square().sum(-1, keepdim=True), summed, summed)
         normed = wide * torch.rsqrt(squares / count + self.epsilon)
         return (normed * self.gain()[self._part.first : self._part.last].float()).to(x.dtype)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of the ranks' tensors, of which each rank makes another use: its gradient is summed too."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, group: AxisGroup) -> Tensor:
-        ctx.group = group
-        return collectives.sum_over(own.clone(memory_format=torch.contiguous_format), group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return collectives.sum_over(gradients[0].clone(memory_format=torch.contiguous_format), ctx.group), None
 
 
 class RowLinear(nn.Module):
