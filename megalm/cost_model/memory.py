@@ -504,12 +504,12 @@ def _states(
     weights = low * (sum(frozen) + (own if stage in (0, 3) else sum(group.padded for group in groups)))
     device = {"weights": weights, "gradients": gradients, **optimizer}
     host = _checkpoint_copy(case, own + moments + average, frozen)
-    if case.offloads_optimizer:
+    if case.offloads_optimizer and stage:
         device |= dict.fromkeys(optimizer, 0)
         host |= {"gradients": host_gradients, **optimizer} if not case.swaps else _swap_buffers(case, groups)
         if stage < 3:
             host["buckets"] = low * own  # updated weights on their way back
-    if case.offloads_parameters:
+    if case.offloads_parameters and stage:
         device["weights"], host["weights"] = 0, weights
     return device, host
 
