@@ -1,16 +1,20 @@
-"""The runs that benchmarks train: their size and settings, random tokens, and the steps of megalm's engine."""
+"""The runs that benchmarks train: their size and settings, random tokens, their ranks, steps of megalm's engine."""
 
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
+from benchmarks.nanogpt import Shape
 from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.loading import load_run_config
 from megalm.data.indexed.dataset import IndexedDataset, best_dtype
@@ -30,35 +34,15 @@ ZERO1 = ROOT / "ds_configs" / "zero1.json"
 _DOCUMENTS = 64
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The size of a model and of its batch.
-
-    Attributes:
-        batch: sequences of a step.
-    """
-
-    layers: int
-    hidden: int
-    heads: int
-    vocabulary: int
-    sequence: int
-    batch: int
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a step."""
-        return self.batch * self.sequence
-
-    def keys(self, style: str) -> dict[str, Any]:
-        """The run configuration's keys of a model of this size."""
-        return {
-            "model.style": style,
-            "model.num_hidden_layers": self.layers,
-            "model.hidden_size": self.hidden,
-            "model.num_attention_heads": self.heads,
-            "data.sequence_length": self.sequence,
-        }
+def keys_of(shape: Shape, style: str) -> dict[str, Any]:
+    """The run configuration's keys of a model of this size."""
+    return {
+        "model.style": style,
+        "model.num_hidden_layers": shape.layers,
+        "model.hidden_size": shape.hidden,
+        "model.num_attention_heads": shape.heads,
+        "data.sequence_length": shape.sequence,
+    }
 
 
 def words_of(keys: Mapping[str, Any]) -> list[str]:
@@ -109,3 +93,26 @@ def engine_steps(
         return engine.train_step(loader.batch((number - 1) * run.batch.global_batch), number, 1e-4)
 
     return engine, step
+
+
+def launch_ranks(count: int, words: list[str], name: str) -> str:
+    """Run this benchmark with more `words` on each rank; return what the first one prints. If a rank fails, exit."""
+    store = dist.TCPStore(  # type: ignore[attr-defined]
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False
+    )
+    processes = []
+    for rank in range(count):
+        here = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+        meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port}
+        # The store is here already, under a port that is held: the first rank is not to start one.
+        meet |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": 0}
+        environment = os.environ | {key: str(value) for key, value in (here | meet).items()}
+        command = [sys.executable, *sys.orig_argv[1:], *words]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate() for process in processes]
+    for process, (_, errors) in zip(processes, outputs, strict=True):
+        if process.returncode:  # else the profiler's own lines are all there is
+            sys.exit(f"{name}: a rank failed\n{errors}")
+    return outputs[0][0]

@@ -4,7 +4,7 @@ The architecture is GPT-2's (tied embeddings, biases, tanh-GELU), the loop nanoG
 file, cross-entropy over all logits at once, clipping at 1, AdamW, one line a step. AdamW is torch's fused one on a CPU
 too, which nanoGPT takes on CUDA only: the faster choice.
 
-    python -m benchmarks nanogpt --tokens FILE.bin --layers 4 --hidden 256 --heads 4 --vocabulary 8192 --sequence 256 \
+    python benchmarks/nanogpt.py --tokens FILE.bin --layers 4 --hidden 256 --heads 4 --vocabulary 8192 --sequence 256 \
         --batch 16 --steps 40 [--precision bf16] [--no-compile]
 
 prints a JSON line a step: {"step": 1, "loss": ..., "time": seconds since 1970}.
@@ -17,6 +17,7 @@ import json
 import math
 import sys
 import time
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from benchmarks.bench_runs import Shape
 
-_SIZES = ("layers", "hidden", "heads", "vocabulary", "sequence", "batch")
+@dataclass(frozen=True)
+class Shape:
+    """The size of a model and of its batch.
+
+    Attributes:
+        batch: sequences of a step.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    vocabulary: int
+    sequence: int
+    batch: int
 
 
 class _Attention(nn.Module):
@@ -97,7 +110,8 @@ def nanogpt_optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=Path, required=True, help="token ids as uint16, one after another")
-    for name in (*_SIZES, "steps"):
+    sizes = [field.name for field in fields(Shape)]
+    for name in (*sizes, "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
@@ -106,7 +120,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(1337)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = Shape(**{name: getattr(arguments, name) for name in _SIZES})
+    shape = Shape(**{name: getattr(arguments, name) for name in sizes})
     model = NanoGPT(shape).to(device)
     optimizer = nanogpt_optimizer(model, 1e-3)
     forward = model if arguments.no_compile else torch.compile(model)
@@ -132,3 +146,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         sys.stdout.write(json.dumps({"step": step, "loss": loss.item(), "time": time.time()}) + "\n")
         sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -28,8 +28,10 @@ from typing import IO
 
 import psutil
 
-from benchmarks.bench_runs import ROOT, ZERO1, Shape, words_of, write_random_tokens
+from benchmarks.bench_runs import ROOT, ZERO1, keys_of, words_of, write_random_tokens
+from benchmarks.nanogpt import Shape
 
+_WITHOUT_OURS = {"TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH": "0"}  # torch's default; megalm's command sets its own
 _BYTES = 256  # ids of the byte tokenizer; more entries of the vocabulary cost the same whether they occur or not
 _START_SECONDS = 600.0
 _FEWEST_STEPS = 4  # of a round, however busy the machine is
@@ -139,7 +141,7 @@ def _megalm(shape: Shape, precision: str, words: list[str], folder: Path) -> Pro
     content |= {"train_batch_size": shape.batch, "bf16": {"enabled": precision == "bf16"}}
     (folder / "deepspeed.json").write_text(json.dumps(content))
     settings = {
-        **shape.keys("gpt2"),
+        **keys_of(shape, "gpt2"),
         "model.vocab_size": shape.vocabulary,
         "model.tie_word_embeddings": True,
         "data.train": folder / "data",
@@ -154,20 +156,20 @@ def _megalm(shape: Shape, precision: str, words: list[str], folder: Path) -> Pro
     }
     command = [str(ROOT / "launch" / "pretrain.py"), "--deepspeed_config", str(folder / "deepspeed.json")]
     command += [*words_of(settings), *words]
-    return _start(command, folder / "paired" / "metrics.jsonl", folder / "megalm.log", folder)
+    return _start(command, folder / "paired" / "metrics.jsonl", folder / "megalm.log", folder, {})
 
 
 def _nanogpt(shape: Shape, precision: str, cores: int, folder: Path) -> Program:
     sizes = vars(shape) | {"steps": 100_000, "threads": cores}
     options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    command = ["-m", "benchmarks", "nanogpt", "--tokens", str(folder / "data.bin"), *options]
+    command = [str(ROOT / "benchmarks" / "nanogpt.py"), "--tokens", str(folder / "data.bin"), *options]
     rows = folder / "nanogpt.jsonl"
-    return _start([*command, "--precision", precision], rows, rows, ROOT)
+    return _start([*command, "--precision", precision], rows, rows, folder, _WITHOUT_OURS)
 
 
-def _start(command: list[str], rows: Path, log: Path, folder: Path) -> Program:
+def _start(command: list[str], rows: Path, log: Path, folder: Path, more: dict[str, str]) -> Program:
     output = log.open("wb")
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", **more}
     process = subprocess.Popen(
         [sys.executable, *command], cwd=folder, env=environment, stdout=output, stderr=subprocess.DEVNULL
     )

@@ -26,15 +26,16 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_runs import Shape, engine_steps, resolved_run, write_random_tokens
-from benchmarks.launch_ranks import launch_ranks
+from benchmarks.bench_runs import engine_steps, keys_of, launch_ranks, resolved_run, write_random_tokens
+from benchmarks.nanogpt import Shape
 from megalm.cost_model.memory import estimate_memory
-from megalm.engine.device import claim_device, device_name
+from megalm.engine.device import claim_device, device_name, wait_for
 from megalm.engine.distributed import DistributedCommunicator, start_distributed
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import rank_facts
 from megalm.train.lifecycle.shutdown import exit_process
+from megalm.train.step_diagnostics import step_profiler
 
 _WARM_UP = 3
 
@@ -118,8 +119,7 @@ def _rank(arguments: argparse.Namespace) -> None:
         comm.barrier()
         start = time.perf_counter()
         train(number)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        wait_for(device)
         return time.perf_counter() - start
 
     seconds = [step(number) for number in range(1, _WARM_UP + arguments.steps + 1)][_WARM_UP:]
@@ -156,9 +156,7 @@ def _fullest(
 
 def _communicating(step: Any) -> float:
     """The part of a step's time in which a collective was under way, by torch's profiler."""
-    cuda = torch.cuda.is_available()
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
-    with torch.profiler.profile(activities=activities) as profile:
+    with step_profiler() as profile:
         seconds = step()
     spans = sorted(
         (event.time_range.start, event.time_range.end)
@@ -235,4 +233,4 @@ def _resolve(arguments: argparse.Namespace, bench: Bench) -> ResolvedRun:
         "zero_optimization": {"stage": arguments.zero},
     }
     path = arguments.folder / f"{arguments.one_of}-{rank_facts().rank}.json"
-    return resolved_run(path, changes, bench.keys("llama") | LAYOUTS[arguments.one_of][1], bench.vocabulary)
+    return resolved_run(path, changes, keys_of(bench, "llama") | LAYOUTS[arguments.one_of][1], bench.vocabulary)

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.bench_runs import Shape, engine_steps, resolved_run, write_random_tokens
-from benchmarks.launch_ranks import launch_ranks
+from benchmarks.bench_runs import engine_steps, keys_of, launch_ranks, resolved_run, write_random_tokens
+from benchmarks.nanogpt import Shape
 from megalm.cost_model.pipeline_simulation import ActionCosts, simulate
 from megalm.engine.device import claim_device
 from megalm.engine.distributed import DistributedCommunicator, start_distributed
@@ -123,7 +123,7 @@ def _step(
     shape = Shape(arguments.blocks, 32, 2, _VOCABULARY, _SEQUENCE, arguments.micro_batches)
     changes = {"train_batch_size": shape.batch, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": False}}
     keys = {
-        **shape.keys("llama"),
+        **keys_of(shape, "llama"),
         "parallel.pipeline": comm.size,
         "parallel.virtual_stages": virtual,
         "parallel.pipeline_schedule": name,

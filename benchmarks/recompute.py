@@ -21,7 +21,7 @@ from megalm.config.deepspeed.json_schema import ZeroSection
 from megalm.config.schema import ModelSection, Recompute
 from megalm.cost_model.activations import kept_bytes
 from megalm.cost_model.memory import MemoryCase, shares
-from megalm.engine.device import tune_malloc
+from megalm.engine.device import tune_malloc, wait_for
 from megalm.model.model_config import ModelConfig, build_model_config, recomputed_flops_per_token
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, initialize
@@ -55,8 +55,7 @@ def main() -> None:
             start = time.perf_counter()
             loss, _ = model(tokens, tokens)
             loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(device)
             if repeat:  # the first one warms up
                 seconds[name].append(time.perf_counter() - start)
     print(

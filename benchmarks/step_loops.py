@@ -7,31 +7,27 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.bench_runs import ZERO1, Shape, engine_steps, random_batches, resolved_run, write_random_tokens
-from benchmarks.nanogpt import NanoGPT, nanogpt_optimizer
+from benchmarks.bench_runs import ZERO1, engine_steps, keys_of, random_batches, resolved_run, write_random_tokens
+from benchmarks.nanogpt import NanoGPT, Shape, nanogpt_optimizer
+from megalm.engine.device import wait_for
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.optimizer.build_optimizer import parameter_groups
-from megalm.model import transformer
 from megalm.model.layer_factory import LayerFactory
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
-from megalm.model.transformer import LanguageModel, initialize
+from megalm.model.transformer import LanguageModel, ParameterInit
 from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
 
 Step = Callable[[int], None]
-_LARGE = 200_000_000  # parameters; drawing more of them on the CPU takes longer than the steps
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class Setting:
         """megalm's run of the bench."""
         bench = self.bench
         keys = {
-            **bench.keys(self.style),
+            **keys_of(bench, self.style),
             "model.qk_norm": False,
             "train.loss_chunk_tokens": bench.chunk,
             "train.checkpoint_activations_every": bench.recompute,
@@ -91,12 +87,11 @@ class Setting:
 def engine_step(setting: Setting, compiled: bool) -> Step:
     """The whole of `train_step`: reading the batch, forward, backward, reduction, clipping, update."""
     run, vocabulary = setting.resolve(compiled), setting.bench.vocabulary
-    with _drawn_where_it_is_fast(setting):
-        _, train = engine_steps(run, vocabulary, setting.device, setting.comm, setting.prefix)
+    _, train = engine_steps(run, vocabulary, setting.device, setting.comm, setting.prefix)
 
     def step(number: int) -> None:
         train(number)
-        _wait(setting.device)
+        wait_for(setting.device)
 
     return step
 
@@ -105,16 +100,20 @@ def bare_step(setting: Setting, compiled: bool) -> Step:
     """The same model without DeepSpeed: bf16 weights, AdamW on them, clipping. What nothing costs less than."""
     run, shape, device = setting.resolve(compiled), setting.shape, setting.device
     clock, train = DropoutClock(0), setting.resolve(compiled).config.train
-    with _drawn_where_it_is_fast(setting):
-        model = LanguageModel(
-            shape,
-            LayerFactory(clock, compiled),
-            clock,
-            loss_chunk_tokens(run.config, shape, run.device),
-            recomputation=Recomputation(every=train.checkpoint_activations_every),
-        )
-        initialize(model, shape, 1)
-    model = model.to(device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
+    model = LanguageModel(
+        shape,
+        LayerFactory(clock, compiled),
+        clock,
+        loss_chunk_tokens(run.config, shape, run.device),
+        ParameterInit(device, torch.bfloat16 if run.precision == "bf16" else torch.float32),
+        Recomputation(every=train.checkpoint_activations_every),
+    )
+    with torch.no_grad():  # on the device, which draws the weights of a large model faster than a CPU
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=shape.initializer_range)
     if compiled:
         model.compile_blocks()
     optimizer = torch.optim.AdamW(parameter_groups(model, run, 1.0), lr=1e-4, betas=(0.9, 0.95), fused=True)
@@ -130,7 +129,7 @@ def bare_step(setting: Setting, compiled: bool) -> Step:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        _wait(device)
+        wait_for(device)
 
     return step
 
@@ -189,7 +188,7 @@ def _foreign_step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
-        _wait(device)
+        wait_for(device)
 
     return step
 
@@ -200,13 +199,11 @@ LOOPS: dict[str, Callable[[Setting, bool], Step]] = {
     "nanoGPT's way": nanogpt_step,
     "transformers": transformers_step,
 }
-_PACKAGES = {"transformers": "transformers"}
 
 
 def missing_package(loop: str) -> str | None:
     """The package that a loop needs and this machine lacks."""
-    package = _PACKAGES.get(loop)
-    return package if package is not None and importlib.util.find_spec(package) is None else None
+    return loop if loop == "transformers" and importlib.util.find_spec(loop) is None else None
 
 
 def free_memory() -> None:
@@ -222,25 +219,3 @@ def free_memory() -> None:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _drawn_where_it_is_fast(setting: Setting) -> Iterator[None]:
-    """Draw the weights of a large model on the GPU: the time of a step does not depend on their values."""
-    if setting.device.type != "cuda" or setting.shape.parameter_count() < _LARGE:
-        yield
-        return
-
-    def drawn(name: str, size: tuple[int, ...], shape: ModelConfig, seed: int) -> Tensor:
-        weight = torch.empty(size, device=setting.device)
-        return weight.fill_(1.0) if "norm" in name else weight.normal_(std=shape.initializer_range)
-
-    def undrawn(self: Any) -> None:
-        del self
-
-    with (
-        mock.patch.object(transformer, "initial_weight", drawn),
-        mock.patch.object(nn.Linear, "reset_parameters", undrawn),
-        mock.patch.object(nn.Embedding, "reset_parameters", undrawn),
-    ):
-        yield

@@ -56,7 +56,7 @@ def main() -> None:
             f"{arguments.shape}, {arguments.style}: {shape.parameter_count():,} parameters, "
             f"{bench.batch} x {bench.sequence} tokens"
         )
-        _report(work, arguments.steps, bench.tokens, flops_per_token(shape, bench.sequence), peak)
+        _report(work, arguments.steps, bench.batch * bench.sequence, flops_per_token(shape, bench.sequence), peak)
     exit_process(0)
 
 
