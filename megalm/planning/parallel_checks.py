@@ -215,18 +215,6 @@ def pipeline_needs_low_zero(case: CheckContext) -> None:
         )
 
 
-def pipeline_sums_tied_gradients(case: CheckContext) -> None:
-    # DeepSpeed sums the gradients of the first and the last stage for their common weight in `grad`, but accumulates
-    # fp16 gradients in fp32 elsewhere: each stage would train its own copy.
-    apart = case.precision == "fp16" and case.settings.data_types.grad_accum_dtype == "fp32"
-    if case.config.parallel.pipeline > 1 and apart and case.shape.tie_word_embeddings:
-        raise ConfigError(
-            f"parallel.pipeline={case.config.parallel.pipeline} with fp16 and data_types.grad_accum_dtype=fp32 "
-            f"({case.ds.path}) trains tied embeddings wrongly in DeepSpeed 0.19.8; remove grad_accum_dtype, use bf16, "
-            "or set model.tie_word_embeddings=false"
-        )
-
-
 def pipeline_keeps_its_states(case: CheckContext) -> None:
     for name, _ in case.offloads:
         if case.config.parallel.pipeline > 1:
@@ -270,7 +258,6 @@ PARALLEL_RULES: tuple[Rule, ...] = (
     pipeline_schedule_is_legal,
     backward_passes_divide,
     pipeline_needs_low_zero,
-    pipeline_sums_tied_gradients,
     pipeline_keeps_its_states,
     second_copy_is_shared_by_equal_ranks,
 )
