@@ -245,6 +245,9 @@ class EngineContext:
         settings = copy.deepcopy(self.run.deepspeed)
         # DeepSpeed takes the ranks of a context group, which share gradients, for ranks with samples of their own.
         settings["train_batch_size"] *= self.groups.context.size
+        if self.groups.pipeline.size > 1:
+            # Gradients are reduced once, after all backward passes, which DeepSpeed does not run.
+            settings["zero_optimization"]["overlap_comm"] = False
         return settings
 
 
@@ -283,18 +286,10 @@ class EngineBase(ABC):
         model: the model, or its part on this rank, whose parameters have canonical names: initialized, on the context's
             device and in the run's precision; under ZeRO 3 already divided.
         output: of the model; None on a rank without its head.
-        extra_settings: added to the run's configuration for `deepspeed.initialize`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        context: EngineContext,
-        output: VocabularyOutput | None,
-        extra_settings: dict[str, Any] | None = None,
-    ) -> None:
-        run, groups = context.run, context.groups
-        settings = context.settings() | (extra_settings or {})
+    def __init__(self, model: nn.Module, context: EngineContext, output: VocabularyOutput | None) -> None:
+        run, groups, settings = context.run, context.groups, context.settings()
         self._comm = context.comm
         self._device = context.device
         self._groups, self._sequence, self._clock = groups, context.sequence, context.clock

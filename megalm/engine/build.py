@@ -31,6 +31,7 @@ from megalm.model.weight_gradients import WeightGradients
 from megalm.parallel.context_parallel import ExchangedSequence, RingSequence
 from megalm.parallel.expert_parallel import DividedExperts
 from megalm.parallel.process_groups import ParallelGroups, make_groups
+from megalm.parallel.sharded_linear import TensorProducts
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
 
@@ -89,8 +90,8 @@ def build_engine(
     float8 = run.config.precision.float8
     layers = LayerFactory(clock, run.compiled, float8, train.z_loss, sequence)
     if run.topology.tensor > 1:
-        how = run.config.parallel.sequence, run.compiled, float8, run.tensor_chunks
-        layers = TensorLayers(clock, groups.tensor, *how, train.z_loss, sequence)
+        products = TensorProducts(groups.tensor, run.config.parallel.sequence, float8, run.tensor_chunks)
+        layers = TensorLayers(clock, products, run.compiled, train.z_loss, sequence)
     if groups.expert.size > 1:
         layers.experts = DividedExperts(groups.expert)
     layers.router_losses = RouterLosses(train.router_aux_loss, train.router_z_loss)

@@ -337,13 +337,7 @@ class StageBuilder:
 class LanguageModel(nn.Module):
     """A decoder-only transformer; every parameter's name here is its canonical name.
 
-    Args:
-        shape: all dimensions.
-        layers: the factory of linear, vocabulary and dropout layers.
-        clock: the moving part of dropout's seeds.
-        chunk_tokens: tokens whose logits are held at once by the loss.
-        init: of the parameters, which are left empty by default.
-        recomputation: what the backward pass computes again.
+    Args: those of `StageBuilder`; by default layers are undivided.
 
     Attributes:
         gradient_down_to: the block whose input gets a gradient, even if no parameter below it trains.

@@ -108,11 +108,8 @@ class TensorLayers(LayerFactory):
     """Sharded layers that hold their group. Weights are left empty: `initialize` cuts them from whole ones.
 
     Args:
-        group: the ranks that share each layer.
-        sequence: ranks divide the residual stream between the sharded layers along the sequence.
+        products: of column and row layers; they know the ranks that share each layer.
         compiled: the element-wise work of the loss runs compiled.
-        float8: column and row layers multiply in float8.
-        chunks: of a micro-batch, whose communication runs while others are multiplied; 1: they take turns.
         z_loss: coefficient of the loss's penalty.
         context: how a context group holds a sample's sequence.
     """
@@ -120,18 +117,14 @@ class TensorLayers(LayerFactory):
     def __init__(
         self,
         clock: DropoutClock,
-        group: AxisGroup,
-        sequence: bool = False,
+        products: TensorProducts,
         compiled: bool = False,
-        float8: bool = False,
-        chunks: int = 1,
         z_loss: float = 0.0,
         context: WholeSequence = WHOLE_SEQUENCE,
     ) -> None:
-        super().__init__(clock, compiled, float8, z_loss, context)
-        self._group = group
-        self._products = TensorProducts(group, sequence, float8, chunks)
-        self._stream = self._products.stream
+        super().__init__(clock, compiled, z_loss=z_loss, sequence=context)
+        self._products, self._stream = products, products.stream
+        self._group = self._stream.group
         self.slices = self._stream.slices
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:

@@ -138,9 +138,7 @@ class PipelineEngine(EngineBase):
     """Trains this rank's initialized stages together with the other ranks."""
 
     def __init__(self, part: PipelinePart, context: EngineContext) -> None:
-        # Gradients are reduced once, after all backward passes, which DeepSpeed does not run.
-        zero = context.settings()["zero_optimization"] | {"overlap_comm": False}
-        super().__init__(part, context, part.output, {"zero_optimization": zero})
+        super().__init__(part, context, part.output)
         self._part = part
         self._pipeline = context.groups.pipeline
         self._schedule = context.run.pipeline
