@@ -170,16 +170,10 @@ class TensorLayers(LayerFactory):
         return module
 
     def vocabulary_weight(self, vocab_size: int, hidden_size: int) -> nn.Parameter:
-        part = vocabulary_rows(vocab_size, self._group.size, self._group.index)
-        weight = nn.Parameter(torch.empty(part.size, hidden_size))
-        _annotate(weight, (vocab_size, hidden_size), 0, part)
-        return weight
+        return _divided((vocab_size, hidden_size), vocabulary_rows(vocab_size, self._group.size, self._group.index))
 
     def of_heads(self, heads: int) -> nn.Parameter:
-        part = whole_parts(heads, heads, self._group.size, self._group.index)
-        parameter = nn.Parameter(torch.empty(part.size))
-        _annotate(parameter, (heads,), 0, part)
-        return parameter
+        return _divided((heads,), whole_parts(heads, heads, self._group.size, self._group.index))
 
     def norm_over_heads(self, width: int, heads: int, epsilon: float, zero_centered: bool) -> RMSNorm:
         part = whole_parts(width, heads, self._group.size, self._group.index)
@@ -277,6 +271,13 @@ class _Row(torch.autograd.Function):
         # A slice of the gradient is gathered twice: the whole would be kept for longer than any other activation.
         features_gradient, _ = _needed(compute([of_features, False]), [of_features, False])
         return features_gradient, *ctx.later.of([ctx.weight], lambda: compute([False, True])[1:]), None, None
+
+
+def _divided(shape: tuple[int, ...], part: DimRange) -> nn.Parameter:
+    """A parameter of a part of the whole's first dimension."""
+    parameter = nn.Parameter(torch.empty(part.size, *shape[1:]))
+    _annotate(parameter, shape, 0, part)
+    return parameter
 
 
 def _annotate(parameter: Tensor, shape: tuple[int, ...], dimension: int, part: DimRange) -> None:
