@@ -293,6 +293,7 @@ class EngineBase(ABC):
         self._comm = context.comm
         self._device = context.device
         self._groups, self._sequence, self._clock = groups, context.sequence, context.clock
+        self._data_ranks, self._replicas = groups.topology.data, groups.data_context.size
         # Every rank of the last stage's tensor group has the same loss: only the first reports it.
         self._reports_loss = output is not None and groups.tensor.index == 0
         # Of the length of a sequence, of which ranks hold parts, and slices of them.
@@ -342,7 +343,7 @@ class EngineBase(ABC):
         first = [name for name, group in copies.items() if group.index == 0]
         self._state = OptimizerState(self._engine, trained, shards, first, run.config.train.ema_decay)
         if isinstance(inner, Muon):
-            units = self._state.units_of("momentum_buffer", groups.data_context.size, groups.expert.size)
+            units = self._state.units_of("momentum_buffer", self._replicas, groups.expert.size)
             inner.lay_out(units, groups, is_copied=self._stage == 0)
         self._check.measure = self._state.gradient_squares
         self._first_counters = self._counters(self._state.optimizer_step())
@@ -421,8 +422,7 @@ class EngineBase(ABC):
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate * group["learning_rate_scale"]
         if micro_batches != engine.gradient_accumulation_steps():
-            replicas = self._groups.data_context.size
-            engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * replicas)
+            engine.set_train_batch_size(micro_batches * engine.train_micro_batch_size_per_gpu() * self._replicas)
             engine.micro_steps = engine.global_steps * micro_batches  # a boundary is where they divide
             if hasattr(engine.optimizer, "gradient_accumulation_steps"):  # ZeRO's copy
                 engine.optimizer.gradient_accumulation_steps = micro_batches
@@ -432,14 +432,14 @@ class EngineBase(ABC):
             # The gradient of the router's losses does not pass the loss. DeepSpeed takes the mean over data x context,
             # and divides by the loss scale.
             factor = self._state.loss_scale() * self._groups.context.size / sequences
-            self._experts.begin(sequences * self._groups.topology.data, factor)
+            self._experts.begin(sequences * self._data_ranks, factor)
 
     def _begin_micro_batch(self, batch: GlobalBatch, step: int, index: int) -> None:
         """Prepare the forward pass of this rank's micro-batch `index`."""
         self._by_dataset.of(batch.micro_batches[index].datasets)
         self._clock.step = step
         # Its number among those of all data-parallel ranks in a step.
-        self._clock.micro_batch = index * self._groups.topology.data + self._groups.coordinate.data
+        self._clock.micro_batch = index * self._data_ranks + self._groups.coordinate.data
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return this rank's positions of tokens and labels, and whole documents, on the device."""
@@ -484,7 +484,7 @@ class EngineBase(ABC):
     @torch.no_grad()
     def row_losses(self, batch: MicroBatch) -> npt.NDArray[np.float64]:
         """Return the sum of losses in nats of each row, fp64 [B]; the data-parallel ranks share the rows."""
-        rows, ranks = len(batch.tokens), self._groups.topology.data
+        rows, ranks = len(batch.tokens), self._data_ranks
         extra = ((0, -rows % ranks), (0, -batch.tokens.shape[1] % self._multiple))  # all ranks have as many rows
         own = slice(self._groups.coordinate.data, None, ranks)
         tokens = np.pad(batch.tokens, extra)[own]

@@ -63,7 +63,7 @@ class ZeroEngine(EngineBase):
         self._state.release_buffers()
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
-        scale = self._groups.data_context.size / batch.divisor
+        scale = self._replicas / batch.divisor
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
             self._begin_micro_batch(batch, step, index)

@@ -156,7 +156,7 @@ class PipelineEngine(EngineBase):
     def _run_step(self, batch: GlobalBatch, step: int) -> None:
         engine = self._engine
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
-        factor = self._state.loss_scale() * self._groups.data_context.size / batch.divisor
+        factor = self._state.loss_scale() * self._replicas / batch.divisor
         total = torch.zeros((), device=self._device)
         inputs = [StageInput(*self._tensors(micro_batch)) for micro_batch in batch.micro_batches]
 
