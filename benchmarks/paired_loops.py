@@ -14,6 +14,7 @@ mirror, spike guard, read-ahead. Same tokens, model (GPT-2's), batch, threads, p
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -24,7 +25,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, NoReturn
 
 import psutil
 
@@ -69,10 +70,9 @@ class Program:
     def wait_for_steps(self, count: int) -> None:
         began = time.monotonic()
         while len(self.times()) < count:
-            if self.process.poll() is not None or time.monotonic() - began > _START_SECONDS:
-                self.log.flush()
-                sys.exit(f"no {count} steps:\n{Path(self.log.name).read_text(errors='replace')[-3000:]}")
-            time.sleep(0.2)
+            if time.monotonic() - began > _START_SECONDS:
+                self._give_up()
+            self._wait()
 
     def measure(self, seconds: float) -> tuple[float, float]:
         """Let it run alone for some time; return seconds of wall and of processor time of one step."""
@@ -80,7 +80,7 @@ class Program:
         time.sleep(min(1.0, seconds / 8))  # caches and clocks
         begin, cpu, first = time.time(), self.cpu_seconds(), len(self.times()) + 1  # one step met the stop
         while time.time() - begin < seconds or len(self.times()) - first < _FEWEST_STEPS:
-            time.sleep(0.2)
+            self._wait()
         cpu = self.cpu_seconds() - cpu
         spent = time.time() - begin
         done = self.times()[first:]
@@ -88,9 +88,19 @@ class Program:
         wall = (done[-1] - done[0]) / (len(done) - 1)
         return wall, cpu / spent * wall
 
+    def _wait(self) -> None:
+        if self.process.poll() is not None:
+            self._give_up()
+        time.sleep(0.2)
+
+    def _give_up(self) -> NoReturn:
+        self.log.flush()
+        sys.exit(f"no further steps:\n{Path(self.log.name).read_text(errors='replace')[-3000:]}")
+
     def end(self) -> None:
-        for process in self._all():
-            process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in self._all():
+                process.kill()
         self.process.wait()
         self.log.close()
 
@@ -148,6 +158,7 @@ def _megalm(shape: Shape, precision: str, words: list[str], folder: Path) -> Pro
         "data.tokenizer": "bytes",
         "data.split": "95,5",
         "train.steps": 100_000,
+        "schedule.peak_learning_rate": 1e-4,  # random tokens teach nothing, and higher rates diverge on them
         "evaluate.interval_steps": "null",
         "checkpoint.interval_steps": "null",
         "compile": True,

@@ -189,10 +189,11 @@ def command(
     if plot is not None and not (watch or every_checkpoint):
         raise ConfigError("--plot needs several checkpoints; add --every-checkpoint or --watch")
     from megalm.engine.deepspeed_patches import limit_openmp_spin
-    from megalm.engine.device import tune_malloc
+    from megalm.engine.device import speed_up_fp32_products, tune_malloc
 
     limit_openmp_spin()
     tune_malloc()
+    speed_up_fp32_products()
     import torch
 
     torch.set_num_threads(len(os.sched_getaffinity(0)))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from megalm.cost_model.pipeline_simulation import most_kept
-from megalm.model.model_config import first_key, kept_probabilities, lowest_block, query_blocks
+from megalm.model.model_config import first_key, kept_probabilities, query_blocks
 
 if TYPE_CHECKING:
     from megalm.config.schema import Recompute
@@ -224,8 +224,7 @@ def _stream(case: MemoryCase, share: Share) -> int:
 
 def _trained_blocks(case: MemoryCase, blocks: Sequence[int]) -> list[int]:
     """Of these blocks those with a backward pass: those below every parameter that trains keep nothing."""
-    lowest = lowest_block(case.shape, case.frozen)
-    return [index for index in blocks if index >= lowest]
+    return [index for index in blocks if index >= case.lowest_trained_block]
 
 
 def _whole_blocks(case: MemoryCase, blocks: Sequence[int]) -> list[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, chain, groupby
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
@@ -17,7 +17,7 @@ from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
 from megalm.cost_model.activations import fullest_moment, offloaded_inputs
 from megalm.cost_model.pipeline_balance import balanced_by_parameters
 from megalm.cost_model.start_memory import start_moments
-from megalm.model.model_config import ModelConfig, is_stacked
+from megalm.model.model_config import ModelConfig, is_stacked, lowest_block
 from megalm.model.parameter_groups import MOMENTS, NO_GROUP, GroupKey, frozen_parameters, group_keys, optimizer_groups
 from megalm.parallel.pipeline_schedules import PipelineSchedule
 from megalm.topology import AXES, Axis, PipelineScheduleName, Topology
@@ -250,10 +250,15 @@ class MemoryCase:
         """A step of the pipeline; without one, of one rank."""
         return PipelineSchedule(self.schedule_name, self.topology.pipeline, self.virtual_stages, self.accumulation)
 
-    @property
+    @cached_property
     def frozen(self) -> frozenset[str]:
         """Canonical names of the parameters that do not train."""
         return frozen_parameters(self.shape, self.parameter_groups)
+
+    @cached_property
+    def lowest_trained_block(self) -> int:
+        """The first block with a backward pass."""
+        return lowest_block(self.shape, self.frozen)
 
     @property
     def tokens(self) -> int:

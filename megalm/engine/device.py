@@ -48,6 +48,32 @@ def tune_malloc() -> None:
     mallopt(ctypes.c_int(_M_TRIM_THRESHOLD), ctypes.c_int(-1))  # and never shrink it
 
 
+def speed_up_fp32_products() -> None:
+    """Let oneDNN compute fp32 matrix products on AMD's CPUs with AVX-512, where it is twice as fast as MKL.
+
+    MKL keeps to AVX2 on them. torch offers oneDNN for fp32 only where products may round to bf16 ("medium"), but oneDNN
+    rounds only on CPUs with AMX, and else computes in full precision: a product that bf16 cannot hold decides. Does
+    nothing on other CPUs.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX512" or "AuthenticAMD" not in _cpu_info():
+        return
+    torch.set_float32_matmul_precision("medium")
+    if not _is_exact_in_fp32():
+        torch.set_float32_matmul_precision("highest")
+
+
+def _is_exact_in_fp32() -> bool:
+    finer_than_bf16 = torch.full((256, 256), 1 + 2**-20)
+    return torch.equal(finer_than_bf16 @ torch.eye(256), finer_than_bf16)
+
+
+def _cpu_info() -> str:
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # not Linux
+        return ""
+
+
 # Enough repeats to get past slowdowns of many milliseconds on a shared machine.
 _REPEATS, _SECONDS = 12, 0.3
 
@@ -172,6 +198,7 @@ def claim_device(ranks: RankFacts) -> torch.device:
         )
     if not _computes_on_cuda():
         tune_malloc()
+        speed_up_fp32_products()
         return torch.device("cpu")
     if ranks.local_rank >= torch.cuda.device_count():
         raise ConfigError(
@@ -284,8 +311,5 @@ def _has_triton_and_compiler() -> bool:
 
 def _cpu_has_bf16() -> bool:
     """Return whether the CPU has native instructions for bf16 matrix products."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
+    flags = _cpu_info()
     return "avx512_bf16" in flags or "amx_bf16" in flags

@@ -122,11 +122,22 @@ class Attention(nn.Module):
         rate, length = self.dropout_rate, query.shape[2]
         dense = mask.dense(self.rule) if mask else None
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self.clock.seed_at(self.place))
+            _seed_generator(query.device, self.clock.seed_at(self.place))
             if dense is None and self.rule == ScoreRule(self.rule.scale) and sinks is None:
                 return fused_attention(query, key, value, is_causal=True, dropout_p=rate, scale=self.rule.scale)
             allowed = self.rule.seen(length, length, query.device) if dense is None else dense
             return dense_attention(query, key, value, self.rule, allowed, sinks, rate)
+
+
+def _seed_generator(device: torch.device, seed: int) -> None:
+    """Seed the generator that a kernel on this device draws from.
+
+    `torch.manual_seed` also notes a stack trace for each kind of device that has not been used: milliseconds each time.
+    """
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def _query_or_key_norm(shape: ModelConfig, layers: LayerFactory, heads: int) -> nn.Module:

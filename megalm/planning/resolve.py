@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -171,10 +171,8 @@ def resolve(
     batch = first_batch.of(stages.largest_batch)
     if topology.pipeline > 1 and chooses_micro_batch(settings):
         batch_notices.append(_bubble_notice(topology, batch, pipeline_schedule(config, topology, batch)))
-    whole_gradients, reduction_notices = _reduction(config, ds, batch, memory(batch, whole_gradients=True))
-    recompute, recompute_notices = _recompute(
-        config, ds, shape, device, {kind: memory(batch, whole_gradients, kind) for kind in get_args(Recompute)}
-    )
+    whole_gradients, reduction_notices = _reduction(config, ds, batch, partial(memory, batch, whole_gradients=True))
+    recompute, recompute_notices = _recompute(config, ds, shape, device, partial(memory, batch, whole_gradients))
     case = CheckContext(loaded, ds, world_size, device)
     loaded, steps_notices = with_steps(case, stages, shape.parameter_count())
     loaded, warmup_notices = _fit_warmup(loaded)
@@ -418,11 +416,13 @@ def _gathered_sizes(ds: DeepSpeedConfig, shape: ModelConfig, topology: Topology)
     return {name: size for name, size in sizes.items() if name not in given and size != getattr(zero, name)}
 
 
-def _reduction(config: RunConfig, ds: DeepSpeedConfig, batch: BatchPlan, whole: MemoryFit) -> tuple[bool, list[str]]:
+def _reduction(
+    config: RunConfig, ds: DeepSpeedConfig, batch: BatchPlan, need: Callable[[], MemoryFit]
+) -> tuple[bool, list[str]]:
     """Return whether ZeRO 2 keeps whole gradients and sends them once a step, and a notice where "auto" decides it.
 
     Args:
-        whole: the memory that it needs then.
+        need: estimates the memory with whole gradients.
     """
     zero, wanted = ds.settings.zero_optimization, config.train.reduce_gradients
     if zero.stage != 2 or wanted != "auto" or batch.accumulation == 1 or batch.data_parallel == 1:
@@ -430,7 +430,7 @@ def _reduction(config: RunConfig, ds: DeepSpeedConfig, batch: BatchPlan, whole: 
     often = f'train.reduce_gradients ("auto"): gradients are reduced {batch.accumulation} times a step'
     if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none":
         return False, [f"{often}: offload_optimizer keeps no whole ones"]
-    if not whole.leaves_room:
+    if not (whole := need()).leaves_room:
         return False, [f"{often}, not once: with whole gradients {whole}"]
     return True, ['train.reduce_gradients ("auto"): gradients are kept whole and reduced once a step']
 
@@ -440,16 +440,17 @@ def _recompute(
     ds: DeepSpeedConfig,
     shape: ModelConfig,
     device: DeviceFacts,
-    needs: dict[Recompute, MemoryFit],
+    need: Callable[[Recompute], MemoryFit],
 ) -> tuple[Recompute, list[str]]:
     """Return what each block recomputes, and a notice where "auto" decides it: the least arithmetic that fits.
 
     Args:
-        needs: the memory with each choice.
+        need: estimates the memory with a choice.
     """
     if config.train.recompute != "auto":
         return config.train.recompute, []
     length, tiles = config.data.sample_length, config.train.mlp_chunk_tokens is not None
+    needs = {kind: need(kind) for kind in get_args(Recompute)}
     choices = [kind for kind in needs if not no_recomputation(kind, config, device, ds.settings.zero_optimization)]
     # "none" stays before "norms".
     choices.sort(key=lambda kind: recomputed_flops_per_token(shape, length, kind, tiles=tiles))

@@ -1,5 +1,5 @@
-// For a torch without CUDA: a CUDA device guard and hooks that compute nothing, so that autograd accepts fake tensors
-// on "cuda". Loaded before torch's Python module, which looks for the hooks once.
+// A CUDA device guard and hooks that compute nothing, so that autograd accepts fake tensors on "cuda". Loaded before
+// torch's Python module, which looks for the hooks once.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
@@ -50,9 +50,12 @@ struct Guard final : public c10::impl::DeviceGuardImplInterface {
   void recordDataPtrOnStream(const c10::DataPtr&, const Stream&) const override {}
 };
 
-c10::impl::DeviceGuardImplRegistrar guard(kCUDA, new Guard());
+c10::impl::DeviceGuardImplRegistrar registered(kCUDA, new Guard());
 
 }  // namespace
+
+// After torch is imported: a torch with CUDA registers its own guard then, and the last one counts.
+extern "C" void fake_cuda_register_guard() { c10::impl::DeviceGuardImplRegistrar again(kCUDA, new Guard()); }
 
 // Of the calling thread, for Python.
 extern "C" int fake_cuda_current_device() { return current; }
@@ -77,6 +80,7 @@ struct CUDAHooks final : public CUDAHooksInterface {
   Generator getNewGenerator(DeviceIndex) const override { return at::detail::createCPUGenerator(); }
 };
 
-REGISTER_CUDA_HOOKS(CUDAHooks)  // torch asks for them by this name
+// torch asks for them by this name; preferred to those of a torch with CUDA, which come later.
+C10_REGISTER_CLASS_WITH_PRIORITY(CUDAHooksRegistry, CUDAHooks, c10::REGISTRY_PREFERRED, CUDAHooks)
 
 }  // namespace at

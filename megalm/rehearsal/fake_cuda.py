@@ -49,6 +49,7 @@ class FakeCuda:
         self._stream = _stream_class(watcher)()
 
     def install(self) -> None:
+        self._library.fake_cuda_register_guard()
         for name, function in self._functions().items():
             setattr(torch.cuda, name, function)
         torch.cuda.nccl.version = lambda: (2, 29, 3)  # DeepSpeed asks whether it sends bf16

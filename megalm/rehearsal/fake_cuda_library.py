@@ -29,7 +29,7 @@ def build_library() -> Path:
     """Return the compiled library for the installed torch; compile it at the first use, in a few seconds.
 
     Raises:
-        ConfigError: torch is not installed or has CUDA itself, or there is no compiler; says what to install.
+        ConfigError: torch is not installed, or there is no compiler; says what to install.
     """
     torch = _torch_folder()
     parts = _SOURCE.read_bytes(), (torch / "version.py").read_bytes(), " ".join(_FLAGS).encode()
@@ -58,13 +58,7 @@ def _torch_folder() -> Path:
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise ConfigError("a rehearsal runs the engine itself, which needs torch and deepspeed; `make install`")
-    folder = Path(spec.origin).parent
-    if (folder / "lib" / "libtorch_cuda.so").exists():
-        raise ConfigError(
-            f"{folder} is a torch with CUDA, whose own devices a rehearsal cannot replace; rehearse in an environment "
-            "with the CPU build (PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make install VENV=.venv-cpu)"
-        )
-    return folder
+    return Path(spec.origin).parent
 
 
 def _compile(compiler: str, torch: Path, library: Path) -> None:

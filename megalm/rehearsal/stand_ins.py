@@ -69,6 +69,14 @@ def _of_torch(watcher: Watcher) -> Iterator[Replacement]:
     # It would open a CUDA context.
     yield FakeTensorMode, "avoid_device_init", property(lambda _: True)
 
+    # Of fake tensors, torch before 2.13 takes the type of such a total for a factor. It is the only place of the result.
+    addmm = torch.addmm
+
+    def add_product(total: Tensor, *factors: Tensor, out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:
+        return addmm(total, *factors, **options) if out_dtype is None else total
+
+    yield torch, "addmm", add_product
+
     # Groups of torch's fake backend send nothing and need no other rank; gloo's would connect to them.
     new_group = dist.new_group
 

@@ -70,8 +70,9 @@ def find_sites(folders: Sequence[str] = FOLDERS) -> list[Site]:
 def sites_of(sources: Mapping[str, str]) -> list[Site]:
     """The sites of these files, of which functions of one file may lead to those of another."""
     leading: frozenset[str] = frozenset()
+    trees = {path: ast.parse(source) for path, source in sources.items()}
     while True:  # until no further function leads to a collective
-        found = {path: _Finder(source, leading) for path, source in sources.items()}
+        found = {path: _Finder(tree, leading) for path, tree in trees.items()}
         names = leading.union(*(finder.leading for finder in found.values()))
         if names == leading:
             return [site for path, finder in found.items() for site in _sites(path, finder.calls)]
@@ -88,8 +89,7 @@ def _sites(path: str, calls: Sequence[tuple[ast.Call, str]]) -> Iterator[Site]:
 class _Finder(ast.NodeVisitor):
     """The calls in one file that communicate, given the names of our functions, methods and classes that do."""
 
-    def __init__(self, source: str, known: frozenset[str]) -> None:
-        tree = ast.parse(source)
+    def __init__(self, tree: ast.Module, known: frozenset[str]) -> None:
         self._known = known
         self._scope: list[str] = []
         self._libraries: set[str] = set()

@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from megalm.parity.state_comparison import Outcome, difference
-from tests.distributed.faults import FAULTS, ROOT, Broken, Fault, Site, Watch, find_sites, sites_of
-from tests.distributed.parity import NO_CAPACITY, Row, train
-from tests.distributed.training import Case, make_dataset
+from tests.distributed.fault_runs import Break, count_finished, train_broken, train_references, train_watched
+from tests.distributed.faults import FAULTS, ROOT, Fault, Site, find_sites, sites_of
+from tests.distributed.parity import NO_CAPACITY, Row
+from tests.distributed.training import make_dataset
 from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.distributed
 
-STEPS, SEQUENCES = 2, 4
 ROWS = (
     Row("dp2", "composed MQA tied", 1),  # weights drawn by turns
     Row("tp2", "composed MQA tied", 1),
@@ -70,8 +68,6 @@ COPIES = {"all_gather_into_tensor", "all_to_all_single", "broadcast", "maximum",
 ALL_SITES = find_sites()
 SITES = [site for site in ALL_SITES if (site.path, site.function) not in CONTROL]
 
-
-Break = tuple[tuple[Site, ...], Fault]
 # So many are tried by one pair of processes, one after the other, and then an unbroken run, which must be whole.
 TOGETHER = 24
 
@@ -117,57 +113,29 @@ class Runs:
 
     def _run(self, row: Row, breaks: list[Break]) -> None:
         try:
-            ranks = run_ranks(2, _train_broken, _short(row.case()), breaks, self.folder / "data", self.folder)
+            ranks = run_ranks(2, train_broken, row, breaks, self.folder / "data", self.folder)
         except (AssertionError, queue.Empty):
-            for each in breaks if len(breaks) > 1 else []:  # which of them was it?
-                self._run(row, [each])
-            self._broken.setdefault((row, breaks[0]), None)
+            if len(breaks) == 1:
+                self._broken[row, breaks[0]] = None
+                return
+            # By itself it has to fail too, and those before it are whole only if an unbroken run after them is.
+            failed = min(count_finished(self.folder, 2), len(breaks) - 1)
+            for part in (breaks[:failed], breaks[failed : failed + 1], breaks[failed + 1 :]):
+                if part:
+                    self._run(row, part)
             return
         *outcomes, last = zip(*ranks, strict=True)
         assert _equal(last, self.unbroken[row]), "a fault has outlived its run"
         self._broken |= {(row, one): list(found) for one, found in zip(breaks, outcomes, strict=True)}
 
 
-def _short(case: Case) -> Case:
-    """The row with fewer sequences a step: a wrong sum is as wrong in two micro-batches as in eight."""
-    return replace(case, settings={**case.settings, "train_batch_size": SEQUENCES})
-
-
-def _train_broken(
-    comm: Any, device: torch.device, case: Case, breaks: list[Break], prefix: Path, folder: Path
-) -> list[Outcome]:
-    outcomes = []
-    for sites, fault in breaks:
-        with Broken(sites, fault):
-            outcomes.append(train(comm, device, case, prefix, folder, STEPS))
-    return [*outcomes, train(comm, device, case, prefix, folder, STEPS)]
-
-
-def _train_watched(
-    comm: Any, device: torch.device, rows: tuple[Row, ...], prefix: Path, folder: Path
-) -> list[tuple[Outcome, dict[Site, set[str]]]]:
-    found = []
-    for row in rows:
-        with Watch(SITES) as watch:
-            outcome = train(comm, device, _short(row.case()), prefix, folder, STEPS)
-        found.append((outcome, watch.met))
-    return found
-
-
-def _train_references(
-    comm: Any, device: torch.device, rows: tuple[Row, ...], prefix: Path, folder: Path
-) -> dict[str, Outcome]:
-    cases = {row.reference: _short(row.reference_case()) for row in rows}
-    return {name: train(comm, device, case, prefix, folder, STEPS) for name, case in cases.items()}
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("faults")
     make_dataset(folder / "data")
-    (references,) = run_ranks(1, _train_references, ROWS, folder / "data", folder)
+    (references,) = run_ranks(1, train_references, ROWS, folder / "data", folder)
     result = Runs(folder, references)
-    ranks = run_ranks(2, _train_watched, ROWS, folder / "data", folder)
+    ranks = run_ranks(2, train_watched, ROWS, SITES, folder / "data", folder)
     for row, *outcomes in zip(ROWS, *ranks, strict=True):
         result.unbroken[row] = [outcome for outcome, _ in outcomes]
         for _, met in outcomes:

@@ -32,6 +32,7 @@ from megalm.engine.device import (
     make_deterministic,
     open_device,
     pin_batch,
+    speed_up_fp32_products,
 )
 from megalm.engine.distributed import agree_on_device
 from megalm.errors import ConfigError
@@ -244,6 +245,36 @@ def test_expandable_segments_are_the_default(monkeypatch: pytest.MonkeyPatch, ow
     else:
         assert set_to[names.index(own)] == "max_split_size_mb:64"
         assert set_to.count(None) == 1
+
+
+@pytest.fixture
+def _torch_own_products() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()  # a test before may have claimed the device
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("_torch_own_products")
+@pytest.mark.parametrize("cpu", ["vendor_id : AuthenticAMD", "vendor_id : GenuineIntel", None])
+def test_fp32_products_stay_exact(monkeypatch: pytest.MonkeyPatch, cpu: str | None) -> None:
+    if cpu is not None:  # None: this machine's own
+        monkeypatch.setattr(device_module, "_cpu_info", lambda: cpu)
+    speed_up_fp32_products()
+    left, right = (torch.randn(300, 200, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    # Sums of 200 products of about 1: fp32 rounds them to about 1e-6, bf16 to about 1e-2.
+    torch.testing.assert_close((left @ right.t()).double(), left.double() @ right.double().t(), rtol=0, atol=1e-4)
+    if "Intel" in (cpu or ""):
+        assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.usefixtures("_torch_own_products")
+def test_products_that_round_to_bf16_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "_cpu_info", lambda: "AuthenticAMD")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(device_module, "_is_exact_in_fp32", lambda: False)  # a CPU with AMX
+    speed_up_fp32_products()
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 @pytest.mark.parametrize("own", [None, "0"])
