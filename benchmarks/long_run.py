@@ -24,7 +24,7 @@ from megalm.cli.compare import command
 from megalm.config.schema import GuardSection
 from megalm.runs.metrics_log import read_newest_first
 from megalm.runs.run_folder import RunFolder
-from megalm.tracking.report import write_report
+from megalm.tracking.report.page import write_report
 from megalm.train.spikes.spike_guard import SpikeGuard
 
 CONFIG = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "run-0.1.0" / "small"

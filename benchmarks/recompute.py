@@ -19,8 +19,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megalm.config.deepspeed.json_schema import ZeroSection
 from megalm.config.schema import ModelSection, Recompute
-from megalm.cost_model.activations import kept_bytes
 from megalm.cost_model.memory import MemoryCase, shares
+from megalm.cost_model.moments import kept_bytes
 from megalm.engine.device import tune_malloc, wait_for
 from megalm.model.model_config import ModelConfig, build_model_config, recomputed_flops_per_token
 from megalm.model.recomputation import Recomputation

@@ -25,7 +25,8 @@ from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, ParameterInit
-from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
+from megalm.planning.memory_fit import loss_chunk_tokens
+from megalm.planning.resolve import ResolvedRun
 
 Step = Callable[[int], None]
 

@@ -23,7 +23,8 @@ hypothesis.settings.load_profile("megalm")
 _SLURM_PROGRAMS = ("sbatch", "srun", "slurmctld", "slurmd", "munged")
 _SLURM_INSTALL = "apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge"
 
-_MEGALM = f"{Path(__file__).resolve().parents[1] / 'megalm'}{os.sep}"
+_TESTS = Path(__file__).resolve().parent
+_MEGALM = f"{_TESTS.parent / 'megalm'}{os.sep}"
 _LAST_LOOK_SECONDS = 5.0  # of a thread that has been told to end
 
 
@@ -70,6 +71,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
         missing = [program for program in _SLURM_PROGRAMS if shutil.which(program, path=path) is None]
         require("slurm", not missing, f"no {', '.join(missing)}; {_SLURM_INSTALL}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mix the modules of all folders but the units, which come last, in the order in which workers take them.
+
+    Ranks keep all cores busy, commands wait for launchers, Slurm and MLflow: side by side, one uses what the other
+    leaves. The many short modules of the units let the workers end together.
+    """
+    modules: dict[str, dict[Path, None]] = {}  # folder of tests/ -> its modules, as collected
+    for item in items:
+        modules.setdefault(_folder(item), {})[item.path] = None
+    places = {
+        path: (folder == "unit", (number + 0.5) / len(paths))
+        for folder, paths in modules.items()
+        for number, path in enumerate(paths)
+    }
+    items.sort(key=lambda item: places[item.path])  # stable: the tests of a module stay as they are
+
+
+def _folder(item: pytest.Item) -> str:
+    return item.path.relative_to(_TESTS).parts[0] if item.path.is_relative_to(_TESTS) else ""
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megalm.checkpoint.manifest import advice, damaged_file, read_manifest, wrong_file
-from megalm.checkpoint.safetensors_file import TensorEntry, tensor_name, write_tensors
+from megalm.checkpoint.safetensors_file import TensorEntry, write_tensors
 from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey, FragmentKind
 from megalm.errors import CheckpointError
 from megalm.utils.atomic_files import sync_directory, write_atomically
@@ -96,13 +96,13 @@ class CheckpointReader:
             meeting = [(a, b, corners) for a in there for b in wanted if (corners := overlap(a, b)) is not None]
             if not meeting:
                 continue
-            values = self._stored(stored.file, tensor_name(key), stored.stop - stored.start)
+            values = self._stored(stored.file, key.tensor_name, stored.stop - stored.start)
             for source, target, (first, last) in meeting:
                 place = target.view(result, first, last)
                 place.copy_(source.view(values, first, last))
                 covered += place.numel()
         if covered != key.count:
-            raise CheckpointError(f"{self.path} has only {covered} of the {key.count} values of {tensor_name(key)}")
+            raise CheckpointError(f"{self.path} has only {covered} of the {key.count} values of {key.tensor_name}")
         return result
 
     def read_weights(self, key: FragmentKey) -> Tensor:

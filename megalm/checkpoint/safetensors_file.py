@@ -53,11 +53,6 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def tensor_name(key: FragmentKey) -> str:
-    """Return e.g. `master/layers.0.mlp.up.weight`; unique in a file, because a rank owns one range of a parameter."""
-    return f"{key.kind}/{key.name}"
-
-
 def write_shard(path: Path, fragments: Sequence[Fragment]) -> ShardSummary:
     """Write fp32 fragments to `path` and make them durable.
 
@@ -70,7 +65,7 @@ def write_shard(path: Path, fragments: Sequence[Fragment]) -> ShardSummary:
     keys = tuple(fragment.key for fragment in fragments)
     whole = [key.rectangle is None and key.count == math.prod(key.shape) for key in keys]
     shapes = [key.shape if is_whole else (key.count,) for key, is_whole in zip(keys, whole, strict=True)]
-    entries = [TensorEntry(tensor_name(key), shape) for key, shape in zip(keys, shapes, strict=True)]
+    entries = [TensorEntry(key.tensor_name, shape) for key, shape in zip(keys, shapes, strict=True)]
     with path.open("wb") as file:
         written, sha256 = write_tensors(file, entries, (fragment.tensor for fragment in fragments))
         file.flush()

@@ -36,6 +36,11 @@ class FragmentKey:
     rectangle: tuple[tuple[int, int], ...] | None = None
 
     @property
+    def tensor_name(self) -> str:
+        """In a file, e.g. `master/layers.0.mlp.up.weight`; unique there: a rank owns one range of a parameter."""
+        return f"{self.kind}/{self.name}"
+
+    @property
     def count(self) -> int:
         return self.stop - self.start
 

@@ -267,8 +267,15 @@ def _evaluate_new(run: Path, request: _Request, results: _Results) -> None:
             warn(f"skipped {path.name}: {error if path.exists() else 'it was deleted meanwhile'}")
 
 
-def _refuse_bad(facts: CheckpointFacts) -> None:
-    """Refuse a bad checkpoint, and warn of a suspect one."""
+def _open_tasks(path: Path, request: _Request, results: _Results) -> list[Task]:
+    """Open and check all requested data before a model is loaded, by the configuration of a checkpoint.
+
+    Raises:
+        CheckpointError: it is marked bad.
+    """
+    from megalm.inference.inference_model import read_facts
+
+    facts = read_facts(path, request.tokenizer)
     marked = f"{facts.path} is {facts.manifest.mark}"
     if facts.manifest.status == "bad":
         raise CheckpointError(
@@ -276,14 +283,6 @@ def _refuse_bad(facts: CheckpointFacts) -> None:
         )
     if facts.manifest.mark:
         warn(marked)
-
-
-def _open_tasks(path: Path, request: _Request, results: _Results) -> list[Task]:
-    """Open and check all requested data before a model is loaded, by the configuration of a checkpoint."""
-    from megalm.inference.inference_model import read_facts
-
-    facts = read_facts(path, request.tokenizer)
-    _refuse_bad(facts)
     outputs = [results.plot] if results.plot is not None else []
     if facts.run_folder is not None:
         outputs.append(facts.run_folder / EVALUATIONS_FILE)

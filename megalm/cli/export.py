@@ -80,21 +80,19 @@ def command(
         from megalm.gguf.export_gguf import GGUF_FILE, check_gguf, export_gguf, gguf_bytes, gguf_tensors
 
         described = check_gguf(plan)
-        note = described.note
-        if dry_run:
-            _list({GGUF_FILE: gguf_bytes(plan)}, note)
-            return
-        verify(reader)
-        with ProgressBar("writing", len(gguf_tensors(plan.shape))) as counter:
-            size = export_gguf(plan, described, title, counter.advance)
+        files, tensors, note = {GGUF_FILE: gguf_bytes(plan)}, len(gguf_tensors(plan.shape)), described.note
     else:
-        if dry_run:
-            _list(planned_files(plan, largest, title))
-            return
-        verify(reader)
-        with ProgressBar("writing", len(hf_tensors(plan.shape))) as counter:
+        files, tensors, note = planned_files(plan, largest, title), len(hf_tensors(plan.shape)), ""
+    if dry_run:
+        _list(files, note)
+        return
+    verify(reader)
+    with ProgressBar("writing", tensors) as counter:
+        if to is Format.gguf:
+            size = export_gguf(plan, described, title, counter.advance)
+        else:
             exported = export_checkpoint(plan, largest, title, counter.advance)
-        size, note = exported.bytes, exported.tokenizer.note
+            size, note = exported.bytes, exported.tokenizer.note
     echo(
         f"{output}: {plan.shape.parameter_count():,} parameters of {path} as {model_type(plan.shape)} in "
         f"{dtype.value}, {format_bytes(size)}"

@@ -43,7 +43,7 @@ def read_watched(path: Path) -> Iterator[RowBatch]:
     with ProgressBar(f"reading {path}", path.stat().st_size, shown=sizes) as bar:
         for batch in read_batches(path):
             yield batch
-            bar.update(batch.end)
+            bar.update(batch.ends[-1])
 
 
 def verify(reader: CheckpointReader) -> None:

@@ -145,7 +145,7 @@ def command(
             24 * _positive("--days", days),
             _positive("--tokens-per-parameter", 20.0 if tokens_per_parameter is None else tokens_per_parameter),
             _rate(mfu, rate_of, device),
-            {key: value for override in overrides or [] for key, value in parse_override(override).items()},
+            {key: value for override in overrides or [] for key, value in parse_override(override)},
         )
         options = {"--gpu-memory": gpu_memory, "--host-memory": host_memory, "--mfu": mfu, "--rate-of": rate_of}
         words = [word for name, value in options.items() if value is not None for word in (name, value)]

@@ -19,7 +19,7 @@ from megalm.planning.recipe_claims import changed_keys, judge, tolerances
 from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import Plan
 from megalm.topology import Axis, Overlay
-from megalm.utils.formatting import format_bytes, format_duration, table, terminal_width, wrapped
+from megalm.utils.formatting import format_bytes, format_duration, sections_text, table, terminal_width
 
 _STAGES_SHOWN = 8  # of a longer pipeline, the first and last stages
 _LONGEST_HOURS = 24 * 365 * 20  # a date beyond says nothing
@@ -111,10 +111,6 @@ def _range(first: int, last: int) -> str:
     return str(first) if first == last else f"{first}-{last}"
 
 
-def _of_largest(run: ResolvedRun) -> str:
-    return " of the largest batch" if run.stages.grow else ""
-
-
 def plan_text(
     plan: Plan,
     ranks_per_node: int,
@@ -128,6 +124,7 @@ def plan_text(
         data_rows, warnings: from `planned_data`.
         every_key: show defaults and the default preset's values beside the user's own settings.
     """
+    has_groups = plan.resolved.config.train.parameter_groups or plan.shape.mup_base_width is not None
     sections = {
         "Verdict": _verdict(plan),
         "Configuration": _configuration(plan, every_key),
@@ -135,7 +132,7 @@ def plan_text(
         "Ranks": grid_text(plan.resolved, plan.shape, ranks_per_node),
         **({"Schedules of the pipeline": _schedules(plan)} if plan.resolved.topology.pipeline > 1 else {}),
         "Parameters": _parameters(plan),
-        **({"Parameter groups": _groups(plan)} if _has_groups(plan) else {}),
+        **({"Parameter groups": _groups(plan)} if has_groups else {}),
         "Tokens and work": _tokens(plan),
         **({"Stages of the run": _training_stages(plan)} if plan.resolved.stages.grow else {}),
         "Data": "\n".join(text for _, text in data_rows) or _no_data(plan),
@@ -144,8 +141,7 @@ def plan_text(
         **({"Documented against computed": _documented(plan)} if plan.resolved.config.documented.claims else {}),
         "Notices": "\n".join([*plan.resolved.notices, *(f"WARNING: {text}" for text in warnings)]) or "none",
     }
-    width = terminal_width()
-    return "\n\n".join(f"{title}\n{wrapped(text, width)}" for title, text in sections.items())
+    return sections_text(sections)
 
 
 def fit_text(plan: Plan, limit: str) -> str:
@@ -272,6 +268,7 @@ def _triple(plan: Plan) -> tuple[int, int, int]:
 
 def _schedules(plan: Plan) -> str:
     own, best = plan.resolved.pipeline, plan.recommended_schedule
+    largest = " of the largest batch" if plan.resolved.stages.grow else ""
     rows = [
         [
             choice.schedule.name
@@ -291,7 +288,7 @@ def _schedules(plan: Plan) -> str:
     return "\n".join(
         [
             table(headings, rows),
-            f"({own.micro_batches} micro-batch(es) a step{_of_largest(plan.resolved)}; bubble: its share that ranks "
+            f"({own.micro_batches} micro-batch(es) a step{largest}; bubble: its share that ranks "
             "wait if stages take equal time; waits: with their blocks and head; messages: each way, of a micro-batch)",
             "recommended: " + ("this run's schedule" if best.schedule == own else keys),
         ]
@@ -308,10 +305,6 @@ def _parameters(plan: Plan) -> str:
     if plan.trained_parameters < total:
         rows.append(["of which train", f"{plan.trained_parameters:,}", f"{plan.trained_parameters / total:.1%}"])
     return table(["part", "parameters", "share"], rows)
-
-
-def _has_groups(plan: Plan) -> bool:
-    return bool(plan.resolved.config.train.parameter_groups) or plan.shape.mup_base_width is not None
 
 
 def _groups(plan: Plan) -> str:

@@ -17,7 +17,7 @@ from megalm.rehearsal.rehearsal_process import rehearse_run
 from megalm.rehearsal.rehearsal_report import WAITS, Phase, Rehearsal, RehearsalCase
 from megalm.rehearsal.verdict import Verdict, judge, planned_bytes, planned_memory
 from megalm.runs.run_settings import read_settings
-from megalm.utils.formatting import format_bytes, format_duration, table, terminal_width, wrapped
+from megalm.utils.formatting import format_bytes, format_duration, sections_text, table
 from megalm.utils.terminal import echo, echo_text
 
 _HEADINGS = {
@@ -97,8 +97,7 @@ def _text(rehearsal: Rehearsal, verdict: Verdict, case: RehearsalCase, plan: Pla
             else {"Sent in a step": _traffic(rehearsal, step), "Host and device in a step": _events(step)}
         ),
     }
-    width = terminal_width()
-    return "\n\n".join(f"{title}\n{wrapped(text, width)}" for title, text in sections.items())
+    return sections_text(sections)
 
 
 def _memory(rehearsal: Rehearsal, case: RehearsalCase, plan: Plan) -> str:

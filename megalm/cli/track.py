@@ -51,7 +51,7 @@ def report(
     The page is one HTML file without scripts that needs no network and no
     other file, so it can be mailed and printed. A run writes it at its end.
     """
-    from megalm.tracking.report import write_report  # loads the template engine
+    from megalm.tracking.report.page import write_report  # loads the template engine
 
     if output is not None and output.is_dir():
         raise ConfigError(f"{output} is a folder; name a file, such as {output / 'report.html'}")

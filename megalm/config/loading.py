@@ -367,7 +367,7 @@ def _command_line(overrides: Sequence[str]) -> _Layer:
     problems: list[str] = []
     for override in overrides:
         try:
-            for key, value in _parse_override(override):
+            for key, value in parse_override(override):
                 _set(leaves, key, value)
         except ConfigError as error:
             problems += error.problems
@@ -380,16 +380,12 @@ def _set(leaves: dict[str, Any], key: str, value: Any) -> None:
     leaves[key] = value
 
 
-def parse_override(override: str) -> dict[str, Any]:
-    """Dotted key -> value of one `key=value`; a whole section has several.
+def parse_override(override: str) -> Iterator[tuple[str, Any]]:
+    """Yield dotted key and value of one `key=value`; a whole section has several.
 
     Raises:
         ConfigError: it is not key=value, the key is unknown, or the value is not YAML.
     """
-    return dict(_parse_override(override))
-
-
-def _parse_override(override: str) -> Iterator[tuple[str, Any]]:
     if any("\ud800" <= character <= "\udfff" for character in override):
         raise ConfigError(f"{COMMAND_LINE}: {override!a} is not UTF-8; write it in UTF-8")
     key, equals, text = override.partition("=")

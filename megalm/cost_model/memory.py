@@ -1,7 +1,7 @@
 """The memory of a rank, part by part, as DeepSpeed 0.19.8 lays it out: no torch.
 
 Weights, gradients, master weights and moments are exact, padding included: a test compares them with a running engine.
-Buckets are formulas, and so is what activations.py adds: activations and the loss.
+Buckets are formulas, and so is what moments.py adds: activations and the loss.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from itertools import accumulate, chain, groupby
 
 from megalm.config.deepspeed.json_schema import Precision, ZeroSection
 from megalm.config.schema import OptimizerStateKind, ParameterGroup, Recompute
-from megalm.cost_model.activations import fullest_moment, offloaded_inputs
+from megalm.cost_model.moments import fullest_moment, offloaded_inputs, start_moments
 from megalm.cost_model.pipeline_balance import balanced_by_parameters
-from megalm.cost_model.start_memory import start_moments
 from megalm.model.model_config import ModelConfig, is_stacked, lowest_block
 from megalm.model.parameter_groups import MOMENTS, NO_GROUP, GroupKey, frozen_parameters, group_keys, optimizer_groups
 from megalm.parallel.pipeline_schedules import PipelineSchedule
@@ -174,7 +173,7 @@ def shares(
         stage_ranks: the rank of each stage; None: each rank has one.
     """
     owners = range(topology.pipeline) if stage_ranks is None else stage_ranks
-    counts = balanced_by_parameters(shape, owners)
+    counts = balanced_by_parameters(shape, owners) if len(owners) > 1 else (shape.num_hidden_layers,)
     blocks = [range(end - count, end) for count, end in zip(counts, accumulate(counts), strict=True)]
     for rank in range(topology.pipeline):
         own = tuple(stage for stage, owner in enumerate(owners) if owner == rank)
@@ -283,17 +282,17 @@ class MemoryCase:
     @property
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer's states lie in the CPU's memory or on NVMe."""
-        return self.zero.offload_optimizer is not None and self.zero.offload_optimizer.device != "none"
+        return self.zero.optimizer_device != "none"
 
     @property
     def offloads_parameters(self) -> bool:
         """Whether the weights lie in the CPU's memory."""
-        return self.zero.offload_param is not None and self.zero.offload_param.device != "none"
+        return self.zero.parameter_device != "none"
 
     @property
     def swaps(self) -> bool:
         """Whether the optimizer's states lie on NVMe."""
-        return self.zero.offload_optimizer is not None and self.zero.offload_optimizer.device == "nvme"
+        return self.zero.optimizer_device == "nvme"
 
     @property
     def uses_bf16_optimizer(self) -> bool:
@@ -385,7 +384,8 @@ def estimate_stages(case: MemoryCase) -> Iterator[MemoryPlan]:
     """The plans of the pipeline's ranks, of each kind the one that keeps most activations: the first rank, the last
     one, and those between them with each number of blocks, and of blocks with experts."""
     kinds: dict[ShareKind, list[Share]] = {}
-    for share in shares(case.shape, case.topology, case.sequence_parallel, case.schedule.stage_ranks):
+    stage_ranks = case.schedule.stage_ranks if case.topology.pipeline > 1 else None
+    for share in shares(case.shape, case.topology, case.sequence_parallel, stage_ranks):
         kinds.setdefault(share.kind, []).append(share)
     for alike in kinds.values():
         share = max(alike, key=lambda it: sum(fullest_moment(case, it, 0))) if len(alike) > 1 else alike[0]

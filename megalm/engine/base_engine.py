@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
 from megalm.checkpoint.shard_spec import Fragment
@@ -329,7 +330,8 @@ class EngineBase(ABC):
             settings["gradient_clipping"] = 0.0
         import_muon_uncompiled()
         read_norm_once()
-        register_groups(model, weight_groups, groups)
+        if groups.expert.size > 1 or deepspeed_groups._EXPERT_PARALLEL_GROUP:  # of an earlier engine of this process
+            register_groups(model, weight_groups, groups)
         with prints_to_log():
             self._engine, *_ = deepspeed.initialize(
                 model=model,
@@ -339,7 +341,8 @@ class EngineBase(ABC):
                 dist_init_required=False,
             )
         self._phase_seconds: dict[str, float] = {}
-        count_experts_once(self._engine.optimizer, groups.expert)
+        if groups.expert.size > 1:
+            count_experts_once(self._engine.optimizer, groups.expert)
         first = [name for name, group in copies.items() if group.index == 0]
         self._state = OptimizerState(self._engine, trained, shards, first, run.config.train.ema_decay)
         if isinstance(inner, Muon):

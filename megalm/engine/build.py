@@ -33,7 +33,8 @@ from megalm.parallel.expert_parallel import DividedExperts
 from megalm.parallel.process_groups import ParallelGroups, make_groups
 from megalm.parallel.sharded_linear import TensorProducts
 from megalm.parallel.tensor_parallel import TensorLayers
-from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
+from megalm.planning.memory_fit import loss_chunk_tokens
+from megalm.planning.resolve import ResolvedRun
 
 if TYPE_CHECKING:
     from megalm.engine.base_engine import EngineContext
@@ -96,7 +97,7 @@ def build_engine(
         layers.experts = DividedExperts(groups.expert)
     layers.router_losses = RouterLosses(train.router_aux_loss, train.router_z_loss)
     layers.expert_capacity_factor = train.expert_capacity_factor
-    if run.pipeline.divides_backward:
+    if run.topology.pipeline > 1 and run.pipeline.divides_backward:
         layers.weight_gradients = WeightGradients()
     if run.compiled:
         # A graph for each length and kind of layer, in training and in validation, and the loss's last chunk.
@@ -126,7 +127,6 @@ def _recomputation(run: ResolvedRun, device: torch.device) -> Recomputation:
 
 
 def _zero_engine(context: EngineContext, layers: LayerFactory, draw: DrawWeight | None) -> Engine:
-    from megalm.engine.optimizer.expert_states import mark_experts
     from megalm.engine.zero_engine import ZeroEngine
 
     run, shape = context.run, context.shape
@@ -136,7 +136,6 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, draw: DrawWeight 
 
         def fill(path: str, stage: nn.Module) -> None:
             weights.fill(stage, path)
-            mark_experts(stage, path, context.groups)
             if run.zero_stage == 3:
                 _partition(stage, context)
 
@@ -150,14 +149,12 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, draw: DrawWeight 
 def _pipeline_engine(
     context: EngineContext, build: StageBuilder, blocks: tuple[int, ...], draw: DrawWeight | None
 ) -> Engine:
-    from megalm.engine.optimizer.expert_states import mark_experts
     from megalm.engine.pipeline.pipeline_engine import PipelineEngine, PipelinePart
 
     run, pipeline = context.run, context.groups.pipeline
     part = PipelinePart(build, blocks, run.pipeline.stages_of(pipeline.index))
     with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups) as weights:
         weights.fill(part)
-    mark_experts(part, "", context.groups)
     if run.compiled:
         part.compile_blocks()
     return PipelineEngine(part, context)
@@ -175,7 +172,7 @@ class _InitialWeights:
     """
 
     def __init__(self, names: Sequence[str], draw: DrawWeight | None, groups: ParallelGroups) -> None:
-        self._draw = draw
+        self._draw, self._groups = draw, groups
         self._copies = {name: groups.copies_of(name) for name in names}
         self._turns = {name: place % self._copies[name].size for place, name in enumerate(names)}
         self._own = iter([name for name in names if self._turns[name] == self._copies[name].index])
@@ -190,7 +187,11 @@ class _InitialWeights:
 
     @torch.no_grad()
     def fill(self, module: nn.Module, path: str = "") -> None:
-        """Collective: fill a module, which is at `path` in the model."""
+        """Collective: fill a module, which is at `path` in the model, and mark its experts."""
+        if self._groups.expert.size > 1:
+            from megalm.engine.optimizer.expert_states import mark_experts
+
+            mark_experts(module, path, self._groups)
         for name, parameter in module.named_parameters(path):
             if self._draw is None:
                 parameter.fill_(_PLACEHOLDER)

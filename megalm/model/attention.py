@@ -73,8 +73,11 @@ class Attention(nn.Module):
         self.value = layers.column(shape.hidden_size, keys, shape.qkv_bias, parts=groups)
         self.output = layers.row(queries, shape.hidden_size, shape.attention_output_bias, parts=heads)
         self.normalizes_heads_together = shape.qk_norm == "whole"
-        self.query_norm = _query_or_key_norm(shape, layers, heads)
-        self.key_norm = _query_or_key_norm(shape, layers, groups)
+        self.query_norm: nn.Module = nn.Identity()
+        self.key_norm: nn.Module = nn.Identity()
+        if shape.qk_norm:
+            self.query_norm = _query_or_key_norm(shape, layers, heads)
+            self.key_norm = _query_or_key_norm(shape, layers, groups)
         self.rope = rope
 
     def forward(self, hidden: Tensor, mask: AttentionMask | None, cache: KeyValueCache | None = None) -> Tensor:
@@ -142,8 +145,6 @@ def _seed_generator(device: torch.device, seed: int) -> None:
 
 def _query_or_key_norm(shape: ModelConfig, layers: LayerFactory, heads: int) -> nn.Module:
     options = shape.norm_epsilon, shape.norm_zero_centered
-    if not shape.qk_norm:
-        return nn.Identity()
     if shape.qk_norm == "whole":
         return layers.norm_over_heads(heads * shape.head_dim, heads, *options)
     return layers.replicated(RMSNorm(shape.head_dim, *options), sharded=True)

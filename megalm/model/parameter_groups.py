@@ -102,7 +102,7 @@ def group_settings(
 
     Args:
         weight_decay: of the run's optimizer.
-        rate_scales: of `planning/optimizer_facts.py:OptimizerFacts.rate_scales`.
+        rate_scales: of `planning/resolve.py:OptimizerFacts.rate_scales`.
     """
     rule = rules[key.rule] if key.rule >= 0 else None
     decay = 0.0 if key.undecayed else weight_decay

@@ -37,10 +37,6 @@ class Recomputation:
     mlp_chunk_tokens: int | None = None
     inputs: OffloadedInputs | None = None
 
-    def of(self, block: int) -> Recompute:
-        """What is computed again in the block of this index."""
-        return "full" if self.every and block % self.every == 0 else self.kind
-
 
 KEEP_ALL = Recomputation()
 

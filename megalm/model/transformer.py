@@ -76,7 +76,8 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self._clock = clock
-        self._recompute = recomputation.of(layer - 1)
+        is_whole = recomputation.every > 0 and (layer - 1) % recomputation.every == 0
+        self._recompute = "full" if is_whole else recomputation.kind
         self._inputs = recomputation.inputs
         self._compiled_halves: tuple[Callable[..., Tensor], Callable[..., Tensor]] | None = None
         self._parallel = shape.parallel_residual

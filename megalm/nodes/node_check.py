@@ -18,7 +18,7 @@ import torch
 from megalm.communicator import Communicator
 from megalm.errors import ConfigError
 from megalm.nodes.node_report import RankReport, all_reduce_speed, identity_of_rank, with_figures, with_links
-from megalm.nodes.node_verdict import NodeFinding, has_slow, judge_nodes
+from megalm.nodes.node_verdict import NodeFinding, judge_nodes
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import RankFacts, RankPlace, job_and_restarts
 from megalm.runs.run_folder import RunFolder, read_mapping
@@ -125,7 +125,7 @@ def measure_nodes(
     all_reduce = all_reduce_speed(device, comm)
     own = measured()
     reports = comm.gather(own)
-    if has_slow(judge_nodes(reports, slow_factor)):
+    if any(not finding.forbids for finding in judge_nodes(reports, slow_factor)):
         reports = comm.gather(own.better_of(measured()))
         all_reduce = max(all_reduce, all_reduce_speed(device, comm))
     if device.type == "cuda":

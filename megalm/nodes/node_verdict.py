@@ -50,17 +50,14 @@ def judge_nodes(reports: Sequence[RankReport], slow_factor: float) -> list[NodeF
         reports: of all ranks, in their order.
         slow_factor: a device whose matrix product takes this multiple of the median is slow.
     """
-    found = [*_unseen_folders(reports), *_differences(reports), *_clocks(reports)]
+    unseen = {report.node: report.folder_problem for report in reports if report.folder_problem}
+    found = [NodeFinding(node, problem, forbids=True) for node, problem in unseen.items()]
+    found += [*_differences(reports), *_clocks(reports)]
     device = "cuda" if any(report.device.startswith("cuda") for report in reports) else "cpu"
     for figure in _figures(slow_factor, device):
         found += _below_median(reports, figure)
     order = list(dict.fromkeys(report.node for report in reports))
     return sorted(found, key=lambda finding: (not finding.forbids, order.index(finding.node)))
-
-
-def has_slow(findings: Sequence[NodeFinding]) -> bool:
-    """Whether a second measurement could change anything."""
-    return any(not finding.forbids for finding in findings)
 
 
 def _figures(slow_factor: float, device: str) -> tuple[_Figure, ...]:
@@ -96,12 +93,6 @@ def _below_median(reports: Sequence[RankReport], figure: _Figure) -> Iterator[No
     for node, (report, value) in worst.items():
         share = f"{value / median:.2f} of the median {figure.shown(median)}"
         yield NodeFinding(node, f"{figure.name} {figure.shown(value)}, {share} (rank {report.rank}, {report.device})")
-
-
-def _unseen_folders(reports: Sequence[RankReport]) -> Iterator[NodeFinding]:
-    problems = {report.node: report.folder_problem for report in reports if report.folder_problem}
-    for node, problem in problems.items():
-        yield NodeFinding(node, problem, forbids=True)
 
 
 def _differences(reports: Sequence[RankReport]) -> Iterator[NodeFinding]:

@@ -44,18 +44,14 @@ class Straggler:
     """A rank that has been slow for `lasted_seconds`."""
 
     place: RankPlace
-    quantity: Quantity
-    own_seconds: float
-    median_seconds: float
+    slow: SlowRank
     lasted_seconds: float
     temperature: float | None
 
     def fields(self) -> dict[str, Any]:
         """Return the fields of the event."""
-        numbers = {"own_seconds": self.own_seconds, "median_seconds": self.median_seconds}
-        place = {"rank": self.place.rank, "host": self.place.host, "device": self.place.device}
-        lasted = {"lasted_seconds": self.lasted_seconds, "temperature": self.temperature}
-        return {**place, "quantity": self.quantity, **numbers, **lasted}
+        place = {"host": self.place.host, "device": self.place.device}
+        return {**vars(self.slow), **place, "lasted_seconds": self.lasted_seconds, "temperature": self.temperature}
 
     def __str__(self) -> str:
         return describe_straggler(self.fields())
@@ -180,14 +176,7 @@ class StragglerWatch:
         self._next_step = step + max(1, math.ceil(self._exchange_seconds / max(longest, 1e-6)))
         found = slow_ranks(paces, self._work, self._times.factor)
         return [
-            Straggler(
-                self._places[slow.rank],
-                slow.quantity,
-                slow.own_seconds,
-                slow.median_seconds,
-                lasted,
-                paces[slow.rank].temperature,
-            )
+            Straggler(self._places[slow.rank], slow, lasted, paces[slow.rank].temperature)
             for slow, lasted in self._times.add(found, elapsed)
         ]
 

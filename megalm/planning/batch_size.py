@@ -133,7 +133,7 @@ def plan_batch(
         if size % ranks:
             raise ConfigError(
                 f"{name}={size} does not divide over {ranks} data-parallel ranks; "
-                f"use {_nearest_multiples(size, ranks)}, or {_words(divisors(size))} ranks"
+                f"use {nearest_multiples(size, ranks)}, or {_words(divisors(size))} ranks"
             )
     per_rank, later = total // ranks, [stage.sequences for stage in run_batch.later]
     if not isinstance(micro, int):
@@ -151,7 +151,7 @@ def plan_batch(
         if size % (micro * ranks):
             raise ConfigError(
                 f"{name}={size} is not a multiple of train_micro_batch_size_per_gpu={micro} x {ranks} data-parallel "
-                f"ranks = {micro * ranks}; use {_nearest_multiples(size, micro * ranks)}, or a micro-batch of "
+                f"ranks = {micro * ranks}; use {nearest_multiples(size, micro * ranks)}, or a micro-batch of "
                 f"{_words(divisors(math.gcd(per_rank, *(batch // ranks for batch in later))))}"
             )
     return BatchPlan(total, micro, steps, ranks), notices
@@ -200,12 +200,13 @@ def _contradiction(named: str, total: int, micro: int, steps: int, topology: Top
     fits = f", or {_words(divisors(fitting))} data-parallel ranks" if not remainder else ""
     return (
         f"{named}={total} is not a multiple of train_micro_batch_size_per_gpu={micro} x {ranks} data-parallel "
-        f"ranks = {micro * ranks}; use a batch of {_nearest_multiples(total, micro * ranks)}, "
+        f"ranks = {micro * ranks}; use a batch of {nearest_multiples(total, micro * ranks)}, "
         f"a micro-batch of {_words(near)}{fits}"
     )
 
 
-def _nearest_multiples(value: int, step: int) -> str:
+def nearest_multiples(value: int, step: int) -> str:
+    """Return the multiples of `step` below and above a value, in words."""
     below = value // step * step
     return f"{below} or {below + step}" if below else str(step)
 

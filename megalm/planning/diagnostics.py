@@ -9,6 +9,10 @@ from megalm.config.deepspeed.json_reader import DeepSpeedConfig
 from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError
 
+# Of a DeepSpeed JSON.
+MEASURING_SECTIONS = frozenset(
+    ("flops_profiler", "comms_logger", "wall_clock_breakdown", "timers", "dump_state", "memory_breakdown")
+)
 MOST_PROFILED_STEPS = 100  # the profiler holds them in memory
 TRAFFIC_STEPS = 10  # traffic is the same in every step, so a few suffice
 

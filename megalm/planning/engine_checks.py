@@ -6,20 +6,15 @@ DeepSpeed 0.19.8 runs several of the refused combinations without a message and 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, choose_precision
-from megalm.config.deepspeed.json_schema import (
-    DeepSpeedSettings,
-    OffloadOptimizerSection,
-    OffloadParamSection,
-    Precision,
-    ZeroSection,
-)
-from megalm.config.loading import LoadedConfig
+from megalm.config.deepspeed.json_schema import DeepSpeedSettings, Precision, ZeroSection
+from megalm.config.loading import LoadedConfig, value_of
 from megalm.config.schema import Recompute, RunConfig
-from megalm.errors import ConfigError
+from megalm.config.validation import leaf_fields, shown
+from megalm.errors import ConfigError, MegalmError
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.parameter_groups import GroupKey, frozen_parameters, group_keys
 from megalm.topology import Topology
@@ -60,6 +55,10 @@ class CheckContext:
         """Whether train.steps is the length of the run; tokens turn into steps once the batch is known."""
         return self.config.train.tokens is None and self.config.train.tokens_per_parameter is None
 
+    def is_given(self, key: str) -> bool:
+        """Whether a person set this key of the run configuration, not a preset."""
+        return key in self.loaded.explicit_keys
+
     @property
     def topology(self) -> Topology:
         parallel = self.config.parallel
@@ -77,72 +76,79 @@ class CheckContext:
         dimensions = {name: len(size) for name, size in self.shape.parameters().items()}
         return group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay, self.settings.uses_muon)
 
-    @property
-    def offloads(self) -> Iterator[tuple[str, OffloadOptimizerSection | OffloadParamSection]]:
-        """Name and section of each offload to a device."""
-        for name in ("offload_optimizer", "offload_param"):
-            offload = getattr(self.zero, name)
-            if offload is not None and offload.device != "none":
-                yield name, offload
+
+# Yields one line for each problem, and may raise another one.
+Rule = Callable[[CheckContext], Iterator[str]]
+# A key, what it does, the key without which that has no effect, and a value of that.
+Need = tuple[str, str, str, str]
 
 
-Rule = Callable[[CheckContext], None]
+def broken_by(rule: Rule, case: CheckContext) -> Iterator[MegalmError]:
+    """Yield what breaks a rule."""
+    try:
+        for line in rule(case):
+            yield ConfigError(line)
+    except MegalmError as error:
+        yield error
+
+
+def unmet(config: RunConfig, needs: Iterable[Need]) -> Iterator[str]:
+    """Yield a line for each key that is set without the key that it needs."""
+    for key, does, other, use in needs:
+        value, default, there = value_of(config, key), leaf_fields(RunConfig)[key].default, value_of(config, other)
+        is_set = value not in (default, ()) and (value is not False or default is True)
+        if is_set and there is not True and there in (None, False, 1):
+            given = value if isinstance(value, str) else f"{value:g}" if isinstance(value, float) else shown(value)
+            yield f"{key}={given} {does}, but {other}={shown(there)}; use {other}={use}, or remove {key}"
 
 
 # --- the DeepSpeed JSON -----------------------------------------------------------------------------------------------
 
 
-def one_learning_rate(case: CheckContext) -> None:
-    given = case.settings.peak_learning_rate
-    if given is not None and "schedule.peak_learning_rate" in case.loaded.explicit_keys:
-        peak = case.config.schedule.peak_learning_rate
-        source = case.loaded.sources["schedule.peak_learning_rate"]
-        raise ConfigError(
-            f"{given[0]}={given[1]:g} ({case.ds.path}) and schedule.peak_learning_rate={peak:g} ({source}) "
-            "set the same value; remove one"
+def one_learning_rate(case: CheckContext) -> Iterator[str]:
+    given, key = case.settings.peak_learning_rate, "schedule.peak_learning_rate"
+    if given is not None and case.is_given(key):
+        peak, source = case.config.schedule.peak_learning_rate, case.loaded.sources[key]
+        yield (f"{given[0]}={given[1]:g} ({case.ds.path}) and {key}={peak:g} ({source}) set the same value; remove one")
+
+
+def precision_can_be_had(case: CheckContext) -> Iterator[str]:
+    settings, device, path, precision = case.settings, case.device, case.ds.path, case.precision
+    if settings.fp16.enabled is True and settings.bf16.enabled is True:
+        yield f"{path}: fp16.enabled and bf16.enabled are both true; keep one"
+    if settings.bf16.enabled is True and device.kind == "cuda" and not device.bf16:
+        yield f'{path}: bf16.enabled=true, but this device has no bf16; use "auto", fp16 or fp32'
+    if precision == "fp16" and device.kind == "cpu" and os.environ.get(ALLOW_CPU_FP16) != "1":
+        yield (
+            f"{path}: fp16.enabled=true, but fp16 is a thousand times slower on a CPU; use bf16 or fp32, plan for a "
+            f"GPU with --gpu NAME, or set {ALLOW_CPU_FP16}=1 for a test"
         )
-
-
-def one_low_precision(case: CheckContext) -> None:
-    if case.settings.fp16.enabled is True and case.settings.bf16.enabled is True:
-        raise ConfigError(f"{case.ds.path}: fp16.enabled and bf16.enabled are both true; keep one")
-
-
-def device_has_bf16(case: CheckContext) -> None:
-    if case.settings.bf16.enabled is True and case.device.kind == "cuda" and not case.device.bf16:
-        raise ConfigError(f'{case.ds.path}: bf16.enabled=true, but this device has no bf16; use "auto", fp16 or fp32')
-
-
-def fp16_needs_a_gpu(case: CheckContext) -> None:
-    if case.precision == "fp16" and case.device.kind == "cpu" and os.environ.get(ALLOW_CPU_FP16) != "1":
-        raise ConfigError(
-            f"{case.ds.path}: fp16.enabled=true, but fp16 is a thousand times slower on a CPU; use bf16 or fp32, "
-            f"plan for a GPU with --gpu NAME, or set {ALLOW_CPU_FP16}=1 for a test"
-        )
+    for key, chosen in (
+        ("data_types.grad_accum_dtype", settings.data_types.grad_accum_dtype),
+        ("communication_data_type", settings.communication_data_type),
+    ):
+        if chosen is not None and chosen not in (precision, "fp32"):
+            yield f"{path}: {key}={chosen} cannot hold gradients of {precision}; use fp32"
 
 
 _FLOAT8_MULTIPLE = 16  # of both dimensions of a float8 product's factors
 
 
-def float8_has_its_kernel(case: CheckContext) -> None:
+def float8_fits(case: CheckContext) -> Iterator[str]:
     """The kernel that scales rows needs a GPU of capability 8.9 and gives bf16; a CPU emulates it in any type."""
-    if not case.config.precision.float8 or case.device.kind == "cpu":
-        return
-    if not case.device.float8:
-        raise ConfigError(
-            f"precision.float8=true needs a GPU of capability 8.9 or later (L4, L40S, RTX 4090, H100 and newer), but "
-            f"{case.device.name or 'this GPU'} multiplies no float8; remove it"
-        )
-    if case.precision != "bf16":
-        raise ConfigError(
-            f"precision.float8=true needs bf16, the result of its products, but the precision is {case.precision} "
-            f"({case.ds.path}); set bf16.enabled=true, or remove it"
-        )
-
-
-def float8_divides_the_model(case: CheckContext) -> None:
     if not case.config.precision.float8:
         return
+    on_gpu, key = case.device.kind == "cuda", "precision.float8=true"
+    if on_gpu and not case.device.float8:
+        yield (
+            f"{key} needs a GPU of capability 8.9 or later (L4, L40S, RTX 4090, H100 and newer), but "
+            f"{case.device.name or 'this GPU'} multiplies no float8; remove it"
+        )
+    elif on_gpu and case.precision != "bf16":
+        yield (
+            f"{key} needs bf16, the result of its products, but the precision is {case.precision} ({case.ds.path}); "
+            "set bf16.enabled=true, or remove it"
+        )
     shape, degree, context = case.shape, case.config.parallel.tensor, case.config.parallel.context
     heads, key_heads = shape.num_attention_heads // degree, max(1, shape.num_key_value_heads // degree)
     for name, size in (
@@ -153,113 +159,84 @@ def float8_divides_the_model(case: CheckContext) -> None:
         *((f"a rank's part of data.sequence_length={it}", it // context) for it in case.config.data.sequence_lengths),
     ):
         if size % _FLOAT8_MULTIPLE:
-            raise ConfigError(
-                f"precision.float8=true: {name} is {size}, not a multiple of {_FLOAT8_MULTIPLE}, as float8 products "
-                "need; change it or remove precision.float8"
+            yield (
+                f"{key}: {name} is {size}, not a multiple of {_FLOAT8_MULTIPLE}, as float8 products need; change it or "
+                "remove precision.float8"
             )
+            return
 
 
-def float8_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
-    """Return a notice where float8 products are emulated."""
-    emulated = config.precision.float8 and device.kind == "cpu"
-    return ["precision.float8=true: this CPU emulates float8 products, slower than without"] if emulated else []
+def engine_notices(config: RunConfig, device: DeviceFacts, shape: ModelConfig) -> Iterator[str]:
+    """Yield a notice of each setting that does less on this device or model than it says."""
+    if config.precision.float8 and device.kind == "cpu":
+        yield "precision.float8=true: this CPU emulates float8 products, slower than without"
+    if config.train.offload_activations and device.kind == "cpu":
+        yield (
+            "train.offload_activations=true on a CPU: block inputs are copied within its memory, and nothing is saved"
+        )
+    if config.compile == "auto" and device.kind == "cuda" and not device.compiles:
+        yield (
+            'compile ("auto"): false; torch.compile needs Triton, a C compiler, Python.h and compute capability 7.0 '
+            "here"
+        )
+    if shape.tie_word_embeddings and _TABLE in frozen_parameters(shape, config.train.parameter_groups):
+        yield f"train.parameter_groups freezes {_TABLE}, which is the head as well: model.tie_word_embeddings=true"
 
 
-def offload_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
-    """Return a notice where offloaded activations save nothing."""
-    if device.kind == "cuda" or not config.train.offload_activations:
-        return []
-    return ["train.offload_activations=true on a CPU: block inputs are copied within its memory, and nothing is saved"]
-
-
-def compile_notices(config: RunConfig, device: DeviceFacts) -> list[str]:
-    """Return a notice where "auto" compiles nothing on a GPU."""
-    if config.compile != "auto" or device.kind == "cpu" or device.compiles:
-        return []
-    return [
-        'compile ("auto"): false; torch.compile needs Triton, a C compiler, Python.h and compute capability 7.0 here'
-    ]
-
-
-def frozen_notices(config: RunConfig, shape: ModelConfig) -> list[str]:
-    """Return a notice where a frozen embedding is the head too."""
-    if not shape.tie_word_embeddings or _TABLE not in frozen_parameters(shape, config.train.parameter_groups):
-        return []
-    return [f"train.parameter_groups freezes {_TABLE}, which is the head as well: model.tie_word_embeddings=true"]
-
-
-def gradient_precision(case: CheckContext) -> None:
-    for key, chosen in (
-        ("data_types.grad_accum_dtype", case.settings.data_types.grad_accum_dtype),
-        ("communication_data_type", case.settings.communication_data_type),
-    ):
-        if chosen is not None and chosen not in (case.precision, "fp32"):
-            raise ConfigError(f"{case.ds.path}: {key}={chosen} cannot hold gradients of {case.precision}; use fp32")
-
-
-def nvme_needs_stage_3_and_path(case: CheckContext) -> None:
-    offload = case.zero.offload_optimizer
+def states_on_nvme(case: CheckContext) -> Iterator[str]:
+    """Only the optimizer's states lie on a disk, in ZeRO 3."""
+    offload, path = case.zero.offload_optimizer, case.ds.path
+    if case.zero.parameter_device == "nvme":
+        yield (
+            f"{path}: offload_param.device=nvme is not tested; use cpu there, and nvme for offload_optimizer, which is "
+            "six times as large"
+        )
     if offload is None or offload.device != "nvme":
         return
+    here = f"{path}: offload_optimizer"
     if case.zero.stage != 3:
-        raise ConfigError(
-            f"{case.ds.path}: offload_optimizer.device=nvme needs zero_optimization.stage 3, but the stage is "
-            f"{case.zero.stage}; use cpu"
-        )
-    if offload.nvme_path is None:
-        raise ConfigError(
-            f"{case.ds.path}: offload_optimizer.device=nvme needs offload_optimizer.nvme_path, a folder on that disk"
-        )
-
-
-def gds_needs_a_gpu(case: CheckContext) -> None:
-    if case.settings.aio is not None and case.settings.aio.use_gds and case.device.kind == "cpu":
-        raise ConfigError(f"{case.ds.path}: aio.use_gds=true needs a GPU, but this device is a CPU; remove it")
-
-
-def buckets_are_even(case: CheckContext) -> None:
-    size = case.zero.allgather_bucket_size
-    if case.zero.stage in (1, 2) and size % 2:
-        raise ConfigError(f"{case.ds.path}: zero_optimization.allgather_bucket_size={size} is odd; use {size + 1}")
-
-
-def nvme_keeps_optimizer_states_only(case: CheckContext) -> None:
-    optimizer, parameters = case.zero.offload_optimizer, case.zero.offload_param
-    if parameters is not None and parameters.device == "nvme":
-        raise ConfigError(
-            f"{case.ds.path}: offload_param.device=nvme is not tested; use cpu there, and nvme for offload_optimizer, "
-            "which is six times as large"
-        )
-    if optimizer is None or optimizer.device != "nvme":
-        return
+        yield (f"{here}.device=nvme needs zero_optimization.stage 3, but the stage is {case.zero.stage}; use cpu")
+    elif offload.nvme_path is None:
+        yield f"{here}.device=nvme needs offload_optimizer.nvme_path, a folder on that disk"
     for name in ("pipeline_read", "pipeline_write"):
-        if getattr(optimizer, name):
-            raise ConfigError(f"{case.ds.path}: offload_optimizer.{name}=true is not tested; remove it")
-    if optimizer.buffer_count < _STATES_AND_GRADIENT:
-        raise ConfigError(
-            f"{case.ds.path}: offload_optimizer.buffer_count={optimizer.buffer_count} is too small for a master, its "
-            f"moments and its gradient; use {_STATES_AND_GRADIENT} or more"
+        if getattr(offload, name):
+            yield f"{here}.{name}=true is not tested; remove it"
+    if offload.buffer_count < _STATES_AND_GRADIENT:
+        yield (
+            f"{here}.buffer_count={offload.buffer_count} is too small for a master, its moments and its gradient; use "
+            f"{_STATES_AND_GRADIENT} or more"
         )
     if case.config.checkpoint.asynchronous:
-        raise ConfigError(
-            f"checkpoint.async=true needs a copy in memory of the state that {case.ds.path} keeps on disk "
+        yield (
+            f"checkpoint.async=true needs a copy in memory of the state that {path} keeps on disk "
             "(offload_optimizer.device=nvme); remove one of them"
+        )
+    if (decay := case.config.train.ema_decay) is not None:
+        yield (
+            f"train.ema_decay={decay:g} averages weights that offload_optimizer.device=nvme ({path}) keeps on the "
+            "disk; use offload_optimizer.device=cpu, or remove train.ema_decay"
         )
 
 
-def gradients_are_reduced_as_the_stage_can(case: CheckContext) -> None:
+def zero_sizes_can_be_had(case: CheckContext) -> Iterator[str]:
+    size, path = case.zero.allgather_bucket_size, case.ds.path
+    if case.settings.aio is not None and case.settings.aio.use_gds and case.device.kind == "cpu":
+        yield f"{path}: aio.use_gds=true needs a GPU, but this device is a CPU; remove it"
+    if case.zero.stage in (1, 2) and size % 2:
+        yield f"{path}: zero_optimization.allgather_bucket_size={size} is odd; use {size + 1}"
+
+
+def gradients_are_reduced_as_the_stage_can(case: CheckContext) -> Iterator[str]:
     wanted, stage = case.config.train.reduce_gradients, case.zero.stage
     why = ""
     if wanted == "step" and stage == 3:
         why = "ZeRO 3 keeps no whole gradients; use stage 2"
-    elif wanted == "step" and stage == 2 and any(name == "offload_optimizer" for name, _ in case.offloads):
+    elif wanted == "step" and stage == 2 and case.zero.optimizer_device != "none":
         why = "offload_optimizer keeps no whole gradients on the device; remove one of them"
     elif wanted == "micro_batch" and stage < 2:
         why = f"stage {stage} reduces gradients once a step; remove the key, or use stage 2"
     if why:
-        raise ConfigError(
-            f"train.reduce_gradients={wanted} with zero_optimization.stage={stage} ({case.ds.path}): {why}"
-        )
+        yield f"train.reduce_gradients={wanted} with zero_optimization.stage={stage} ({case.ds.path}): {why}"
 
 
 def runs_compiled(config: RunConfig, device: DeviceFacts, zero: ZeroSection) -> bool:
@@ -296,86 +273,51 @@ def is_divided(config: RunConfig, zero: ZeroSection) -> bool:
     return zero.stage == 3 or max(parallel.tensor, parallel.context, parallel.pipeline, parallel.expert) > 1
 
 
-def recomputation_is_one(case: CheckContext) -> None:
-    train = case.config.train
-    if train.recompute == "none":
-        return
-    if train.checkpoint_activations_every:
-        raise ConfigError(
-            f"train.recompute={train.recompute} and train.checkpoint_activations_every="
-            f"{train.checkpoint_activations_every} both choose what the backward pass recomputes; remove one of them "
-            "(train.recompute=full is every block)"
+def recomputation_is_one(case: CheckContext) -> Iterator[str]:
+    config, train, zero = case.config, case.config.train, case.zero
+    kind, every, chunk = train.recompute, train.checkpoint_activations_every, train.mlp_chunk_tokens
+    if kind != "none" and every:
+        yield (
+            f"train.recompute={kind} and train.checkpoint_activations_every={every} both choose what the backward pass "
+            "recomputes; remove one of them (train.recompute=full is every block)"
         )
-    why = "" if train.recompute == "auto" else no_recomputation(train.recompute, case.config, case.device, case.zero)
-    if why:
-        raise ConfigError(f"train.recompute={train.recompute} with {why}")
-
-
-def tiles_run_as_blocks_do(case: CheckContext) -> None:
-    chunk = case.config.train.mlp_chunk_tokens
-    if chunk is not None and runs_compiled(case.config, case.device, case.zero) and is_divided(case.config, case.zero):
-        raise ConfigError(f"train.mlp_chunk_tokens={chunk} with compiled blocks: {_HALVES}; set compile=false")
-
-
-def offloaded_inputs_are_recomputed_from(case: CheckContext) -> None:
-    train = case.config.train
-    if train.offload_activations and train.recompute != "full" and not train.checkpoint_activations_every:
-        raise ConfigError(
-            f"train.offload_activations=true with train.recompute={train.recompute}: inputs of blocks that are "
-            "recomputed whole are offloaded, and here none is; set train.recompute=full"
+    elif kind != "auto" and (why := no_recomputation(kind, config, case.device, zero)):
+        yield f"train.recompute={kind} with {why}"
+    if chunk is not None and is_divided(config, zero) and runs_compiled(config, case.device, zero):
+        yield f"train.mlp_chunk_tokens={chunk} with compiled blocks: {_HALVES}; set compile=false"
+    if train.offload_activations and kind != "full" and not every:
+        yield (
+            f"train.offload_activations=true with train.recompute={kind}: inputs of blocks that are recomputed whole "
+            "are offloaded, and here none is; set train.recompute=full"
         )
 
 
-def offloaded_states_are_fp32(case: CheckContext) -> None:
-    states = case.config.train.optimizer_state
-    if states != "fp32" and any(name == "offload_optimizer" for name, _ in case.offloads):
-        raise ConfigError(
-            f"train.optimizer_state={states} with offload_optimizer ({case.ds.path}): DeepSpeed's CPU Adam keeps its "
-            "moments in fp32; remove one of them"
+def states_are_those_of_the_optimizer(case: CheckContext) -> Iterator[str]:
+    states, path, muon = case.config.train.optimizer_state, case.ds.path, 'optimizer.type="Muon"'
+    if states != "fp32" and case.zero.optimizer_device != "none":
+        yield (
+            f"train.optimizer_state={states} with offload_optimizer ({path}): DeepSpeed's CPU Adam keeps its moments "
+            "in fp32; remove one of them"
         )
-
-
-def ema_is_in_memory(case: CheckContext) -> None:
-    offload, decay = case.zero.offload_optimizer, case.config.train.ema_decay
-    if decay is not None and offload is not None and offload.device == "nvme":
-        raise ConfigError(
-            f"train.ema_decay={decay:g} averages weights that offload_optimizer.device=nvme ({case.ds.path}) keeps on "
-            "the disk; use offload_optimizer.device=cpu, or remove train.ema_decay"
+    if case.settings.uses_muon and states != "fp32":
+        yield (
+            f"train.optimizer_state={states} with {muon} ({path}): it shortens Adam's moments only, and Muon has half "
+            "of them; remove train.optimizer_state"
         )
-
-
-def muon_keeps_its_states(case: CheckContext) -> None:
-    if not case.settings.uses_muon:
-        return
-    states = case.config.train.optimizer_state
-    if states != "fp32":
-        raise ConfigError(
-            f'train.optimizer_state={states} with optimizer.type="Muon" ({case.ds.path}): it shortens Adam\'s moments '
-            "only, and Muon has half of them; remove train.optimizer_state"
-        )
-    if any(name == "offload_optimizer" for name, _ in case.offloads):
-        raise ConfigError(
-            f'{case.ds.path}: offload_optimizer with optimizer.type="Muon": DeepSpeed\'s CPU Adam updates offloaded '
-            "states, and the CPU is too slow to orthogonalise matrices; remove offload_optimizer, or use AdamW"
+    elif case.settings.uses_muon and case.zero.optimizer_device != "none":
+        yield (
+            f"{path}: offload_optimizer with {muon}: DeepSpeed's CPU Adam updates offloaded states, and the CPU is too "
+            "slow to orthogonalise matrices; remove offload_optimizer, or use AdamW"
         )
 
 
 DEEPSPEED_RULES: tuple[Rule, ...] = (
     one_learning_rate,
-    one_low_precision,
-    device_has_bf16,
-    fp16_needs_a_gpu,
-    float8_has_its_kernel,
-    gradient_precision,
-    nvme_needs_stage_3_and_path,
-    gds_needs_a_gpu,
-    buckets_are_even,
-    nvme_keeps_optimizer_states_only,
+    precision_can_be_had,
+    float8_fits,
+    states_on_nvme,
+    zero_sizes_can_be_had,
     gradients_are_reduced_as_the_stage_can,
     recomputation_is_one,
-    tiles_run_as_blocks_do,
-    offloaded_inputs_are_recomputed_from,
-    offloaded_states_are_fp32,
-    muon_keeps_its_states,
-    ema_is_in_memory,
+    states_are_those_of_the_optimizer,
 )

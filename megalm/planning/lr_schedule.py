@@ -14,7 +14,7 @@ that the rate of each past step is known.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
@@ -131,7 +131,7 @@ def learning_rate(schedule: ScheduleFacts, step: int) -> float:
         if schedule.warmup_kind == "log":
             return schedule.initial_learning_rate + rise * math.log(step) / math.log(warmup)
         return schedule.initial_learning_rate + rise * step / warmup
-    return _KINDS[schedule.kind](schedule, min(step, schedule.steps, schedule.decay_end))
+    return _rate_by_kind(schedule, min(step, schedule.steps, schedule.decay_end))
 
 
 _LAG = 2  # of DeepSpeed's index behind the step
@@ -156,43 +156,19 @@ def _deepspeed_rate(schedule: ScheduleFacts, step: int) -> float:
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _line(first: float, last: float, step: int, start: int, end: int) -> float:
-    """Interpolate linearly from `first` at step `start` to `last` at step `end`."""
-    return first + (last - first) * ((step - start) / (end - start) if end > start else 1.0)
-
-
-def _cosine(schedule: ScheduleFacts, step: int) -> float:
-    progress = _line(0.0, 1.0, step, schedule.warmup_steps, schedule.decay_end)
-    height = schedule.peak_learning_rate - schedule.final_learning_rate
-    return schedule.final_learning_rate + height * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _linear(schedule: ScheduleFacts, step: int) -> float:
-    ends = schedule.peak_learning_rate, schedule.final_learning_rate
-    return _line(*ends, step, schedule.warmup_steps, schedule.decay_end)
-
-
-def _constant(schedule: ScheduleFacts, step: int) -> float:
-    return schedule.peak_learning_rate
-
-
-def _wsd(schedule: ScheduleFacts, step: int) -> float:
-    """Warm-up, stable, decay (Hu et al., 2024): the peak until the last `decay_steps`, then a straight line down."""
-    start = max(schedule.warmup_steps, schedule.decay_end - schedule.decay_steps)
-    if step <= start:
-        return schedule.peak_learning_rate
-    return _line(schedule.peak_learning_rate, schedule.final_learning_rate, step, start, schedule.decay_end)
-
-
-def _inverse_sqrt(schedule: ScheduleFacts, step: int) -> float:
-    """peak x sqrt(warmup / step), as in Vaswani et al., 2017."""
-    return schedule.peak_learning_rate * math.sqrt(max(schedule.warmup_steps, 1) / step)
-
-
-_KINDS: dict[ScheduleKind, Callable[[ScheduleFacts, int], float]] = {
-    "cosine": _cosine,
-    "linear": _linear,
-    "constant": _constant,
-    "wsd": _wsd,
-    "inverse_sqrt": _inverse_sqrt,
-}
+def _rate_by_kind(schedule: ScheduleFacts, step: int) -> float:
+    """The rate of a step behind the warm-up, up to the end of the decay."""
+    peak, final, warmup = schedule.peak_learning_rate, schedule.final_learning_rate, schedule.warmup_steps
+    start, end = warmup, schedule.decay_end
+    if schedule.kind == "constant":
+        return peak
+    if schedule.kind == "inverse_sqrt":  # as in Vaswani et al., 2017
+        return peak * math.sqrt(max(warmup, 1) / step)
+    if schedule.kind == "wsd":  # warm-up, stable, decay (Hu et al., 2024): the last `decay_steps` are a line down
+        start = max(warmup, end - schedule.decay_steps)
+        if step <= start:
+            return peak
+    progress = (step - start) / (end - start) if end > start else 1.0
+    if schedule.kind == "cosine":
+        return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
+    return peak + (final - peak) * progress

@@ -7,114 +7,98 @@ from collections.abc import Iterator
 
 from megalm.config.schema import ROPE_SCALING_KEYS, ModelSection, RopeScaling
 from megalm.cost_model.memory import BYTES
-from megalm.errors import ConfigError
 from megalm.model.model_config import ModelConfig
-from megalm.planning.engine_checks import CheckContext, Rule, is_divided, runs_compiled
+from megalm.planning.batch_size import nearest_multiples
+from megalm.planning.engine_checks import CheckContext, Need, Rule, is_divided, runs_compiled, unmet
 
 
-def hidden_divides_into_heads(case: CheckContext) -> None:
-    model = case.config.model
-    if model.head_dim is None and model.hidden_size % model.num_attention_heads:
-        raise ConfigError(
-            f"model.hidden_size={model.hidden_size} does not divide into model.num_attention_heads="
-            f"{model.num_attention_heads}; change one of them or set model.head_dim"
-        )
-
-
-def vocabulary_is_a_multiple(case: CheckContext) -> None:
-    entries, multiple = case.config.model.vocab_size, case.config.model.vocab_multiple
+def sizes_divide(case: CheckContext) -> Iterator[str]:
+    model, length = case.config.model, case.config.data.sample_length
+    heads, groups, entries = model.num_attention_heads, model.num_key_value_heads, model.vocab_size
+    multiple, positions = model.vocab_multiple, model.max_position_embeddings
     if entries is not None and multiple is not None and entries % multiple:
-        raise ConfigError(
+        yield (
             f"model.vocab_size={entries} is not a multiple of model.vocab_multiple={multiple}; remove one of them, or "
             f"set model.vocab_size={math.ceil(entries / multiple) * multiple}"
         )
-
-
-def heads_divide_into_groups(case: CheckContext) -> None:
-    heads, groups = case.config.model.num_attention_heads, case.config.model.num_key_value_heads
+    if model.head_dim is None and model.hidden_size % heads:
+        yield (
+            f"model.hidden_size={model.hidden_size} does not divide into model.num_attention_heads={heads}; change one "
+            "of them or set model.head_dim"
+        )
     if groups is not None and heads % groups:
-        raise ConfigError(
-            f"model.num_attention_heads={heads} does not divide into model.num_key_value_heads={groups}; "
-            "use equally many heads for each key/value head"
+        yield (
+            f"model.num_attention_heads={heads} does not divide into model.num_key_value_heads={groups}; use equally "
+            "many heads for each key/value head"
         )
-
-
-def model_choices_fit(case: CheckContext) -> None:
-    model, shape = case.config.model, case.shape
-    problems = [
-        f"model.{name} names layer {layer}, but the model has the layers 0 to {shape.num_hidden_layers - 1}"
-        for name in ("no_rope_layers", "full_attention_layers")
-        for layer in getattr(shape, name)
-        if layer >= shape.num_hidden_layers
-    ]
-    rotary = ("rope_local_theta", "rope_scaling", "no_rope_layers")
-    if shape.position_embedding_type != "rope":
-        given = [name for name in rotary if getattr(model, name)]
-        given += ["partial_rotary_factor"] if model.partial_rotary_factor != 1 else []
-        problems += [f"model.{name} needs model.position_embedding_type=rope" for name in given]
-    elif shape.rotary_dim % 2 or not shape.rotary_dim:
-        part = model.partial_rotary_factor
-        what = f"head_dim={shape.head_dim} (model.hidden_size / model.num_attention_heads)"
-        what += f" x model.partial_rotary_factor={part}" if part != 1 else ""
-        problems.append(f"{what}: rotary positions need an even number of dimensions")
-    if shape.sliding_window is None:
-        given = [name for name in ("full_attention_layers", "rope_local_theta") if getattr(model, name)]
-        problems += [f"model.{name} needs model.sliding_window" for name in given]
-    problems += _idle_layer_choices(model, shape)
-    if model.mup_base_width is not None and model.attention_scale is not None:
-        problems.append(
-            f"model.attention_scale={model.attention_scale:g} beside model.mup_base_width={model.mup_base_width}, "
-            "which sets it to 1/head_dim: remove one of them"
+    if positions is not None and length > positions:
+        yield (
+            f"data.sequence_length={length} is longer than model.max_position_embeddings={positions}; shorten the one "
+            "or raise the other"
         )
-    if shape.norm_zero_centered and shape.normalization != "rms_norm":
-        problems.append("model.norm_zero_centered needs model.normalization=rms_norm")
-    if shape.rope_scaling is not None:
-        problems += _scaling_problems(shape.rope_scaling, shape.rope_theta)
-    if problems:
-        raise ConfigError(*problems)
 
 
 _OF_EXPERTS = (
     *("num_experts_per_token", "moe_intermediate_size", "num_shared_experts", "moe_layers", "num_dense_layers"),
     *("router_scores", "norm_topk_prob", "routed_scaling_factor", "expert_bias"),
 )
+_NEEDS: tuple[Need, ...] = (
+    ("model.full_attention_layers", "names layers without a window", "model.sliding_window", "4096"),
+    ("model.rope_local_theta", "is of layers with a window", "model.sliding_window", "4096"),
+    ("train.expert_bias_rate", "changes biases of experts", "model.expert_bias", "true"),
+    ("train.expert_capacity_factor", "is of experts", "model.num_experts", "8"),
+    *((f"model.{name}", "is of experts", "model.num_experts", "8") for name in _OF_EXPERTS),
+)
 
 
-def experts_fit(case: CheckContext) -> None:
+def model_choices_fit(case: CheckContext) -> Iterator[str]:
+    model, shape, last = case.config.model, case.shape, case.shape.num_hidden_layers - 1
+    yield from unmet(case.config, _NEEDS)
+    for name in ("no_rope_layers", "full_attention_layers", "moe_layers"):
+        for layer in getattr(shape, name):
+            if layer > last:
+                yield f"model.{name} names layer {layer}, but the model has the layers 0 to {last}"
+    if shape.position_embedding_type != "rope":
+        given = [name for name in ("rope_local_theta", "rope_scaling", "no_rope_layers") if getattr(model, name)]
+        given += ["partial_rotary_factor"] if model.partial_rotary_factor != 1 else []
+        yield from (f"model.{name} needs model.position_embedding_type=rope" for name in given)
+    elif shape.rotary_dim % 2 or not shape.rotary_dim:
+        part = model.partial_rotary_factor
+        what = f"head_dim={shape.head_dim} (model.hidden_size / model.num_attention_heads)"
+        what += f" x model.partial_rotary_factor={part}" if part != 1 else ""
+        yield f"{what}: rotary positions need an even number of dimensions"
+    yield from _idle_layer_choices(model, shape)
+    if model.mup_base_width is not None and model.attention_scale is not None:
+        yield (
+            f"model.attention_scale={model.attention_scale:g} beside model.mup_base_width={model.mup_base_width}, "
+            "which sets it to 1/head_dim: remove one of them"
+        )
+    if shape.norm_zero_centered and shape.normalization != "rms_norm":
+        yield "model.norm_zero_centered needs model.normalization=rms_norm"
+    if shape.rope_scaling is not None:
+        yield from _scaling_problems(shape.rope_scaling, shape.rope_theta)
+
+
+def experts_fit(case: CheckContext) -> Iterator[str]:
     model, shape = case.config.model, case.shape
-    if case.config.train.expert_bias_rate is not None and not model.expert_bias:
-        raise ConfigError("train.expert_bias_rate needs model.expert_bias=true")
-    if case.config.train.expert_capacity_factor is not None and model.num_experts is None:
-        raise ConfigError("train.expert_capacity_factor needs model.num_experts")
     if model.num_experts is None:
-        defaults = {name: ModelSection.model_fields[name].default for name in _OF_EXPERTS}
-        # A resolved model names the layers with experts, which may be none.
-        given = [name for name, value in defaults.items() if getattr(model, name) not in (value, ())]
-        if given:
-            raise ConfigError(*(f"model.{name} needs model.num_experts" for name in given))
         return
-    problems = []
     if model.num_experts_per_token > model.num_experts:
-        problems.append(
+        yield (
             f"model.num_experts_per_token={model.num_experts_per_token} is more than model.num_experts="
             f"{model.num_experts}"
         )
     if not shape.moe_layers:
-        problems.append(
+        yield (
             f"model.num_experts={model.num_experts}: model.moe_layers and model.num_dense_layers="
             f"{model.num_dense_layers} leave no layer with experts"
         )
-    problems += [
-        f"model.moe_layers names layer {layer}, but the model has the layers 0 to {shape.num_hidden_layers - 1}"
-        for layer in shape.moe_layers
-        if layer >= shape.num_hidden_layers
-    ]
     if shape.mlp_bias:
-        problems.append("model.num_experts with model.mlp_bias=true: experts have no biases; set model.mlp_bias=false")
-    problems += _experts_not_proven(case)
+        yield "model.num_experts with model.mlp_bias=true: experts have no biases; set model.mlp_bias=false"
+    yield from _experts_not_proven(case)
     inner, degree = shape.moe_intermediate_size or 0, case.config.parallel.tensor
     if inner % degree:
-        problems.append(f"parallel.tensor={degree} does not divide the experts' inner size, {inner}")
+        yield f"parallel.tensor={degree} does not divide the experts' inner size, {inner}"
     row = 16 // BYTES[case.precision]
     of_tensor_group = f" (parallel.tensor={degree} x {row})" * (degree > 1)
     for name, size, multiple, why in (
@@ -122,13 +106,10 @@ def experts_fit(case: CheckContext) -> None:
         ("moe_intermediate_size", inner, row * degree, of_tensor_group),
     ):
         if size % multiple:
-            near = " or ".join(str(it) for it in (size // multiple * multiple, -(-size // multiple) * multiple) if it)
-            problems.append(
+            yield (
                 f"model.num_experts in {case.precision}: model.{name}={size} is not a multiple of {multiple}{why}, as "
-                f"the grouped product needs; use {near}"
+                f"the grouped product needs; use {nearest_multiples(size, multiple)}"
             )
-    if problems:
-        raise ConfigError(*problems)
 
 
 def _experts_not_proven(case: CheckContext) -> Iterator[str]:
@@ -193,20 +174,4 @@ def _scaling_problems(scaling: RopeScaling, theta: float) -> Iterator[str]:
         yield f"model.rope_scaling: yarn needs model.rope_theta above 1, not {theta:g}"
 
 
-def sequence_fits_positions(case: CheckContext) -> None:
-    length, positions = case.config.data.sample_length, case.config.model.max_position_embeddings
-    if positions is not None and length > positions:
-        raise ConfigError(
-            f"data.sequence_length={length} is longer than model.max_position_embeddings={positions}; "
-            "shorten the one or raise the other"
-        )
-
-
-MODEL_RULES: tuple[Rule, ...] = (
-    vocabulary_is_a_multiple,
-    hidden_divides_into_heads,
-    heads_divide_into_groups,
-    model_choices_fit,
-    experts_fit,
-    sequence_fits_positions,
-)
+MODEL_RULES: tuple[Rule, ...] = (sizes_divide, model_choices_fit, experts_fit)

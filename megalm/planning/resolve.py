@@ -3,41 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from megalm.config.deepspeed.json_reader import DeepSpeedConfig, DeviceFacts, choose_precision
-from megalm.config.deepspeed.json_schema import Precision
+from megalm.config.deepspeed.json_schema import AdjustRate, Precision
 from megalm.config.loading import DEFAULT_PRESET, LoadedConfig, config_to_yaml, value_of
 from megalm.config.schema import DataSection, DocumentedSection, Recompute, RunConfig, ScheduleSection
 from megalm.config.validation import shown
-from megalm.cost_model.memory import MemoryCase, estimate_memory, shares
+from megalm.cost_model.memory import MemoryCase
 from megalm.cost_model.pipeline_balance import LARGE_BUBBLE, micro_batches_for
 from megalm.data.tokenizers.tokenizer import load_tokenizer
-from megalm.model.model_config import ModelConfig, build_model_config, recomputed_flops_per_token
+from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.model.parameter_groups import Algorithm, RateScales
 from megalm.parallel.pipeline_schedules import PipelineSchedule
 from megalm.planning.batch_size import BatchPlan, RunBatch, TrainingStages, chooses_micro_batch, plan_batch
-from megalm.planning.diagnostics import Diagnostics, wanted_diagnostics
-from megalm.planning.engine_checks import (
-    CheckContext,
-    compile_notices,
-    float8_notices,
-    frozen_notices,
-    no_recomputation,
-    offload_notices,
-    runs_compiled,
-)
+from megalm.planning.diagnostics import MEASURING_SECTIONS, Diagnostics, wanted_diagnostics
+from megalm.planning.engine_checks import engine_notices, runs_compiled
 from megalm.planning.lr_schedule import ENDLESS, ScheduleFacts, learning_rate
-from megalm.planning.memory_fit import MemoryFit, memory_notices
-from megalm.planning.optimizer_facts import OptimizerFacts, optimizer_facts
-from megalm.planning.parallel_checks import parallel_notices, second_copy_notices
-from megalm.planning.run_checks import check_run, interval_notices, stage_notices, with_steps
+from megalm.planning.memory_fit import RunMemory, memory_notices
+from megalm.planning.parallel_checks import grid_notices
+from megalm.planning.run_checks import check_run, has_grid, length_notices, with_steps
 from megalm.topology import Topology
 
-__all__ = ["BatchPlan", "DeviceFacts", "OptimizerFacts", "ResolvedRun", "loss_chunk_tokens", "resolve"]
+__all__ = ["BatchPlan", "DeviceFacts", "ResolvedRun", "resolve"]
 
 UNKNOWN_VOCAB_SIZE = 50_304  # GPT-2's, padded
 _BYTES_VOCAB_SIZE = 257
@@ -48,6 +40,75 @@ _NEVER = 10**9  # steps_per_print: DeepSpeed's own lines would interrupt megalm'
 # 128 x 256, two for each processor. Of four chunks one is not hidden.
 _CHUNK_TOKENS = 2048
 _MOST_CHUNKS = 4
+
+
+@dataclass(frozen=True)
+class MuonFacts:
+    """Muon's settings; names as in torch.optim.Muon."""
+
+    momentum: float
+    nesterov: bool
+    ns_coefficients: tuple[float, float, float]
+    ns_steps: int
+    adjust_lr_fn: AdjustRate
+
+    def __str__(self) -> str:
+        nesterov = ", nesterov" if self.nesterov else ""
+        return f"muon, momentum {self.momentum:g}{nesterov}, {self.ns_steps} steps, rate by shape: {self.adjust_lr_fn}"
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """Adam's settings, for all parameters or those that are not Muon's.
+
+    Attributes:
+        kind: "adam" adds weight decay to the gradient, "adamw" subtracts it from the weight; "muon" is AdamW beside it.
+        rates: algorithm -> its peak learning rate, where it is not the schedule's.
+    """
+
+    kind: Literal["adamw", "adam", "muon"]
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+    muon: MuonFacts | None = None
+    rates: tuple[tuple[Algorithm, float], ...] = ()
+
+    def rate_scales(self, peak: float, width_multiplier: float = 1.0) -> RateScales:
+        """Return for each algorithm, and for hidden matrices, the factor of the learning rate to the schedule's.
+
+        Args:
+            peak: of the schedule.
+            width_multiplier: m of the maximal-update parametrisation. An update of Adam has elements of one size, so
+                its product with a layer's input grows with the width. An orthogonal matrix of Muon keeps lengths;
+                `match_rms_adamw` multiplies it by the root of the width.
+        """
+        own: dict[Algorithm, float] = dict(self.rates)
+        hidden: dict[Algorithm, float] = {"adam": 1 / width_multiplier, "muon": 1.0}
+        if self.muon is not None and self.muon.adjust_lr_fn == "match_rms_adamw":
+            hidden["muon"] = 1 / math.sqrt(width_multiplier)
+        plain = {algorithm: own.get(algorithm, peak) / peak for algorithm in hidden}
+        return {
+            **{(algorithm, False): scale for algorithm, scale in plain.items()},
+            **{(algorithm, True): scale * hidden[algorithm] for algorithm, scale in plain.items()},
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """Return it as a section of a DeepSpeed JSON; learning rates without their own are the schedule's."""
+        kind = {"adamw": "AdamW", "adam": "Adam", "muon": "Muon"}[self.kind]
+        parameters: dict[str, Any] = {
+            "betas": list(self.betas),
+            "eps": self.epsilon,
+            "weight_decay": self.weight_decay,
+        }
+        if self.muon is not None:
+            parameters |= asdict(self.muon) | {"ns_coefficients": list(self.muon.ns_coefficients)}
+        return {"type": kind, "params": parameters | {f"{algorithm}_lr": rate for algorithm, rate in self.rates}}
+
+    def __str__(self) -> str:
+        return (
+            f"{'adamw' if self.kind == 'muon' else self.kind}, betas {self.betas[0]:g} and {self.betas[1]:g}, "
+            f"eps {self.epsilon:g}, weight decay {self.weight_decay:g}"
+        )
 
 
 @dataclass(frozen=True)
@@ -73,6 +134,7 @@ class ResolvedRun:
     batch: BatchPlan
     stages: TrainingStages
     precision: Precision
+    zero_stage: int
     schedule: ScheduleFacts
     optimizer: OptimizerFacts
     deepspeed: dict[str, Any]
@@ -106,14 +168,10 @@ class ResolvedRun:
         """A step of the largest batch."""
         return pipeline_schedule(self.config, self.topology, self.batch)
 
-    @property
-    def zero_stage(self) -> int:
-        return self.deepspeed_source.settings.zero_optimization.stage
-
     def memory_case(self, shape: ModelConfig) -> MemoryCase:
-        """The facts that the estimate of the run's memory needs."""
-        decided = self.precision, self.device, self.batch, self.whole_gradients, self.recompute
-        return _memory_case(self.config, self.deepspeed_source, shape, self.topology, *decided)
+        """The facts that the memory estimate of the largest batch needs."""
+        memory = RunMemory(self.config, self.deepspeed_source, shape, self.topology, self.precision, self.device)
+        return memory.case(self.batch, self.whole_gradients, self.recompute)
 
 
 def pipeline_schedule(config: RunConfig, topology: Topology, batch: BatchPlan) -> PipelineSchedule:
@@ -143,44 +201,42 @@ def resolve(
     Raises:
         ConfigError: all that is wrong with the run, by run_checks.py.
     """
-    check_run(loaded, ds, world_size, device, data_needed)
-    loaded = loaded.with_implied(ds.run_settings, ds.path)
-    config, settings = loaded.config, ds.settings
-    topology = CheckContext(loaded, ds, world_size, device).topology
-    precision, precision_notices = choose_precision(settings, device)
+    case = check_run(loaded, ds, world_size, device, data_needed)
+    config, train, topology = case.config, case.config.train, case.topology
+    precision, precision_notices = choose_precision(ds.settings, device)
     shape, vocab_notices = _shape(config, vocab_size)
-
-    given: Recompute = "none" if config.train.recompute == "auto" else config.train.recompute
-
-    def memory(
-        batch: BatchPlan,
-        whole_gradients: bool = config.train.reduce_gradients == "step",
-        recompute: Recompute = given,
-    ) -> MemoryFit:
-        case = _memory_case(config, ds, shape, topology, precision, device, batch, whole_gradients, recompute)
-        return MemoryFit.of(estimate_memory(case), device)
+    memory = RunMemory(config, ds, shape, topology, precision, device)
+    recompute: Recompute = "none" if train.recompute == "auto" else train.recompute
 
     def fits(batch: BatchPlan) -> bool:
-        # With few large micro-batches the stages of a pipeline wait for each other.
-        if batch.micro_batch > 1 and pipeline_schedule(config, topology, batch).bubble_share > LARGE_BUBBLE:
+        # Of a pipeline with few large micro-batches the stages wait for each other.
+        is_coarse = topology.pipeline > 1 and batch.micro_batch > 1
+        if is_coarse and pipeline_schedule(config, topology, batch).bubble_share > LARGE_BUBBLE:
             return False
-        return memory(batch).leaves_room
+        return memory.fit(batch, train.reduce_gradients == "step", recompute).leaves_room
 
-    first_batch, batch_notices = plan_batch(settings, topology, ds.path, fits, RunBatch.of(loaded, ds))
+    first_batch, batch_notices = plan_batch(ds.settings, topology, ds.path, fits, RunBatch.of(case.loaded, ds))
     stages = TrainingStages.of(config, first_batch.global_batch)
     batch = first_batch.of(stages.largest_batch)
-    if topology.pipeline > 1 and chooses_micro_batch(settings):
+    if topology.pipeline > 1 and chooses_micro_batch(ds.settings):
         batch_notices.append(_bubble_notice(topology, batch, pipeline_schedule(config, topology, batch)))
-    whole_gradients, reduction_notices = _reduction(config, ds, batch, partial(memory, batch, whole_gradients=True))
-    recompute, recompute_notices = _recompute(config, ds, shape, device, partial(memory, batch, whole_gradients))
-    case = CheckContext(loaded, ds, world_size, device)
+    whole_gradients, reduction_notices = memory.reduction(batch, recompute)
+    recompute_notices = []
+    if train.recompute == "auto":
+        recompute, notice = memory.least_recomputation(batch, whole_gradients)
+        recompute_notices = [notice]
     loaded, steps_notices = with_steps(case, stages, shape.parameter_count())
     loaded, warmup_notices = _fit_warmup(loaded)
     config = loaded.config
     schedule, schedule_notices = schedule_facts(loaded, ds)
     optimizer, optimizer_notices = optimizer_facts(ds)
-    deepspeed, deepspeed_notices = _deepspeed_dict(ds, first_batch, precision, _gathered_sizes(ds, shape, topology))
-    diagnostics, diagnostics_notices = wanted_diagnostics(config, ds)
+    deepspeed, deepspeed_notices = _deepspeed_dict(ds, first_batch, precision, memory.gathered_sizes())
+    diagnostics, diagnostics_notices = Diagnostics(), list[str]()
+    if _measures(config, ds):
+        diagnostics, diagnostics_notices = wanted_diagnostics(config, ds)
+    notices_of_grid: Iterator[str] = iter(())
+    if has_grid(case):
+        notices_of_grid = grid_notices(config.parallel, case.zero.secondary_ranks, ranks_per_node or world_size)
     return ResolvedRun(
         config=config,
         sources=loaded.sources,
@@ -191,6 +247,7 @@ def resolve(
         batch=batch,
         stages=stages,
         precision=precision,
+        zero_stage=case.zero.stage,
         schedule=schedule,
         optimizer=optimizer,
         deepspeed=deepspeed,
@@ -200,29 +257,29 @@ def resolve(
             *ds.notices,
             *_preset_notices(loaded, ds),
             *precision_notices,
-            *float8_notices(config, device),
             *vocab_notices,
-            *frozen_notices(config, shape),
             *batch_notices,
             *reduction_notices,
             *recompute_notices,
-            *offload_notices(config, device),
-            *memory_notices(memory(batch, whole_gradients, recompute)),
+            *memory_notices(memory.fit(batch, whole_gradients, recompute)),
             *steps_notices,
             *warmup_notices,
             *schedule_notices,
             *optimizer_notices,
             *deepspeed_notices,
             *diagnostics_notices,
-            *compile_notices(config, device),
-            *interval_notices(config),
-            *stage_notices(config),
-            *second_copy_notices(ds.settings.zero_optimization, ranks_per_node or world_size),
-            *parallel_notices(config, ranks_per_node or world_size),
+            *engine_notices(config, device, shape),
+            *length_notices(config),
+            *notices_of_grid,
         ),
         documented_by_preset=loaded.documented_by_preset,
         diagnostics=diagnostics,
     )
+
+
+def _measures(config: RunConfig, ds: DeepSpeedConfig) -> bool:
+    own = config.profile.steps is not None or config.train.count_traffic
+    return own or not MEASURING_SECTIONS.isdisjoint(key.partition(".")[0] for key in ds.explicit_keys)
 
 
 def _bubble_notice(topology: Topology, batch: BatchPlan, schedule: PipelineSchedule) -> str:
@@ -324,141 +381,31 @@ def _unreached(facts: ScheduleFacts) -> Iterator[str]:
         )
 
 
-_CHUNK_ON_CPU, _CHUNK_ON_GPU = 1024, 8192  # tokens: logits that fit caches; matrix products that fill a GPU
-_BYTES_PER_LOGIT = 8  # a logit and its gradient in the model's type, and an fp32 probability
-_SHARE_OF_LOGITS = 1 / 16  # of a GPU's memory
-
-
-def loss_chunk_tokens(config: RunConfig, shape: ModelConfig, device: DeviceFacts) -> int:
-    """Return how many tokens' logits the loss holds at once: the configuration's number, or the device's.
-
-    A GPU holds as many of 8192, 4096, 2048 and 1024 as take no more than a sixteenth of its memory.
-    """
-    if config.train.loss_chunk_tokens is not None:
-        return config.train.loss_chunk_tokens
-    rows = math.ceil(shape.vocab_size / config.parallel.tensor)
-    chunk = _CHUNK_ON_CPU if device.kind == "cpu" else _CHUNK_ON_GPU
-    while chunk > _CHUNK_ON_CPU and chunk * rows * _BYTES_PER_LOGIT > device.memory_bytes * _SHARE_OF_LOGITS:
-        chunk //= 2
-    return chunk
-
-
-def _memory_case(
-    config: RunConfig,
-    ds: DeepSpeedConfig,
-    shape: ModelConfig,
-    topology: Topology,
-    precision: Precision,
-    device: DeviceFacts,
-    batch: BatchPlan,
-    whole_gradients: bool,
-    recompute: Recompute,
-) -> MemoryCase:
-    """Return the facts that the memory estimate needs."""
-    settings = ds.settings
-    # Without flash attention; `fused_attention` has the rule, and a GPU has it where it has bf16.
-    dense_mask = config.model.attention_dropout > 0 and config.data.masks_documents
-    repeats_keys = device.kind == "cuda" and (dense_mask or precision == "fp32" or not device.bf16)
-    sizes = _gathered_sizes(ds, shape, topology)
-    return MemoryCase(
-        shape=shape,
-        sequence_length=config.data.sample_length,
-        micro_batch=batch.micro_batch,
-        accumulation=batch.accumulation,
-        precision=precision,
-        gradient_precision=settings.data_types.grad_accum_dtype or ("fp16" if precision == "fp16" else "fp32"),
-        communication_precision=settings.communication_data_type or ("fp16" if precision == "fp16" else "fp32"),
-        zero=settings.zero_optimization.model_copy(update=sizes),
-        topology=topology,
-        loss_chunk_tokens=loss_chunk_tokens(config, shape, device),
-        checkpoint_activations_every=config.train.checkpoint_activations_every,
-        recompute=recompute,
-        mlp_chunk_tokens=config.train.mlp_chunk_tokens,
-        offload_activations=config.train.offload_activations,
-        embedding_weight_decay=config.train.embedding_weight_decay,
-        parameter_groups=config.train.parameter_groups,
-        document_mask=config.data.masks_documents,
-        on_cpu=device.kind == "cpu",
-        checkpoint_copy=config.checkpoint.asynchronous,
-        sequence_parallel=config.parallel.sequence,
-        ring=config.parallel.context_method == "ring",
-        whole_gradients=whole_gradients,
-        repeats_keys=repeats_keys,
-        device_bytes=device.memory_bytes,
-        float8=config.precision.float8,
-        optimizer_state=config.train.optimizer_state,
-        muon=settings.uses_muon,
-        ema=config.train.ema_decay is not None,
-        schedule_name=config.parallel.schedule_name,
-        virtual_stages=config.parallel.virtual_stages,
-    )
-
-
-def _gathered_sizes(ds: DeepSpeedConfig, shape: ModelConfig, topology: Topology) -> dict[str, int]:
-    """Return ZeRO 3's sizes in elements that the JSON leaves open and for which DeepSpeed's defaults are no good.
-
-    A block is gathered in one message, while the block before it computes. Small parameters travel with it: those that
-    DeepSpeed keeps on every rank are gathered one by one after each update, and the device waits for them.
-    """
-    zero = ds.settings.zero_optimization
-    if zero.stage != 3:
-        return {}
-    given = {key.removeprefix("zero_optimization.") for key in ds.explicit_keys}
-    threshold = zero.param_persistence_threshold if "param_persistence_threshold" in given else 0
-    parameters = next(shares(shape, topology)).parameters().items()
-    counts = [math.prod(size) for name, size in parameters if name.startswith("layers.0.")]
-    block = sum(count for count in counts if count > threshold)
-    sizes = {
-        "param_persistence_threshold": threshold,
-        "prefetch_bucket_size": max(block, zero.prefetch_bucket_size),
-        "max_live_parameters": max(2 * block, zero.max_live_parameters),
-    }
-    return {name: size for name, size in sizes.items() if name not in given and size != getattr(zero, name)}
-
-
-def _reduction(
-    config: RunConfig, ds: DeepSpeedConfig, batch: BatchPlan, need: Callable[[], MemoryFit]
-) -> tuple[bool, list[str]]:
-    """Return whether ZeRO 2 keeps whole gradients and sends them once a step, and a notice where "auto" decides it.
-
-    Args:
-        need: estimates the memory with whole gradients.
-    """
-    zero, wanted = ds.settings.zero_optimization, config.train.reduce_gradients
-    if zero.stage != 2 or wanted != "auto" or batch.accumulation == 1 or batch.data_parallel == 1:
-        return zero.stage == 2 and wanted == "step", []
-    often = f'train.reduce_gradients ("auto"): gradients are reduced {batch.accumulation} times a step'
-    if zero.offload_optimizer is not None and zero.offload_optimizer.device != "none":
-        return False, [f"{often}: offload_optimizer keeps no whole ones"]
-    if not (whole := need()).leaves_room:
-        return False, [f"{often}, not once: with whole gradients {whole}"]
-    return True, ['train.reduce_gradients ("auto"): gradients are kept whole and reduced once a step']
-
-
-def _recompute(
-    config: RunConfig,
-    ds: DeepSpeedConfig,
-    shape: ModelConfig,
-    device: DeviceFacts,
-    need: Callable[[Recompute], MemoryFit],
-) -> tuple[Recompute, list[str]]:
-    """Return what each block recomputes, and a notice where "auto" decides it: the least arithmetic that fits.
-
-    Args:
-        need: estimates the memory with a choice.
-    """
-    if config.train.recompute != "auto":
-        return config.train.recompute, []
-    length, tiles = config.data.sample_length, config.train.mlp_chunk_tokens is not None
-    needs = {kind: need(kind) for kind in get_args(Recompute)}
-    choices = [kind for kind in needs if not no_recomputation(kind, config, device, ds.settings.zero_optimization)]
-    # "none" stays before "norms".
-    choices.sort(key=lambda kind: recomputed_flops_per_token(shape, length, kind, tiles=tiles))
-    chosen = next(
-        (kind for kind in choices if needs[kind].leaves_room), min(choices, key=lambda kind: needs[kind].step)
-    )
-    notice = f'train.recompute ("auto"): {chosen}'
-    return chosen, [notice if chosen == "none" else f"{notice}; without recomputation {needs['none']}"]
+def optimizer_facts(ds: DeepSpeedConfig) -> tuple[OptimizerFacts, list[str]]:
+    """Return the optimizer of a JSON, and a notice for each default that a person may not expect."""
+    section = ds.settings.optimizer
+    if section is None:
+        facts = OptimizerFacts("adamw", (0.9, 0.95), 1e-8, 0.1)
+        return facts, [f"{ds.path} has no optimizer: AdamW, betas 0.9 and 0.95, eps 1e-8, weight_decay 0.1"]
+    params = section.params
+    if section.is_muon:  # DeepSpeed has other defaults for the Adam beside Muon
+        defaults = {"betas": (0.9, 0.95), "eps": 1e-10}
+        own = {name: it for name, it in defaults.items() if f"optimizer.params.{name}" not in ds.explicit_keys}
+        params = params.model_copy(update=own)
+    notices = [
+        f"{ds.path} has no optimizer.params.{name}: {value}"
+        for name, value in (("betas", params.betas), ("eps", params.eps), ("weight_decay", params.weight_decay))
+        if f"optimizer.params.{name}" not in ds.explicit_keys
+    ]
+    adam = params.betas, params.eps, params.weight_decay
+    if not section.is_muon:
+        # DeepSpeed's "Adam" is AdamW too, unless adam_w_mode is false.
+        adamw = section.type.lower() == "adamw" or params.adam_w_mode
+        return OptimizerFacts("adamw" if adamw else "adam", *adam), notices
+    muon = MuonFacts(params.momentum, params.nesterov, params.ns_coefficients, params.ns_steps, params.adjust_lr_fn)
+    rates: tuple[tuple[Algorithm, float | None], ...] = (("muon", params.muon_lr), ("adam", params.adam_lr))
+    given = tuple((algorithm, rate) for algorithm, rate in rates if rate is not None)
+    return OptimizerFacts("muon", *adam, muon, given), notices
 
 
 def known_vocab_size(data: DataSection) -> int | None:

@@ -69,7 +69,7 @@ def _of_torch(watcher: Watcher) -> Iterator[Replacement]:
     # It would open a CUDA context.
     yield FakeTensorMode, "avoid_device_init", property(lambda _: True)
 
-    # Of fake tensors, torch before 2.13 takes the type of such a total for a factor. The result is nowhere else.
+    # Of fake tensors, torch before 2.13 takes the type of such a total for a factor. It is the only place of a result.
     addmm = torch.addmm
 
     def add_product(total: Tensor, *factors: Tensor, out_dtype: torch.dtype | None = None, **options: Any) -> Tensor:

@@ -16,7 +16,7 @@ from megalm.config.loading import LoadedConfig
 from megalm.config.schema import ParallelSection, RunConfig
 from megalm.errors import ConfigError, MegalmError
 from megalm.planning.batch_size import BatchPlan, RunBatch
-from megalm.planning.engine_checks import DEEPSPEED_RULES, CheckContext, Rule
+from megalm.planning.engine_checks import DEEPSPEED_RULES, CheckContext, Rule, broken_by
 from megalm.planning.model_checks import MODEL_RULES
 from megalm.planning.parallel_checks import PARALLEL_RULES
 from megalm.topology import divisors
@@ -180,11 +180,9 @@ class _Search:
             data_ranks = case.topology.data
             if self.total is not None and any(it % data_ranks for it in (self.total, *_later(self.loaded))):
                 return False
-            for rule in _GRID_RULES:
-                rule(case)
         except MegalmError:
             return False
-        return True
+        return not any(any(broken_by(rule, case)) for rule in _GRID_RULES)
 
 
 def _degrees(parallel: ParallelSection) -> dict[str, int]:

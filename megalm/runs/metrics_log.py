@@ -51,7 +51,8 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,6 +68,7 @@ Row = dict[str, Any]
 Columns = dict[str, npt.NDArray[np.float64]]
 
 METRICS_FILE = "metrics.jsonl"
+TOTAL = "validation"  # the only validation set, or all sets together
 LOSS_OF = "loss_of_"  # begins the columns of the training loss by dataset
 
 ATTEMPT_EVENTS = ("start", "resume", "rollback")  # each begins one
@@ -81,12 +83,12 @@ class RowBatch:
 
     Attributes:
         train: the numbers of the training rows by column, [N] each, if all have the same keys; NaN for null.
-        end: the offset of the next row.
+        ends: the offset after each row.
     """
 
     rows: list[Row]
     train: Columns | None = None
-    end: int = 0
+    ends: list[int] = field(default_factory=list)
 
 
 # Yields the rows of a file: `read_batches`, or a wrapper that shows progress.
@@ -205,18 +207,24 @@ def read_metrics(path: str | os.PathLike[str]) -> Iterator[Row]:
 
 def read_batches(path: str | os.PathLike[str], offset: int = 0) -> Iterator[RowBatch]:
     """Yield complete rows from a byte offset on, some thousand at a time; errors as of `read_metrics`."""
-    for lines, start in _lines(path, offset):
-        rows, train = _parse(lines, path, start)
-        yield RowBatch(rows, train, start + sum(map(len, lines)) + len(lines))
+    with _open(path) as file:
+        file.seek(offset)
+        rest = b""
+        while block := file.read(_CHUNK_BYTES):
+            block = rest + block
+            end = block.rfind(b"\n")
+            rest = block[end + 1 :]
+            if end >= 0:
+                lines = block[:end].split(b"\n")
+                ends = list(accumulate((len(line) + 1 for line in lines), initial=offset))[1:]
+                yield RowBatch(*_parse(lines, path, offset), ends)
+                offset = ends[-1]
 
 
 def read_rows(path: str | os.PathLike[str], offset: int = 0) -> Iterator[tuple[Row, int]]:
     """Yield complete rows from a byte offset on, each with the offset of the next row; errors as of `read_metrics`."""
-    for lines, start in _lines(path, offset):
-        offset = start
-        for row, line in zip(_parse(lines, path, start)[0], lines, strict=True):
-            offset += len(line) + 1
-            yield row, offset
+    for batch in read_batches(path, offset):
+        yield from zip(batch.rows, batch.ends, strict=True)
 
 
 def read_newest_first(path: str | os.PathLike[str]) -> Iterator[Row]:
@@ -249,20 +257,6 @@ def _open(path: str | os.PathLike[str]) -> BinaryIO:
         raise DataError(
             f"{path}: cannot be read ({error.strerror}); name the folder of a run that has trained"
         ) from None
-
-
-def _lines(path: str | os.PathLike[str], offset: int) -> Iterator[tuple[list[bytes], int]]:
-    """Yield some complete lines at a time, with the offset of the first."""
-    with _open(path) as file:
-        file.seek(offset)
-        rest = b""
-        while block := file.read(_CHUNK_BYTES):
-            block = rest + block
-            end = block.rfind(b"\n")
-            rest = block[end + 1 :]
-            if end >= 0:
-                yield block[:end].split(b"\n"), offset
-                offset += end + 1
 
 
 def live_rows(rows: Iterable[Row]) -> list[Row]:
@@ -325,8 +319,8 @@ _COLUMNS: dict[str, _Kind] = {
     **dict.fromkeys(("low", "high", "median", "best_loss", "loss_stderr", "own_seconds", "median_seconds"), _NUMBER),
     **dict.fromkeys(("lasted_seconds", "temperature", "expert_load_max", "expert_load_min", "ema_loss"), _NUMBER),
     **dict.fromkeys(("router_entropy", "router_aux_loss", "router_z_loss", "dropped_tokens"), _NUMBER),
-    **dict.fromkeys(("lasted_seconds", "temperature", "accuracy", "accuracy_error", "byte_accuracy"), _NUMBER),
-    **dict.fromkeys(("byte_accuracy_error", "answer_bits_per_byte", "chance"), _NUMBER),
+    **dict.fromkeys(("accuracy", "accuracy_error", "byte_accuracy", "byte_accuracy_error", "chance"), _NUMBER),
+    **dict.fromkeys(("answer_bits_per_byte",), _NUMBER),
     **dict.fromkeys(("kind", "event", "dataset", "path", "text", "quantity", "decided", "why", "reason"), _TEXT),
     **dict.fromkeys(("host", "device", "task"), _TEXT),
     **dict.fromkeys(("status", "report", "precision"), _TEXT),

@@ -42,6 +42,7 @@ DEEPSPEED_FILE = "deepspeed.resolved.json"
 ENVIRONMENT_FILE = "environment.json"
 PROFILE_FOLDER = "profile"
 
+ERROR_OPENING = "megalm: error: "  # of a message for a person
 _FAILURE_FILE = re.compile(r"attempt-(\d+)\.txt")
 _STEM = "run"  # of runs without a name and a preset
 _PACKAGES = ("torch", "deepspeed", "numpy", "sentencepiece", "tokenizers", "safetensors", "mlflow", "megalm")
@@ -86,6 +87,21 @@ def read_deepspeed_settings(folder: Path) -> dict[str, Any]:
     return flatten_mapping(written) | flatten_mapping(read_mapping(folder / DEEPSPEED_FILE))
 
 
+def failure_line(path: Path) -> str | None:
+    """Return a failure report in a line: its first one, and of a traceback its last one too; None: there is no report.
+
+    The file's very first line is the exit code.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
+    except OSError:
+        return None
+    told = [line.removeprefix(ERROR_OPENING).strip() for line in lines if line.strip()]
+    if told and told[0].endswith(":"):
+        return " ".join([told[0], *told[1:][-1:]])
+    return told[0] if told else "no report"
+
+
 class _Entry:
     """A file or folder of a run folder, by its name."""
 
@@ -116,7 +132,7 @@ class RunFolder:
     bad_nodes = _Entry("bad_nodes.json")  # found by these checks
     request = _Entry("resume.json")  # the last attempt that resumed from a checkpoint
     preflight = _Entry("rehearsal")  # the checkpoint of the preflight, removed before step 1
-    _failures = _Entry("failures")
+    failures = _Entry("failures")
 
     @property
     def name(self) -> str:
@@ -140,10 +156,10 @@ class RunFolder:
     def records(self) -> tuple[Path, ...]:
         """The files and folders that the run itself writes and commands read."""
         files = (*self.config_files, self.environment_json, self.metrics, self.log, self.request, self.bad_nodes)
-        return *files, self.checkpoints, self.samples, self.incidents, self._failures
+        return *files, self.checkpoints, self.samples, self.incidents, self.failures
 
     def failure(self, attempt: int) -> Path:
-        return self._failures / f"attempt-{attempt}.txt"
+        return self.failures / f"attempt-{attempt}.txt"
 
     def next_attempt(self) -> int:
         """Return 1 for a new run, else the number after the last attempt.
@@ -160,9 +176,7 @@ class RunFolder:
         for path in (self.request, *self.path.glob("environment*.json")):
             with contextlib.suppress(ConfigError, OSError):  # whoever needs the rest of the file reports it
                 recorded.append(read_mapping(path).get("attempt"))
-        recorded += [
-            int(match[1]) for path in self._failures.glob("*") if (match := _FAILURE_FILE.fullmatch(path.name))
-        ]
+        recorded += [int(match[1]) for path in self.failures.glob("*") if (match := _FAILURE_FILE.fullmatch(path.name))]
         return (number for number in recorded if isinstance(number, int))
 
     def require_files(self) -> None:
@@ -172,7 +186,7 @@ class RunFolder:
             ConfigError: with its path; opening a pipe, for instance, would wait forever.
         """
         files = (*self.config_files, self.environment_json, self.metrics, self.log, self.request)
-        folders = (self.checkpoints, self.samples, self.incidents, self._failures)
+        folders = (self.checkpoints, self.samples, self.incidents, self.failures)
         pointers = (self.checkpoints / LATEST, self.checkpoints / BEST)
         for path in (*files, *folders, *pointers):
             if is_stranger(path, folder=path in folders):
@@ -223,7 +237,7 @@ class RunFolder:
     def never_started(self) -> bool:
         """Whether the run never trained: it failed, or left bad nodes, before it had metrics and a checkpoint."""
         return (
-            (self._failures.is_dir() or self.bad_nodes.exists())
+            (self.failures.is_dir() or self.bad_nodes.exists())
             and not self.metrics.exists()
             and not complete_checkpoints(self.checkpoints)
         )

@@ -32,7 +32,8 @@ from megalm.utils.formatting import flatten_mapping
 from megalm.utils.remote_files import check_address
 
 _DEFAULT_DEEPSPEED_CONFIG = "ds_configs/zero2.json"
-_ANY_DEVICE = DeviceFacts(kind="cuda", bf16=True, memory_bytes=2**40, float8=True)
+# Of an unknown GPU: it takes any precision, and a plan has room in it.
+ANY_DEVICE = DeviceFacts(kind="cuda", bf16=True, memory_bytes=2**40, float8=True)
 
 # Not compared: settings of a single start, the last step (the schedule's note reports it), and pure documentation.
 _NOT_COMPARED = ("run.", "resume.", "train.steps", "documented.")
@@ -194,9 +195,9 @@ def read_settings(
         deepspeed = replace(deepspeed, run_settings=implied)
     if own is not None and saved is not None and not (loaded.problems or deepspeed.problems):
         earlier = own.earlier_starts(saved)
-        loaded, deepspeed = fit_to_ranks(loaded, deepspeed, ranks, device or _ANY_DEVICE, earlier)
+        loaded, deepspeed = fit_to_ranks(loaded, deepspeed, ranks, device or ANY_DEVICE, earlier)
     if loaded.problems or deepspeed.problems:
-        check_run(loaded, deepspeed, ranks, device or _ANY_DEVICE, data_needed)
+        check_run(loaded, deepspeed, ranks, device or ANY_DEVICE, data_needed)
     return ConfigFiles(loaded, deepspeed, saved)
 
 

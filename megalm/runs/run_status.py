@@ -14,14 +14,13 @@ from typing import Any, Literal
 from megalm.errors import MegalmError
 from megalm.planning.batch_size import TrainingStages
 from megalm.runs.metrics_log import ATTEMPT_EVENTS, Row, read_newest_first
-from megalm.runs.run_folder import RunFolder, read_mapping
+from megalm.runs.run_folder import RunFolder, failure_line, read_mapping
 from megalm.runs.run_lock import is_held
 
 State = Literal["running", "queued", "finished", "failed", "stopped"]
 
 _ROWS = 1000  # at most, from the end of metrics.jsonl
 _STEPS = 50  # over which the speed is averaged
-_LONGEST_REPORT = 4096
 _QUIET_EVENTS = ("traffic", "profile", "expected", "repair")
 _FAILED_HOST = re.compile(r"\branks? \d+(?:-\d+)? on ([A-Za-z0-9][\w.-]*\w|\w)")
 
@@ -36,7 +35,7 @@ class RunStatus:
         steps_to_come: as many as the last ones with the tokens of those that are left; None: as many as are left.
         attempts: also counts rollbacks.
         event: the last one, as in metrics.jsonl.
-        failure: the first line of the last attempt's failure report.
+        failure: the last attempt's failure report in a line.
         failed_hosts: that it names.
         job: number of the Slurm job that trains the run or did so last.
         host: where its rank 0 trains or did so last.
@@ -77,7 +76,7 @@ def is_run(folder: Path) -> bool:
     return files.config_yaml.is_file() or files.metrics.is_file() or files.never_started
 
 
-def read_status(folder: Path, now: float | None = None) -> RunStatus:
+def read_status(folder: Path) -> RunStatus:
     """Read how a run stands by its own files; unreadable ones count as missing."""
     files = RunFolder(folder)
     facts: dict[str, Any] = {}
@@ -88,12 +87,14 @@ def read_status(folder: Path, now: float | None = None) -> RunStatus:
         rows = list(islice(read_newest_first(files.metrics), _ROWS))
     steps, job, host = (facts.get(name) for name in ("planned_steps", "job", "host"))
     attempts = next((row["attempt"] for row in rows if row.get("attempt") is not None), 0)
-    state: State = "running" if is_held(folder, now) else _state_at_rest(rows)
+    state: State = "running" if is_held(folder) else _state_at_rest(rows)
     failure = None
-    if state != "running" and (failure := _failure(files, attempts + 1)) is not None:  # before its first row
+    if (
+        state != "running" and (failure := failure_line(files.failure(attempts + 1))) is not None
+    ):  # before its first row
         state, attempts = "failed", attempts + 1
     elif state == "failed":
-        failure = _failure(files, attempts)
+        failure = failure_line(files.failure(attempts))
     trained = _of_last_attempt(rows)
     first, last = (trained[-1], trained[0]) if trained else (None, None)
     step_seconds = to_come = None
@@ -151,16 +152,3 @@ def _of_last_attempt(rows: Sequence[Row]) -> list[Row]:
 def _median(rows: Sequence[Row], name: str) -> float | None:
     values = [row[name] for row in rows if isinstance(row.get(name), (int, float))]
     return statistics.median(values) if values else None
-
-
-def _failure(files: RunFolder, attempt: int) -> str | None:
-    """The first line of an attempt's failure report; of a traceback, its last line too. None: there is no report."""
-    try:
-        with files.failure(attempt).open(encoding="utf-8", errors="replace") as file:
-            lines = file.read(_LONGEST_REPORT).splitlines()[1:]  # the first one has the exit code
-    except OSError:
-        return None
-    told = [line.removeprefix("megalm: error: ").strip() for line in lines if line.strip()]
-    if told and told[0].endswith(":"):
-        return " ".join([told[0], *told[1:][-1:]])
-    return told[0] if told else "no report"

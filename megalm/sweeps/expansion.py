@@ -158,13 +158,14 @@ def read_sweep(words: Sequence[str], arguments: Sequence[str] = (), name: str | 
     name = name or stem or "-".join(_short_names(axes).values())
     if axes and not _NAME.fullmatch(name):
         problems.append(f"--name {name!r} is not a folder name: use letters, digits, '.', '_' and '-'")
-    count = _count(axes, together)
+    blocks = _blocks(axes, together)
+    count = math.prod(map(len, blocks))
     if count > _MOST_RUNS:
         problems.append(f"the sweep has {count:,} runs, more than {_MOST_RUNS:,}; give fewer values")
     if problems:
         raise ConfigError(*dict.fromkeys(problems))
     words_of_all = [f"{key}={value}" for key, value in fixed.items()]
-    return _named(name, axes, together, (*arguments, *words_of_all))
+    return _named(name, axes, blocks, (*arguments, *words_of_all))
 
 
 def make_sweep(
@@ -227,7 +228,7 @@ def _values_of(key: str, texts: Sequence[str]) -> tuple[str, list[str]]:
         return key, [_text(parse_yaml(text, key)) for text in texts]
     values, names = [], {key}
     for text in texts:
-        found = parse_override(f"{key}={text}")
+        found = dict(parse_override(f"{key}={text}"))
         if key in RunConfig.model_fields and list(found) != [key]:
             raise ConfigError(f"{key} is a section; sweep one of its keys, such as {next(iter(found), key)}")
         names = set(found)
@@ -294,7 +295,7 @@ def _problems_of(key: str, values: Sequence[str]) -> list[str]:
         problems.append(f"{key} has no values; give it a list")
     if not key.startswith(IN_JSON):
         for value in values:
-            problems += validate_valid_values(RunConfig, parse_override(f"{key}={value}"), lambda _: "sweep")[
+            problems += validate_valid_values(RunConfig, dict(parse_override(f"{key}={value}")), lambda _: "sweep")[
                 1
             ].values()
     return problems
@@ -361,22 +362,20 @@ def _blocks(axes: Mapping[str, Sequence[str]], together: Sequence[Sequence[str]]
         group = of_key.get(key, [key])
         done |= set(group)
         columns = [axes[name] for name in group]
-        blocks.append([dict(zip(group, row, strict=True)) for row in zip(*columns, strict=True)])
+        blocks.append([dict(zip(group, row, strict=True)) for row in zip(*columns, strict=False)])
     return blocks
 
 
-def _count(axes: Mapping[str, Sequence[str]], together: Sequence[Sequence[str]]) -> int:
-    grouped = {key for group in together for key in group[1:]}
-    return math.prod(len(values) for key, values in axes.items() if key not in grouped)
-
-
 def _named(
-    name: str, axes: Mapping[str, tuple[str, ...]], together: Sequence[Sequence[str]], arguments: tuple[str, ...]
+    name: str,
+    axes: Mapping[str, tuple[str, ...]],
+    blocks: Sequence[Sequence[Mapping[str, str]]],
+    arguments: tuple[str, ...],
 ) -> Sweep:
     # Seeds outermost: the first runs of a sweep then already compare the other values.
-    blocks = sorted(_blocks(axes, together), key=lambda block: SEED not in block[0])
+    ordered = sorted(blocks, key=lambda block: SEED not in block[0])
     runs = []
-    for choice in itertools.product(*blocks):
+    for choice in itertools.product(*ordered):
         values = {key: value for part in choice for key, value in part.items()}
         runs.append({key: values[key] for key in axes})
     return make_sweep(name, root_of(arguments), axes, arguments, runs)

@@ -17,9 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from megalm.errors import ConfigError, MegalmError
-from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
-from megalm.runs.run_folder import CONFIG_FILE, read_mapping
+from megalm.errors import ConfigError
+from megalm.runs.run_status import read_status
 from megalm.sweeps.expansion import Sweep, SweptRun
 from megalm.sweeps.sweep_folder import State, SweepFolder, state_of
 from megalm.utils.progress import ProgressBar
@@ -43,7 +42,6 @@ class Outcome:
     run: SweptRun
     state: State
     code: int | None = None
-    seconds: float = 0.0
     why: str = ""
 
 
@@ -98,16 +96,15 @@ class LocalRuns:
         return ProgressBar(f"sweep {self._sweep.name}", count, shown=shown)
 
     def _run(self, run: SweptRun, number: int, bar: ProgressBar) -> Outcome:
-        started = time.monotonic()
         folder = self._sweep.root / run.name
-        before, next_line = _last_step(folder), started
+        before, next_line = read_status(folder).step, time.monotonic()
         with self._start(run) as process:
             while process.poll() is None:
-                steps, step = _planned_steps(folder), _last_step(folder)
-                if steps is not None and step > before and time.monotonic() >= next_line:
+                now = read_status(folder)
+                if now.steps and now.step > before and time.monotonic() >= next_line:
                     next_line = time.monotonic() + (0.0 if sys.stderr.isatty() else _LINE_SECONDS)
                     values = ", ".join(f"{key.rpartition('.')[2]}={value}" for key, value in run.values.items())
-                    bar.update(number + min(1.0, step / steps), f"{values}: step {step}/{steps}")
+                    bar.update(number + min(1.0, now.step / now.steps), f"{values}: step {now.step}/{now.steps}")
                 time.sleep(_POLL_SECONDS)
             self._wait_for_ranks(process.pid)
         code = process.returncode
@@ -117,7 +114,7 @@ class LocalRuns:
         elif code != 0 and state in ("waiting", "finished"):  # refused before it had a folder
             state = "failed"
         why = self._failure(run, folder) if state == "failed" else ""
-        return Outcome(run, state, code, time.monotonic() - started, why)
+        return Outcome(run, state, code, why)
 
     @contextlib.contextmanager
     def _start(self, run: SweptRun) -> Iterator[subprocess.Popen[bytes]]:
@@ -169,15 +166,15 @@ class LocalRuns:
                 time.sleep(_POLL_SECONDS)
 
     def _failure(self, run: SweptRun, folder: Path) -> str:
-        """Return the error of a failed run in one line."""
-        reports = sorted((folder / "failures").glob("attempt-*.txt"), key=lambda path: path.stat().st_mtime)
-        for path in (*reversed(reports[-1:]), self._folder.log(run.name)):
-            with contextlib.suppress(OSError), path.open("rb") as file:
-                file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
-                lines = file.read().decode(errors="replace").splitlines()
-                errors = [line for line in lines if "error:" in line.lower() or "Error" in line]
-                if errors:
-                    return errors[-1].strip()[:_LONGEST_LINE]
+        """Return the error of a failed run in one line: of its report, else the last one that it printed."""
+        if (reported := read_status(folder).failure) is not None:
+            return reported[:_LONGEST_LINE]
+        path = self._folder.log(run.name)
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            file.seek(max(0, path.stat().st_size - _LOG_TAIL_BYTES))
+            lines = file.read().decode(errors="replace").splitlines()
+            errors = [line for line in lines if "error:" in line.lower() or "Error" in line]
+            return errors[-1].strip()[:_LONGEST_LINE] if errors else ""
         return ""
 
 
@@ -186,22 +183,3 @@ def _described(outcome: Outcome) -> str:
     if outcome.state == "failed":
         text += f" (exit code {outcome.code})" + (f": {outcome.why}" if outcome.why else "")
     return text
-
-
-def _last_step(folder: Path) -> int:
-    path = folder / METRICS_FILE
-    if not path.is_file():
-        return 0
-    with contextlib.suppress(MegalmError):
-        for row in read_newest_first(path):
-            if row["kind"] == "train":
-                return int(row["step"])
-    return 0
-
-
-def _planned_steps(folder: Path) -> int | None:
-    with contextlib.suppress(MegalmError):
-        train = read_mapping(folder / CONFIG_FILE).get("train")
-        steps = train.get("steps") if isinstance(train, dict) else None
-        return steps if isinstance(steps, int) and steps > 0 else None
-    return None

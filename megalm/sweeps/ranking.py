@@ -17,7 +17,7 @@ import numpy as np
 
 from megalm.sweeps.expansion import SEED, SweptRun
 from megalm.sweeps.sweep_folder import State
-from megalm.tracking.compare_runs import Measure, Results, RunRecord, measure_of, results
+from megalm.tracking.compare_runs import Measure, RunRecord, measure_of, results
 
 # Student's t at 97.5% for 1, 2, ... degrees of freedom (two-sided 95%).
 _T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
@@ -33,7 +33,7 @@ class RankedRun:
     """A run of the sweep, with what it reached.
 
     Attributes:
-        record, results: None before its first row.
+        record: None before its first row.
         score: lower is better; None for a run that is not finished, or whose loss is not finite.
         stderr: of the score by the choice of the validation samples.
     """
@@ -41,7 +41,6 @@ class RankedRun:
     run: SweptRun
     state: State
     record: RunRecord | None = None
-    results: Results | None = None
     score: float | None = None
     stderr: float | None = None
 
@@ -123,9 +122,8 @@ def score_runs(found: Sequence[tuple[SweptRun, State, RunRecord | None]]) -> tup
         if record is None:
             ranked.append(RankedRun(run, state))
             continue
-        result = results(record)
-        score, stderr = _score(record, result, scored_by, measure) if state == "finished" else (None, None)
-        ranked.append(RankedRun(run, state, record, result, score, stderr))
+        score, stderr = _score(record, scored_by, measure) if state == "finished" else (None, None)
+        ranked.append(RankedRun(run, state, record, score, stderr))
     return ranked, scored_by
 
 
@@ -134,14 +132,15 @@ def rank(runs: Sequence[RankedRun], scored_by: Score = "validation loss") -> Ran
     groups: dict[tuple[tuple[str, str], ...], list[RankedRun]] = {}
     for run in runs:
         if run.score is not None:
-            groups.setdefault(tuple(_without_seed(run.run.values).items()), []).append(run)
+            others = tuple((key, value) for key, value in run.run.values.items() if key != SEED)
+            groups.setdefault(others, []).append(run)
     deviation, freedom = _pooled([[run.score for run in group if run.score is not None] for group in groups.values()])
     entries = []
     for values, group in groups.items():
         scores = [run.score for run in group if run.score is not None]
         stderr = _stderr_of_samples(group) if deviation is None else deviation / math.sqrt(len(scores))
         entries.append(Entry(dict(values), tuple(group), sum(scores) / len(scores), stderr))
-    factor = _NORMAL if deviation is None else _quantile(freedom)
+    factor = _NORMAL if deviation is None else _T[freedom - 1] if freedom <= len(_T) else _T_OF_MORE
     rest = tuple(run for run in runs if run.score is None)
     ordered = tuple(sorted(entries, key=lambda entry: entry.score))
     return Ranking(scored_by, ordered, rest, deviation is not None, factor)
@@ -177,7 +176,7 @@ def _stderr_of_mean(entries: Sequence[Entry], ranking: Ranking) -> float | None:
     return math.sqrt(sum(error**2 for error in errors)) / len(errors) if ranking.by_seeds else max(errors)
 
 
-def _score(record: RunRecord, result: Results, scored_by: Score, measure: Measure) -> tuple[float | None, float | None]:
+def _score(record: RunRecord, scored_by: Score, measure: Measure) -> tuple[float | None, float | None]:
     if scored_by == "training loss":
         loss = record.history.column("loss")
         end = loss[math.floor(len(loss) * (1 - _TRAINING_SHARE)) :]
@@ -186,6 +185,7 @@ def _score(record: RunRecord, result: Results, scored_by: Score, measure: Measur
     last = record.history.evaluations[-1:]
     if not last or not record.validations or last[0].get("step") != record.validations[-1].get("step"):
         return None, None  # its last loss is not finite
+    result = results(record)
     final = result.final_validation_loss
     if measure == "loss":
         return final, result.validation_stderr
@@ -193,10 +193,6 @@ def _score(record: RunRecord, result: Results, scored_by: Score, measure: Measur
         return None, None
     stderr = result.validation_stderr
     return result.bits_per_byte, None if stderr is None else stderr * result.bits_per_byte / final
-
-
-def _without_seed(values: Mapping[str, str]) -> dict[str, str]:
-    return {key: value for key, value in values.items() if key != SEED}
 
 
 def _pooled(groups: Sequence[Sequence[float]]) -> tuple[float | None, int]:
@@ -212,7 +208,3 @@ def _stderr_of_samples(group: Sequence[RankedRun]) -> float | None:
     """Return the error of the mean of runs on the same validation samples, which they share: the largest of theirs."""
     known = [run.stderr for run in group if run.stderr is not None]
     return max(known) if len(known) == len(group) else None
-
-
-def _quantile(freedom: int) -> float:
-    return _T[freedom - 1] if freedom <= len(_T) else _T_OF_MORE

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from megalm.config.schema import RunSection
-from megalm.errors import ConfigError, DataError
-from megalm.runs.metrics_log import METRICS_FILE, read_newest_first
-from megalm.runs.run_folder import read_mapping
-from megalm.runs.run_lock import is_held
+from megalm.errors import ConfigError, MegalmError
+from megalm.runs.run_folder import RunFolder, read_mapping
+from megalm.runs.run_status import read_status
 from megalm.sweeps.expansion import Sweep, make_sweep, sweep_folder
 from megalm.utils.atomic_files import write_json
 from megalm.utils.did_you_mean import did_you_mean
@@ -87,6 +88,18 @@ class SweepFolder:
         write_json(self.record, {**record, "launcher": list(launcher), "runs": runs})
         return whole
 
+    @contextlib.contextmanager
+    def recorded(self, sweep: Sweep, launcher: Sequence[str]) -> Iterator[Sweep]:
+        """Record a sweep as `write` does; a new one that is refused inside the context leaves nothing."""
+        is_new = not self.record.exists()
+        whole = self.write(sweep, launcher)
+        try:
+            yield whole
+        except MegalmError:
+            if is_new:
+                shutil.rmtree(self.path, ignore_errors=True)
+            raise
+
     def lock(self) -> HeldLock:
         """Keep a second `megalm sweep` away.
 
@@ -116,20 +129,16 @@ def find_sweep(name: str) -> SweepFolder:
     )
 
 
-def state_of(run_dir: Path, now: float | None = None) -> State:
+def state_of(run_dir: Path) -> State:
     """Return the state of a run, from its lock and its last event."""
-    if is_held(run_dir, now):
+    status = read_status(run_dir)
+    if status.state == "running":
         return "running"
-    try:
-        rows = read_newest_first(run_dir / METRICS_FILE) if (run_dir / METRICS_FILE).is_file() else iter(())
-        last = next((row for row in rows if row.get("event") in ("end", "start", "resume")), {})
-    except DataError:
-        return "failed"
-    if not last:
-        return "failed" if (run_dir / "failures").is_dir() else "waiting"
-    if last["event"] != "end":
+    if status.event is None:
+        return "failed" if RunFolder(run_dir).failures.is_dir() else "waiting"
+    if status.event["event"] != "end":
         return "stopped"  # killed, or its machine failed: it wrote no end
-    return _FROM_END.get(str(last.get("status")), "failed")
+    return _FROM_END.get(str(status.event.get("status")), "failed")
 
 
 def _merged(before: Sweep, now: Sweep, path: Path) -> Sweep:

@@ -6,7 +6,6 @@ import math
 import shlex
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +99,9 @@ def summary(sweep: Sweep, ranking: Ranking) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_sweep_page(sweep: Sweep, ranking: Ranking, path: Path | None = None) -> Path:
-    """Write the page of a sweep; return its path.
-
-    Args:
-        path: None: report.html in the sweep's folder.
-    """
-    path = path or SweepFolder(sweep.folder).report
+def write_sweep_page(sweep: Sweep, ranking: Ranking) -> Path:
+    """Write report.html in the sweep's folder; return its path."""
+    path = SweepFolder(sweep.folder).report
     known = [(run.run.name, run.record) for run in ranking.runs if run.record is not None]
     headings, rows = ranking_rows(ranking, list(sweep.axes))
     best = frozenset(index for index, entry in enumerate(ranking.entries) if ranking.equals_best(entry)) or frozenset(
@@ -220,34 +215,13 @@ def _commands(sweep: Sweep, ranking: Ranking) -> list[tuple[str, str]]:
     return rows
 
 
-@dataclass(frozen=True)
-class SweepResult:
-    """What the MLflow run of a sweep shows, once the runs are ranked.
-
-    Attributes:
-        sentence: the best with its uncertainty; the run's description.
-        best_run: the name of the best run; None: none is finished.
-        score: of the best, as `scored_by` says.
-        page: a file.
-    """
-
-    sentence: str
-    page: Path
-    best_run: str | None = None
-    score: float | None = None
-    scored_by: str = "validation loss"
-
-
-def send_sweep_result(sweep: Path, runs: Sequence[Path], result: SweepResult) -> bool:
-    """Send the result to the run of a sweep; return False if none of its runs is in MLflow.
+def send_sweep_result(sweep: Sweep, ranking: Ranking, page: Path) -> bool:
+    """Send a ranking and its page to the MLflow run of a sweep; return False if none of its runs is in MLflow.
 
     Any exception means: try again later.
-
-    Args:
-        sweep: its folder.
-        runs: run folders.
     """
-    tracked = [(run, state) for run in runs if (state := MirrorState.load(run / STATE_FILE)).run_id is not None]
+    found = [(run, MirrorState.load(run / STATE_FILE)) for run in begun_runs(sweep)]
+    tracked = [(run, state) for run, state in found if state.run_id is not None]
     if not tracked:
         return False
     from megalm.tracking.mlflow_mirror.client import MlflowStore  # loads MLflow, which takes seconds
@@ -256,11 +230,13 @@ def send_sweep_result(sweep: Path, runs: Sequence[Path], result: SweepResult) ->
     store = MlflowStore(run_facts.tracking_uri(run, state)[0], run.resolve().parent)
     tags = store.run_tags(str(state.run_id)) or {}
     parent = tags.get(run_facts.PARENT_TAG)
-    if parent is None or tags.get(run_facts.SWEEP_TAG) != str(sweep.resolve()):
+    if parent is None or tags.get(run_facts.SWEEP_TAG) != str(sweep.folder.resolve()):
         return False
-    store.set_tags(parent, {run_facts.NOTE_TAG: result.sentence, "megalm.best_run": result.best_run or "none yet"})
-    if result.score is not None:
-        name = run_facts.clean_name(f"best/{result.scored_by.replace(' ', '_')}")
-        store.log_metrics(parent, [MetricValue(name, result.score, 0, int(time.time() * 1000))])
-    store.upload(parent, result.page, None)
+    best = ranking.best
+    name = "none yet" if best is None else best.runs[0].run.name
+    store.set_tags(parent, {run_facts.NOTE_TAG: verdict(ranking), "megalm.best_run": name})
+    if best is not None:
+        metric = run_facts.clean_name(f"best/{ranking.scored_by.replace(' ', '_')}")
+        store.log_metrics(parent, [MetricValue(metric, best.score, 0, int(time.time() * 1000))])
+    store.upload(parent, page, None)
     return True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -14,7 +14,7 @@ import numpy as np
 
 from megalm.runs.evaluations import RecordedEvaluation, newest, read_evaluations
 from megalm.runs.metrics_history import History, Numbers, read_history
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, LOSS_OF, METRICS_FILE, ReadBatches, Row, read_batches
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, LOSS_OF, METRICS_FILE, TOTAL, ReadBatches, Row, read_batches
 from megalm.runs.run_folder import ENVIRONMENT_FILE, parameter_count, read_mapping
 from megalm.tracking.mlflow_mirror.run_facts import settings
 from megalm.utils.formatting import perplexity_of
@@ -25,7 +25,6 @@ _WARM_UP_SHARE = 0.1
 # These differ between any two runs and are not worth comparing.
 _OWN_TO_A_RUN = ("run.name", "run.root")
 _LEGEND_CHARACTERS = 50  # per line: half of the picture's width
-TOTAL = "validation"  # the only validation set, or all sets together
 
 Across = Literal["tokens", "time", "flops"]
 AXES: dict[Across, str] = {"tokens": "tokens", "time": "seconds of training", "flops": "training FLOPs"}
@@ -168,8 +167,9 @@ def results(run: RunRecord) -> Results:
     count = int(history.live.sum())
     steady, end = math.floor(count * _WARM_UP_SHARE), math.floor(count * (1 - _WARM_UP_SHARE))
     speeds = {name: history.column(name)[steady:] for name in ("tokens_per_second", "step_seconds", "mfu")}
-    scatter = {name: _scatter(values) for name, values in {**speeds, "loss": history.column("loss")[end:]}.items()}
-    by_dataset = {name: _mean(history.column(LOSS_OF + name)[end:]) for name in history.datasets}
+    last_losses = history.column("loss")[end:]
+    scatter = {name: _of_finite(it, _median_deviation, 5) for name, it in {**speeds, "loss": last_losses}.items()}
+    by_dataset = {name: _of_finite(history.column(LOSS_OF + name)[end:], np.mean) for name in history.datasets}
     return Results(
         parameters=run.parameters,
         steps=_whole(last["step"]),
@@ -183,9 +183,9 @@ def results(run: RunRecord) -> Results:
         best_validation_step=best.get("step") if best else None,
         best_validation_targets=best.get("targets") if best else None,
         bits_per_byte=end_row.get("bits_per_byte"),
-        tokens_per_second=_median(speeds["tokens_per_second"]),
-        step_seconds=_median(speeds["step_seconds"]),
-        mfu=_median(speeds["mfu"]),
+        tokens_per_second=_of_finite(speeds["tokens_per_second"], np.median),
+        step_seconds=_of_finite(speeds["step_seconds"], np.median),
+        mfu=_of_finite(speeds["mfu"], np.median),
         wall_seconds=history.wall_seconds,
         attempts=sum(row.get("event") in ATTEMPT_EVENTS for row in history.events),
         scatter={name: value for name, value in scatter.items() if value is not None},
@@ -208,6 +208,7 @@ def validations_compare(runs: Sequence[RunRecord]) -> bool:
 def incomparable(runs: Sequence[RunRecord], names: Sequence[str] | None = None) -> list[str]:
     """Return what of these runs does not compare, one sentence each: other tokenizers, validation data, or counts."""
     names = names or [run.name for run in runs]
+    last_targets = [run.validations[-1].get("targets") if run.validations else None for run in runs]
     found = []
     if tokenizers := _different(_stated(runs, "tokenizer_fingerprint"), names):
         found.append(
@@ -218,7 +219,7 @@ def incomparable(runs: Sequence[RunRecord], names: Sequence[str] | None = None) 
         # Other tokenizers cut the same text to other samples.
         same_text = "; bits per byte compare if it is the same text" if tokenizers else ""
         found.append(f"the validation data differ ({data}), so validation losses do not compare{same_text}")
-    elif counts := _different(_last_targets(runs), names, "{:,} tokens"):
+    elif counts := _different(_grouped(last_targets), names, "{:,} tokens"):
         found.append(
             f"the last validation losses are means over other numbers of tokens ({counts}); compare runs whose last "
             "validation is over all samples"
@@ -227,19 +228,16 @@ def incomparable(runs: Sequence[RunRecord], names: Sequence[str] | None = None) 
 
 
 def _stated(runs: Sequence[RunRecord], fact: str) -> dict[object, list[int]]:
-    """Value of a fact of environment.json -> the runs that have it; runs that do not know it are left out."""
+    """Value of a fact of environment.json -> the runs that have it."""
+    return _grouped([run.environment.get(fact) for run in runs])
+
+
+def _grouped(values: Sequence[object]) -> dict[object, list[int]]:
+    """Value -> the places that have it; those of None are left out."""
     found: dict[object, list[int]] = {}
-    for index, run in enumerate(runs):
-        if (value := run.environment.get(fact)) is not None:
+    for index, value in enumerate(values):
+        if value is not None:
             found.setdefault(value, []).append(index)
-    return found
-
-
-def _last_targets(runs: Sequence[RunRecord]) -> dict[object, list[int]]:
-    found: dict[object, list[int]] = {}
-    for index, run in enumerate(runs):
-        if run.validations and isinstance(count := run.validations[-1].get("targets"), int):
-            found.setdefault(count, []).append(index)
     return found
 
 
@@ -299,20 +297,14 @@ def _whole(value: float | None) -> int | None:
     return int(value) if value is not None and math.isfinite(value) else None
 
 
-def _median(values: Numbers) -> float | None:
+def _of_finite(values: Numbers, of: Callable[[Numbers], Any], fewest: int = 1) -> float | None:
+    """Return `of` the finite values; None for fewer than `fewest` of them."""
     numbers = values[np.isfinite(values)]
-    return float(np.median(numbers)) if len(numbers) else None
+    return float(of(numbers)) if len(numbers) >= fewest else None
 
 
-def _mean(values: Numbers) -> float | None:
-    numbers = values[np.isfinite(values)]
-    return float(numbers.mean()) if len(numbers) else None
-
-
-def _scatter(values: Numbers) -> float | None:
-    """Return the median absolute deviation; None for fewer than five values."""
-    numbers = values[np.isfinite(values)]
-    return float(np.median(np.abs(numbers - np.median(numbers)))) if len(numbers) >= 5 else None
+def _median_deviation(numbers: Numbers) -> Any:
+    return np.median(np.abs(numbers - np.median(numbers)))
 
 
 def _finite(value: object) -> bool:

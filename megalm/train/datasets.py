@@ -20,7 +20,7 @@ from megalm.data.builder.rebuild import Wanted, build_prefix, ensure_dataset
 from megalm.data.builder.stdlib_corpus import default_cache_dir, prepare_recipe
 from megalm.data.indexed.dataset import IndexedDataset, bin_path, idx_path
 from megalm.data.indexed.metadata import read_sidecar
-from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader, PrepareBatch, ValidationLoader
+from megalm.data.sampling.batch_loader import BatchLayout, ValidationLoader
 from megalm.data.sampling.index_cache import ArrayCache
 from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
 from megalm.data.sampling.sample_order import Range
@@ -29,10 +29,10 @@ from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.planning.batch_size import TrainingStages
 from megalm.planning.resolve import ResolvedRun
+from megalm.runs.metrics_log import TOTAL
 from megalm.train.multiple_choice import NO_CHOICES, Choices, ChoiceTask, Encoding, read_choices
 
 log = logging.getLogger(__name__)
-VALIDATION = "validation"  # the name of the only validation set, and of all together
 # Below this number of documents or samples, shuffling is faster than writing the order to a file.
 KEPT_ORDERS_FROM = 100_000
 KEPT_CHECKS_FROM = 1 << 22  # sequences; checking the index of fewer takes a few hundredths of a second
@@ -292,12 +292,6 @@ def _check_index(dataset: IndexedDataset, cache: Path) -> None:
     return None
 
 
-def batch_loader(
-    run: ResolvedRun, train: BlendedSamples, data_rank: int, prepare: PrepareBatch | None = None
-) -> BatchLoader:
-    return BatchLoader(train, batch_layout(run, data_rank), prepare)
-
-
 def batch_layout(run: ResolvedRun, data_rank: int, sequences: int | None = None) -> BatchLayout:
     """Return the part of a global batch, by default of the run's largest, that this data-parallel rank reads."""
     batch = run.batch if sequences is None else run.batch.of(sequences)
@@ -394,7 +388,7 @@ def _validation_samples(
         yield name, samples(opened[prefix], (0, len(opened[prefix])))
     for prefix, (_, documents) in ranges.items():
         if documents is not None:
-            yield VALIDATION if len(ranges) == 1 else Path(prefix).name, samples(opened[prefix], documents)
+            yield TOTAL if len(ranges) == 1 else Path(prefix).name, samples(opened[prefix], documents)
 
 
 # Up to this many tokens are read; of a larger dataset, evenly spaced probes that together have as many.

@@ -13,9 +13,8 @@ import numpy.typing as npt
 
 from megalm.communicator import Communicator
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
+from megalm.runs.metrics_log import TOTAL
 from megalm.utils.formatting import perplexity_of
-
-TOTAL = "validation"  # the only set, or all sets together
 
 
 class Evaluable(Protocol):

@@ -29,7 +29,7 @@ from megalm.train.resume.compatibility import (
     incompatibilities,
     progress_from,
 )
-from megalm.train.resume.find_checkpoint import open_verified
+from megalm.train.resume.resume_plan import open_verified
 from megalm.train.resume.resume_request import LastAttempt, attempt_after_rollback, write_attempt
 from megalm.train.resume.training_progress import TrainingProgress, skip_samples
 from megalm.train.spikes.spike_guard import SpikeGuard

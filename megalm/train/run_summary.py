@@ -25,7 +25,7 @@ from megalm.planning.run_plan import mean_flops_per_token
 from megalm.rank_environment import RankPlace
 from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.tracking.mlflow_mirror.run_facts import where_to_look
-from megalm.tracking.report import write_report
+from megalm.tracking.report.page import write_report
 from megalm.train.console import RunConsole
 from megalm.train.datasets import RunData, find_data, open_data, validation_fingerprint, validation_on_training
 from megalm.train.resume.compatibility import DataIdentity

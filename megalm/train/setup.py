@@ -16,6 +16,7 @@ import torch
 
 from megalm.communicator import Communicator
 from megalm.config.schema import TRACKERS, RunConfig, TrainSection
+from megalm.data.sampling.batch_loader import BatchLoader
 from megalm.engine.build import build_engine
 from megalm.engine.device import (
     bind_to_numa_node,
@@ -46,13 +47,12 @@ from megalm.runs.run_settings import Arguments, ResumeOptions, config_changes
 from megalm.tracking.mlflow_mirror.mirror_process import MirrorHandle, start_mirror
 from megalm.tracking.mlflow_mirror.sync_state import copied_from
 from megalm.train.console import RunConsole
-from megalm.train.datasets import batch_loader, open_run_data, validation_loaders
+from megalm.train.datasets import batch_layout, open_run_data, validation_loaders
 from megalm.train.evaluator import Evaluator
 from megalm.train.lifecycle.heartbeat import Heartbeat
 from megalm.train.lifecycle.shutdown import FailureClaim, RankSupervisor, RunHooks, StopRequest, watch_launchers
 from megalm.train.lifecycle.time_limits import TimeLimits, Watchdog, process_start, wall_seconds
-from megalm.train.resume.find_checkpoint import clean_up_interrupted_saves
-from megalm.train.resume.resume_plan import ResumePlan, find_resume_checkpoint, plan_resume
+from megalm.train.resume.resume_plan import ResumePlan, clean_up_interrupted_saves, find_resume_checkpoint, plan_resume
 from megalm.train.resume.resume_request import record_attempt
 from megalm.train.run_checkpointer import RunCheckpointer
 from megalm.train.run_copies import check_copies, fetch_newer_copy, finish_run_copies, start_run_copies
@@ -66,7 +66,7 @@ from megalm.train.run_summary import (
     write_report_page,
 )
 from megalm.train.spikes.spike_guard import SpikeGuard
-from megalm.train.spikes.spike_report import SpikeReportWriter, sample_text_reader
+from megalm.train.spikes.spike_report import SpikeReportWriter
 from megalm.train.step_diagnostics import StepDiagnostics
 from megalm.train.text_samples import SampleWriter
 from megalm.train.trainer import Trainer, TrainerComponents, memory_errors_named, run_preflight
@@ -425,12 +425,11 @@ def _components(
     run, data, folder, console = plan.run, plan.data, opened.folder, opened.console
     data_rank = run.topology.coordinate(comm.rank).data
     config, length = run.config, run.config.data.sample_length
-    read_text = sample_text_reader(data.train, data.tokenizer)
     return TrainerComponents(
         run=run,
         comm=comm,
         engine=engine,
-        batches=batch_loader(run, data.train, data_rank, pin_batch if run.device.kind == "cuda" else None),
+        batches=BatchLoader(data.train, batch_layout(run, data_rank), pin_batch if run.device.kind == "cuda" else None),
         evaluator=Evaluator(
             validation_loaders(run, data, data_rank),
             data.tokenizer.token_bytes(),
@@ -446,7 +445,7 @@ def _components(
         reporter=console,
         stop=StopRequest(limits=limits),
         guard=spikes,
-        incidents=SpikeReportWriter(folder.incidents, read_text, command, comm, console),
+        incidents=SpikeReportWriter(folder.incidents, data.train, data.tokenizer, command, comm, console),
         limits=limits,
         flops_per_token=partial(
             flops_per_token, plan.shape, frozen=frozen_parameters(plan.shape, config.train.parameter_groups)

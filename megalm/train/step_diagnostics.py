@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
+from torch.autograd.profiler_util import FunctionEventAvg
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils.flop_counter import sdpa_backward_flop_count, sdpa_flop_count
 
@@ -189,17 +190,6 @@ def part_times(ranks: Sequence[Mapping[str, PartTime]]) -> list[dict[str, Any]]:
     return rows
 
 
-class _Recorded(Protocol):
-    """What is used of an event, or of the average of all events of one name, of torch's profiler; times in µs."""
-
-    key: str
-    count: int
-    cpu_time_total: float
-    self_cpu_time_total: float
-    device_time_total: float
-    self_device_time_total: float
-
-
 class _Profile:
     """Consecutive steps of this rank under torch's profiler, which records from here on."""
 
@@ -231,13 +221,11 @@ class _Profile:
     def content(self, flops_computed: float, operators: bool, times: list[dict[str, Any]]) -> dict[str, Any]:
         """Return what the JSON holds, all numbers for one step: on rank 0, the times on all ranks."""
         trace, count = self._trace or StepTrace.of(self._profiler), len(self.steps)
-        averages: list[_Recorded] = list(self._profiler.key_averages())
-        ours = [it for it in averages if it.key.startswith(PROFILED_PHASE)]
-        listed = sorted(
-            (it for it in averages if not it.key.startswith((PROFILED_PHASE, PROFILED_STEP.rstrip("#")))),
-            key=lambda it: (it.self_device_time_total, it.self_cpu_time_total),
-            reverse=True,
-        )
+        averages = [(str(it.key), it) for it in self._profiler.key_averages()]
+        ours = [(key.removeprefix(PROFILED_PHASE), it) for key, it in averages if key.startswith(PROFILED_PHASE)]
+        others = [pair for pair in averages if not pair[0].startswith((PROFILED_PHASE, PROFILED_STEP.rstrip("#")))]
+        others.sort(key=lambda pair: (pair[1].self_device_time_total, pair[1].self_cpu_time_total), reverse=True)
+        communication = PROFILED_COMMUNICATION.removeprefix(PROFILED_PHASE)
         return {
             "step": self.steps[0],
             "last_step": self.steps[-1],
@@ -248,16 +236,12 @@ class _Profile:
             "flops_computed": flops_computed,
             "times": times,
             "kinds": trace.kinds(),
-            "phases": {
-                it.key.removeprefix(PROFILED_PHASE): _times(it, count)
-                for it in ours
-                if not it.key.startswith(PROFILED_COMMUNICATION)
-            },
+            "phases": {name: _times(it, count) for name, it in ours if not name.startswith(communication)},
             "traffic": [
                 part.as_json() | {"calls": part.calls / count, "bytes": part.bytes / count}
                 for part in _summed(self.traffic)
             ],
-            "operators": {it.key: _times(it, count, own=True) for it in listed} if operators else {},
+            "operators": {name: _times(it, count, own=True) for name, it in others} if operators else {},
         }
 
 
@@ -267,7 +251,7 @@ def _write_content(stem: Path, content: Mapping[str, Any], text: str) -> None:
     write_bytes_atomically(Path(f"{stem}.txt"), text.encode())
 
 
-def _times(recorded: _Recorded, steps: int, own: bool = False) -> dict[str, float]:
+def _times(recorded: FunctionEventAvg, steps: int, own: bool = False) -> dict[str, float]:
     """Seconds on the CPU and on the device; own: without the operators that it calls."""
     cpu = recorded.self_cpu_time_total if own else recorded.cpu_time_total
     device = recorded.self_device_time_total if own else recorded.device_time_total

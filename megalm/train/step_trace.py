@@ -13,11 +13,14 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
 from megalm.engine.interface import PROFILED_COMMUNICATION, PROFILED_PHASE
+
+if TYPE_CHECKING:
+    from torch.profiler import profile
 
 PROFILED_STEP = "ProfilerStep#"  # and the step's number: the name that tools for such traces look for
 
@@ -85,12 +88,6 @@ class PartTime:
     hidden_seconds: float = 0.0
 
 
-class Profiler(Protocol):
-    """torch's profiler, after it has stopped."""
-
-    def export_chrome_trace(self, path: str) -> object: ...
-
-
 class StepTrace:
     """The steps of one rank's trace, each under a mark that begins with `PROFILED_STEP`.
 
@@ -124,7 +121,7 @@ class StepTrace:
         self._kernels = self._placed(by_category)
 
     @classmethod
-    def of(cls, profiler: Profiler) -> StepTrace:
+    def of(cls, profiler: profile) -> StepTrace:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             profiler.export_chrome_trace(str(path))

@@ -1,4 +1,4 @@
-"""The training loop, the recording of its metrics, and the preflight before step 1.
+"""The training loop, and the preflight before step 1.
 
 Uses the engine through its protocol only. Everything here is collective: all ranks run the same steps and make the same
 decisions; only rank 0 writes metrics and console lines.
@@ -15,24 +15,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megalm.checkpoint.checkpointer import Saved
-from megalm.checkpoint.discovery import step_of
 from megalm.checkpoint.manifest import Status
 from megalm.communicator import Communicator
-from megalm.data.readers.questions import task_name
 from megalm.data.sampling.batch_loader import PREFETCHED_BATCHES, BatchLoader
-from megalm.engine.interface import Engine, RoutingStatistics, StepResult
+from megalm.engine.interface import Engine, StepResult
 from megalm.errors import EXIT_DONE, EXIT_START_AGAIN, TrainingError, is_out_of_memory
 from megalm.nodes.straggler_watch import StragglerWatch
 from megalm.planning.lr_schedule import rate_at
-from megalm.planning.recipe_claims import Expectation, Quantity, Span, documented_losses
 from megalm.planning.resolve import ResolvedRun
-from megalm.runs.metrics_log import LOSS_OF, MetricsWriter, Row, describe_unbalanced_experts, wall_limit
+from megalm.runs.metrics_log import MetricsWriter, wall_limit
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_lock import LostFolder, RunLock
-from megalm.train.console import RunConsole
-from megalm.train.evaluator import TOTAL, Evaluation, Evaluator
-from megalm.train.expert_watch import ExpertWatch
+from megalm.train.console import MetricsRecorder, RunConsole
+from megalm.train.evaluator import Evaluator
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits
 from megalm.train.multiple_choice import NO_CHOICES, Choices
@@ -42,7 +37,7 @@ from megalm.train.spikes.spike_guard import SpikeGuard, Verdict
 from megalm.train.spikes.spike_report import SpikeReport, SpikeReportWriter
 from megalm.train.step_diagnostics import StepDiagnostics, phase_of_step
 from megalm.train.text_samples import SampleWriter
-from megalm.utils.formatting import format_clock, format_duration
+from megalm.utils.formatting import format_clock
 
 
 @dataclass(frozen=True)
@@ -75,174 +70,6 @@ class TrainerComponents:
         self.limits.stop_watching()
         self.batches.close()
         self.engine.close()
-
-
-def _routing_columns(routing: RoutingStatistics | None) -> dict[str, float]:
-    """The columns of a model with experts; loads are 1 where a layer's experts have equally many tokens."""
-    if routing is None:
-        return {}
-    loads = [count * len(counts) / sum(counts) for counts in routing.counts for count in counts]
-    return {
-        "expert_load_max": max(loads),
-        "expert_load_min": min(loads),
-        "router_entropy": routing.entropy,
-        "router_aux_loss": routing.balance_loss,
-        "router_z_loss": routing.z_loss,
-        **({} if routing.dropped is None else {"dropped_tokens": routing.dropped}),
-    }
-
-
-@dataclass
-class MetricsRecorder:
-    """Writes metrics.jsonl rows and console lines on rank 0; every method takes the run's progress."""
-
-    parts: TrainerComponents
-    _peak_is_reported: bool = field(default=False, init=False)
-    _documented: dict[tuple[Quantity, int], list[Span]] = field(init=False)
-    _experts: ExpertWatch | None = field(init=False)
-
-    def __post_init__(self) -> None:
-        interval = self.parts.run.config.guard.experts_interval_steps
-        self._experts = None if interval is None else ExpertWatch(interval)
-        self._documented = documented_losses(self.parts.run.config.documented)
-
-    def event(self, position: TrainingProgress, name: str, **fields: Any) -> None:
-        if self.parts.metrics is not None:
-            self.parts.metrics.row("event", event=name, step=position.step, attempt=position.attempt, **fields)
-
-    def step(self, position: TrainingProgress, result: StepResult, rate: float, tokens: int, seconds: float) -> None:
-        """Record the step that `position` has just reached, which took `seconds` for `tokens`."""
-        parts = self.parts
-        tokens_per_second = tokens / seconds
-        mfu = parts.flops_per_token(position.stage.sequence_length) * tokens_per_second / parts.peak_flops
-        if result.skipped:
-            self.event(position, "skip", reason="gradient overflow", loss_scale=result.loss_scale)
-            parts.reporter.info(
-                f"step {position.step}: skipped the update, gradients overflow at loss scale {result.loss_scale:g}"
-            )
-        if position.step % parts.run.config.train.log_interval_steps == 0 and parts.metrics is not None:
-            parts.metrics.row(
-                "train",
-                step=position.step,
-                tokens=position.tokens,
-                samples=position.samples,
-                loss=result.loss,
-                lr=rate,
-                grad_norm=result.grad_norm,
-                loss_scale=result.loss_scale,
-                tokens_per_second=tokens_per_second,
-                step_seconds=seconds,
-                mfu=mfu,
-                memory_bytes=parts.engine.peak_memory_bytes(),
-                attempt=position.attempt,
-                **{LOSS_OF + name: loss for name, loss in zip(parts.datasets, result.dataset_losses, strict=False)},
-                **_routing_columns(result.routing),
-                **self._phases(),
-            )
-        if result.routing is not None and self._experts is not None:
-            self._watch_experts(position, self._experts, result.routing)
-        if mfu > 1 and not self._peak_is_reported:
-            self._peak_is_reported = True
-            self.warn(
-                position,
-                f"MFU is above 100%, so the peak of {parts.peak_flops / 1e12:.2f} TFLOP/s is too low: a measured peak "
-                "suffers from other programs that run meanwhile; tokens/s are correct",
-            )
-        parts.reporter.step(
-            position.step,
-            f"loss {result.loss:.4f}  lr {rate:.2e}  grad {result.grad_norm:.2f}  {tokens_per_second:,.0f} tokens/s  "
-            f"MFU {mfu:.1%}",
-        )
-        self._compare_with_document(position, "training_loss", lambda: parts.guard.history.median_loss(result.loss))
-
-    def _watch_experts(self, position: TrainingProgress, watch: ExpertWatch, routing: RoutingStatistics) -> None:
-        found = watch.add(position.step, routing, self.parts.run.config.model.num_experts_per_token)
-        if found is None:
-            return
-        self.event(position, "experts", **found.fields())
-        if found.is_news:
-            self.event(position, "unbalanced_experts", **found.news())
-            self.parts.reporter.info(f"step {position.step}: {describe_unbalanced_experts(found.news())}")
-
-    def _phases(self) -> dict[str, float]:
-        if not self.parts.run.diagnostics.phase_times:
-            return {}
-        return {f"{phase}_seconds": seconds for phase, seconds in self.parts.engine.phase_seconds().items()}
-
-    def evaluation(self, position: TrainingProgress, result: Evaluation, whole: bool) -> None:
-        """Record the evaluation of one set, or of all sets together."""
-        parts = self.parts
-        if parts.metrics is not None:
-            parts.metrics.row(
-                "eval",
-                step=position.step,
-                tokens=position.tokens,
-                loss=result.loss,
-                loss_stderr=result.stderr,
-                perplexity=result.perplexity,
-                bits_per_byte=result.bits_per_byte,
-                dataset=result.dataset,
-                targets=result.targets,
-                whole=whole,
-                attempt=position.attempt,
-                **({} if result.ema_loss is None else {"ema_loss": result.ema_loss}),
-            )
-        of_set = "" if result.dataset == TOTAL else f" on {result.dataset}"
-        parts.reporter.info(f"step {position.step}: validation{of_set} {result}")
-        if result.dataset == TOTAL:
-            self._compare_with_document(position, "validation_loss", lambda: result.loss)
-
-    def task(self, position: TrainingProgress, result: Row, whole: bool) -> None:
-        """Record the answers to the questions of one file."""
-        parts, name = self.parts, task_name(result["dataset"])
-        if parts.metrics is not None:
-            of_step = {"step": position.step, "tokens": position.tokens, "attempt": position.attempt}
-            parts.metrics.row("task", task=name, **result, whole=whole, **of_step)
-        error = result["accuracy_error"]
-        spread = "" if error is None else f" +- {error:.1%}"
-        parts.reporter.info(
-            f"step {position.step}: {name} accuracy {result['accuracy']:.1%}{spread}, by byte "
-            f"{result['byte_accuracy']:.1%}, chance {result['chance']:.1%} ({result['questions']:,} questions)"
-        )
-
-    def checkpoint(self, position: TrainingProgress, saved: Saved) -> None:
-        """Record a completed checkpoint."""
-        fields = {"path": saved.path.name, "seconds": saved.write_seconds, "stall_seconds": saved.stall_seconds}
-        self.event(position, "checkpoint", **fields, bytes=saved.bytes, saved_step=saved.step, pruned=saved.pruned)
-        times = f"{saved.write_seconds:.1f} s, training waited {saved.stall_seconds:.2f} s"
-        self.parts.reporter.info(f"step {saved.step}: checkpoint {saved.path} ({times})")
-        if saved.notice:
-            self.parts.reporter.info(f"WARNING: {saved.notice}")
-
-    def copies(self, position: TrainingProgress) -> None:
-        """Record what the process that copies checkpoints has done since the last call."""
-        handle = self.parts.checkpoints.copies
-        if handle is None:
-            return
-        for name, copied in handle.new_copies().items():
-            self.event(position, "copied", path=name, bytes=copied.bytes, seconds=copied.seconds)
-            self.parts.reporter.info(f"step {step_of(Path(name))}: copied in {format_duration(copied.seconds)}")
-        for text in handle.new_warnings():
-            self.warn(position, text)
-
-    def warn(self, position: TrainingProgress, text: str) -> None:
-        self.event(position, "warning", text=text)
-        self.parts.reporter.info(f"WARNING: {text}")
-
-    def _compare_with_document(self, position: TrainingProgress, quantity: Quantity, loss: Callable[[], float]) -> None:
-        """Report whether the loss is the one that the recipe's document gives for this step, if it gives one."""
-        for documented in self._documented.get((quantity, position.step), ()):
-            found = Expectation(position.step, quantity, loss(), documented)
-            self.event(
-                position,
-                "expected",
-                quantity=quantity,
-                loss=found.loss,
-                low=found.documented.low,
-                high=found.documented.high,
-                met=found.is_met,
-            )
-            self.parts.reporter.info(str(found))
 
 
 @dataclass

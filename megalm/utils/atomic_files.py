@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-from megalm.errors import ConfigError, DataError
+from megalm.errors import ConfigError, DataError, MegalmError
 
 # The file is gone: by its name, or on a network file system the open one itself.
 _GONE = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
@@ -186,10 +186,12 @@ CACHE_ADVICE = "choose another folder with data.cache or MEGALM_CACHE, or check 
 
 
 @contextlib.contextmanager
-def writing_to(path: Path, advice: str = "check the folder, its rights and space") -> Iterator[None]:
-    """Turn an OSError (full disk, permissions) into a one-line DataError that names the path and gives `advice`."""
+def writing_to(
+    path: Path, advice: str = "check the folder, its rights and space", kind: type[MegalmError] = DataError
+) -> Iterator[None]:
+    """Turn an OSError (full disk, permissions) into a one-line error that names the path and gives `advice`."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or error  # NumPy's own errors have no strerror
-        raise DataError(f"{path}: cannot be written ({reason}); {advice}") from error
+        raise kind(f"{path}: cannot be written ({reason}); {advice}") from error

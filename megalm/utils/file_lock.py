@@ -19,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from megalm.utils.atomic_files import still_names
+
 log = logging.getLogger(__name__)
 
 # Waiting polls, ever more slowly: thousands of ranks can wait for one file of a network file system.
@@ -72,7 +74,7 @@ def take_lock(
         except OSError as error:
             _report_no_locks(path, descriptor, error)
             return HeldLock(descriptor, in_kernel=False)
-        if held and _is_named(path, descriptor):
+        if held and still_names(path, descriptor):
             return HeldLock(descriptor, in_kernel=True)
         os.close(descriptor)
         if not held:
@@ -83,14 +85,6 @@ def take_lock(
                 on_wait = None
         time.sleep(min(delay, max(0.0, deadline - time.monotonic())))
         delay = min(1.5 * delay, _LONGEST_POLL_SECONDS)
-
-
-def _is_named(path: Path, descriptor: int) -> bool:
-    """Return whether the open file is still the one at `path`."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
 
 
 def _report_no_locks(path: Path, descriptor: int, error: OSError) -> None:

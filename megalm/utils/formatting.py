@@ -53,6 +53,12 @@ def wrapped(text: str, width: int | None) -> str:
     )
 
 
+def sections_text(sections: Mapping[str, str]) -> str:
+    """Return texts below their titles, wrapped for the terminal if there is one."""
+    width = terminal_width()
+    return "\n\n".join(f"{title}\n{wrapped(text, width)}" for title, text in sections.items())
+
+
 def table(headings: Sequence[str], rows: Sequence[Sequence[object]], width: int | None = None) -> str:
     """Format a table: columns two spaces apart, numbers right-aligned, None as `-`.
 

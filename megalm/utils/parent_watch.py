@@ -58,22 +58,20 @@ class ParentWatch(threading.Thread):
         self.start()
 
     def run(self) -> None:
-        while self._alive():
+        while self._process is not None and is_alive(self._process):
             time.sleep(0.5)
         self.ended.set()
         time.sleep(self._patience_seconds)
         self._when_late()
         os._exit(1)
 
-    def _alive(self) -> bool:
-        try:
-            return (
-                self._process is not None
-                and self._process.is_running()
-                and self._process.status() != psutil.STATUS_ZOMBIE
-            )
-        except psutil.NoSuchProcess:
-            return False
+
+def is_alive(process: psutil.Process) -> bool:
+    """Return whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def stdin_is_closed(seconds: float) -> bool:

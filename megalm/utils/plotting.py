@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megalm.errors import ConfigError
-from megalm.utils.atomic_files import write_atomically
+from megalm.utils.atomic_files import write_atomically, writing_to
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,8 +46,6 @@ def save_plot(figure: Figure, path: Path) -> None:
     if suffix not in figure.canvas.get_supported_filetypes():
         named = suffix or "a name without a suffix"
         raise ConfigError(f"{path}: {named} is not a picture format; choose .png, .svg or .pdf")
-    try:
+    with writing_to(path, "name another file", ConfigError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: figure.savefig(file, format=suffix, dpi=150), durable=False)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); name another file") from None

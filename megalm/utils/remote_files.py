@@ -254,12 +254,9 @@ class RemoteFile(io.RawIOBase):
         self.name = address
         self._filesystem, self._place = open_filesystem(address)
         self._warn = warn
-        self.version = self._ask()
+        self.version = remote_version(address, warn)
         self._position = 0
         self._most = _BLOCK_BYTES
-
-    def _ask(self) -> RemoteVersion:
-        return remote_version(self.name, self._warn)
 
     def readable(self) -> bool:
         return True
@@ -283,7 +280,7 @@ class RemoteFile(io.RawIOBase):
         content = tried_again(lambda: self._read_block(left), self.name, warn=self._warn)
         view[: len(content)] = content
         self._position += len(content)
-        if self._position == self.version.bytes and self._ask() != self.version:
+        if self._position == self.version.bytes and remote_version(self.name, self._warn) != self.version:
             raise self._changed()
         return len(content)
 

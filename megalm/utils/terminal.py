@@ -15,11 +15,7 @@ def echo(message: str = "", err: bool = False) -> None:
 
 
 def echo_text(text: str, end: str = "\n") -> None:
-    """Write a text that is a result: a file or a program gets it unchanged."""
-    sys.stdout.write(terminal_text(text) + end)  # typer.echo drops escape sequences where there is no terminal
+    """Write a text that is a result: a file or a program gets it unchanged, a terminal escaped."""
+    shown = printable(text) if sys.stdout.isatty() else text
+    sys.stdout.write(shown + end)  # typer.echo drops escape sequences where there is no terminal
     sys.stdout.flush()
-
-
-def terminal_text(text: str) -> str:
-    """Return the text as it may be written to stdout: escaped if that is a terminal."""
-    return printable(text) if sys.stdout.isatty() else text

@@ -73,6 +73,8 @@ CASES = {
 
 
 def _measure_all(comm: Any, device: torch.device, prefix: Path, folder: Path) -> dict[str, dict[str, int]]:
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked through each time
     return {name: _measure(comm, device, case, prefix, folder) for name, case in CASES.items()}
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from megalm.data.builder.builder import build_dataset
 from megalm.data.builder.stdlib_corpus import source_files
@@ -67,6 +69,21 @@ def six_steps(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -
     finished = finish(folder, pretrain(*small_data.changed(*SIX_STEPS, "train.steps=6")))
     assert finished.code == 0, finished.explain()
     return folder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new mlflow.db: making its tables takes seconds, copying them does not. Workers side by side share it."""
+    from mlflow import MlflowClient
+
+    root = tmp_path_factory.getbasetemp()
+    store = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / "mlflow.db"
+    with FileLock(f"{store}.lock"):
+        if not store.is_file():
+            (partial := store.with_name("partial.db")).unlink(missing_ok=True)
+            MlflowClient(f"sqlite:///{partial}").search_experiments(max_results=1)
+            partial.rename(store)
+    return store
 
 
 @pytest.fixture(scope="session")

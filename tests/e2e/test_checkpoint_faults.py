@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -110,8 +111,12 @@ def _holds(folder: Path, secret: str) -> list[Path]:
 
 
 @pytest.mark.parametrize("steps", [4, 0])
-def test_secrets_of_the_environment_are_written_nowhere(small_data: SmallData, tmp_path: Path, steps: int) -> None:
+def test_secrets_of_the_environment_are_written_nowhere(
+    small_data: SmallData, empty_store: Path, tmp_path: Path, steps: int
+) -> None:
     """Not by a run that is tracked, nor by one that fails with a traceback."""
+    (tmp_path / "runs").mkdir()
+    shutil.copy(empty_store, tmp_path / "runs" / "mlflow.db")
     words = _words(small_data, "train.steps=4", "tracking.mlflow=true")
     command = pretrain(*words, "--verbose")
     if not steps:
@@ -120,7 +125,7 @@ def test_secrets_of_the_environment_are_written_nowhere(small_data: SmallData, t
     finished = finish(tmp_path, command, environment=SECRETS, patience_seconds=30)
     assert finished.code == (0 if steps else 1), finished.explain()
     if steps:
-        assert (tmp_path / "runs" / "mlflow.db").is_file()
+        assert (tmp_path / "runs" / "mlflow.db").read_bytes() != empty_store.read_bytes()
     else:
         assert "RuntimeError: made to fail" in finished.stderr, finished.explain()
     for name, secret in SECRETS.items():

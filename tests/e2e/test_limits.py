@@ -15,7 +15,7 @@ from megalm.engine.ranks.flight_recorder import read_dumps
 from megalm.runs.metrics_log import live_rows
 from megalm.train.lifecycle.time_limits import Watchdog
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import finish, job, losses, own_lines, pretrain, rows, run_folder, train_rows
+from tests.e2e.jobs import PRETRAIN, finish, job, losses, own_lines, pretrain, rows, run_folder, train_rows
 from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
@@ -27,9 +27,34 @@ WALL_SECONDS = 18
 LAUNCHER_SECONDS = 180.0
 
 
+# Steps that take their time, but not the processor's.
+UNHURRIED = """
+import runpy, sys, time
+import megalm.train.trainer as loop
+
+step = loop.Trainer._train_step
+
+def unhurried(self):
+    time.sleep(0.2)
+    return step(self)
+
+loop.Trainer._train_step = unhurried
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def by_script(folder: Path, script: str, command: list[str | Path]) -> list[str | Path]:
+    """The command, started by a script."""
+    (path := folder / "script.py").write_text(script)
+    at = command.index(PRETRAIN)
+    return [*command[:at], path, *command[at:]]
+
+
 def test_leaves_in_time_and_goes_on(small_data: SmallData, tmp_path: Path) -> None:
     words = (*small_data.words, "run.name=mine", "schedule.kind=constant", "--resume", "auto")
-    finished = finish(tmp_path, pretrain(*words, ENDLESS, f"train.max_wall_time={WALL_SECONDS}s", ranks=2))
+    command = pretrain(*words, ENDLESS, f"train.max_wall_time={WALL_SECONDS}s", ranks=2)
+    finished = finish(tmp_path, by_script(tmp_path, UNHURRIED, command))
     assert finished.code == 75, finished.explain()
     events = [row["event"] for row in rows(tmp_path) if row["kind"] == "event"]
     assert events[-3:] == ["wall_time", "checkpoint", "end"]
@@ -111,12 +136,8 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def test_every_rank_writes_where_it_stood(small_data: SmallData, tmp_path: Path) -> None:
-    script = tmp_path / "lost.py"
-    script.write_text(LOST)
     words = (*small_data.words, ENDLESS, f"train.hang_timeout_seconds={HANG_SECONDS}")
-    command = pretrain(*words, ranks=2)
-    at = command.index(next(word for word in command if str(word).endswith("pretrain.py")))
-    finished = finish(tmp_path, [*command[:at], script, *command[at:]])
+    finished = finish(tmp_path, by_script(tmp_path, LOST, pretrain(*words, ranks=2)))
     assert finished.code == 1, finished.explain()
     assert finished.left == []
     (line,) = own_lines(finished.stderr)  # one rank speaks

@@ -32,6 +32,8 @@ BROWSER = (
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--hide-scrollbars", f"--window-size={WINDOW[0]},{WINDOW[1]}", "--virtual-time-budget=30000"),
 )
+# Without processes for MLflow's own jobs, each of which imports all of it.
+SERVER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 PNG_START = b"\x89PNG\r\n\x1a\n"
 
 
@@ -55,7 +57,10 @@ class Tracked:
 
 @pytest.fixture(scope="module")
 def tracked(
-    require: Callable[[str, object, str], None], small_data: SmallData, tmp_path_factory: pytest.TempPathFactory
+    require: Callable[[str, object, str], None],
+    small_data: SmallData,
+    empty_store: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Tracked]:
     require("chromium", shutil.which("chromium"), "no chromium; apt-get install -y --no-install-recommends chromium")
     folder = tmp_path_factory.mktemp("compare")
@@ -64,12 +69,13 @@ def tracked(
         own = (f"run.name=peak-{peak}", f"schedule.peak_learning_rate={peak}", "evaluate.interval_steps=2")
         training = finish(folder, pretrain(*small_data.changed(*own, f"train.steps={STEPS}")))
         assert training.code == 0, training.explain()
+    shutil.copy(empty_store, folder / "server.db")
     port = _free_port()
     server = f"http://127.0.0.1:{port}"
     serve = [programs / "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     storage = ["--backend-store-uri", f"sqlite:///{folder}/server.db", "--artifacts-destination", folder / "artifacts"]
     to_log = ["bash", "-c", 'exec "$@" > server.log 2>&1', "server"]  # a pipe that nobody reads would fill
-    with job(folder, [*to_log, *serve, *storage]) as started:
+    with job(folder, [*to_log, *serve, *storage], SERVER) as started:
         until(lambda: started.process.poll() is not None or _answers(server), 120)
         sync = megalm("track", "sync", *(f"peak-{peak}" for peak in PEAKS))
         synced = finish(folder, sync, environment={"MLFLOW_TRACKING_URI": server})

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +13,20 @@ from pathlib import Path
 import mlflow
 import pytest
 
+from megalm.runs.metrics_log import read_metrics
 from tests.e2e.conftest import SmallData
-from tests.e2e.jobs import ROOT, SMALL, Finished, finish, megalm, pretrain, rows, train_rows
+from tests.e2e.jobs import ROOT, SMALL, Finished, finish, megalm, own_lines, pretrain, rows, train_rows
 
 pytestmark = pytest.mark.e2e
 
 STEPS = 30
 VOCABULARY = 500
+OWN = ("data.train=data/my", "data.tokenizer=data/my.model", "data.split=90,10", "run.name=mine")
+WORDS = (
+    *OWN,
+    *(word for word in SMALL if not word.startswith(("tracking.mlflow", "sample.", "evaluate.", "train."))),
+    *(f"train.steps={STEPS}", "evaluate.interval_steps=10"),
+)
 
 
 @dataclass(frozen=True)
@@ -28,7 +38,7 @@ class Trained:
 
 
 @pytest.fixture(scope="module")
-def trained(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+def trained(small_data: SmallData, empty_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
     folder = tmp_path_factory.mktemp("own")
     lines = (json.dumps({"text": document.text}) + "\n" for document in small_data.documents)
     (folder / "my.jsonl").write_text("".join(lines))
@@ -42,12 +52,9 @@ def trained(small_data: SmallData, tmp_path_factory: pytest.TempPathFactory) -> 
     dataset = tool("build_dataset", "--tokenizer", "data/my.model", "--output-prefix", "data/my")
     # The tables of a new store take seconds of a process that yields to all others: minutes on a busy machine.
     (folder / "runs").mkdir()
-    mlflow.MlflowClient(f"sqlite:///{folder / 'runs' / 'mlflow.db'}").search_experiments(max_results=1)
-    own = ("data.train=data/my", "data.tokenizer=data/my.model", "data.split=90,10", "run.name=mine")
-    words = [word for word in SMALL if not word.startswith(("tracking.mlflow", "sample.", "evaluate.", "train."))]
-    command = pretrain(*own, *words, f"train.steps={STEPS}", "evaluate.interval_steps=10", using="deepspeed")
+    shutil.copy(empty_store, folder / "runs" / "mlflow.db")
     # On a busy machine MLflow gets the last rows from a process that outlives the run.
-    training = finish(folder, command, patience_seconds=150)
+    training = finish(folder, pretrain(*WORDS, using="deepspeed"), patience_seconds=150)
     assert training.code == 0, training.explain()
     assert training.left == []
     return Trained(folder, tokenizer, dataset, training)
@@ -80,6 +87,22 @@ def test_the_opening_and_the_end_say_what_matters(trained: Trained) -> None:
         assert words in told
     assert f"step {STEPS}/{STEPS}  loss" in told
     assert (trained.folder / "runs" / "mine" / "samples" / f"step-{STEPS:08d}.txt").is_file()
+
+
+def test_one_rank_of_deepspeed_trains_as_a_plain_start_does(trained: Trained) -> None:
+    """What tests/e2e/test_launchers.py shows of the others: the same losses, all cores, one voice and no noise."""
+    plain = finish(trained.folder, pretrain(*WORDS, "run.root=plain", "tracking.mlflow=false"))
+    assert plain.code == 0, plain.explain()
+    expected = [row for row in read_metrics(trained.folder / "plain" / "mine" / "metrics.jsonl") if "grad_norm" in row]
+    found = train_rows(trained.folder)
+    assert [row["loss"] for row in found[:12]] == pytest.approx([row["loss"] for row in expected[:12]], rel=1e-5)
+    norms = [[row["grad_norm"] for row in each[:12]] for each in (found, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    facts = json.loads((trained.folder / "runs" / "mine" / "environment.json").read_text())
+    assert facts["threads_per_rank"] == len(os.sched_getaffinity(0))
+    told = trained.training.stdout
+    assert len(re.findall(rf"^step {STEPS}/{STEPS}  loss", told, re.MULTILINE)) == 1
+    assert own_lines(trained.training.stderr) == [], trained.training.stderr
 
 
 def test_mlflow_has_the_same(trained: Trained) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megalm.tracking.report import write_report
+from megalm.tracking.report.page import write_report
 from tests.e2e.conftest import SmallData
 from tests.e2e.jobs import job, pretrain, rows, run_folder, until
 from tests.messages import assert_names

@@ -23,13 +23,11 @@ GROUP = (
 )
 
 
-def _train(
-    folder: Path, data: SmallData, steps: int, *words: str, ranks: int, using: str = "forked", stage: int = 2
-) -> Finished:
+def _train(folder: Path, data: SmallData, steps: int, *words: str, ranks: int, stage: int = 2) -> Finished:
     folder.mkdir(exist_ok=True)
     json_file = write_json(folder / "ds.json", zero_optimization={"stage": stage})
     own = (*data.changed("train.rehearse=true", *WORDS), f"train.steps={steps}")
-    command = pretrain(*own, *words, using=using, ranks=ranks, json_file=json_file)
+    command = pretrain(*own, *words, ranks=ranks, json_file=json_file)
     finished = finish(folder, command)
     assert finished.code == 0, finished.explain()
     return finished
@@ -44,7 +42,7 @@ def test_half_the_ranks_go_on_as_a_pipeline(small_data: SmallData, tmp_path: Pat
     assert len(_validations(group)) == 1
     resumed = ("parallel.pipeline=2", "--resume", "auto")
     plan = _train(group, small_data, STEPS, *resumed, "--dry-run", "--world-size", "2", ranks=1, stage=1)
-    told = _train(group, small_data, STEPS, *resumed, ranks=2, using="deepspeed", stage=1)
+    told = _train(group, small_data, STEPS, *resumed, ranks=2, stage=1)
     for finished in (plan, told):
         (line,) = (line for line in finished.stdout.splitlines() if " grid was " in line)
         assert_names(line, "tensor 2", "context 2", "pipeline 2", "ZeRO 1")

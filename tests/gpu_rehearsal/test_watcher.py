@@ -9,15 +9,17 @@ from pathlib import Path
 
 import pytest
 
+from megalm.rehearsal import fake_cuda_library
 from megalm.rehearsal.fake_cuda_library import build_library
 from megalm.utils.child_process import child_environment
 
 # Runs in a process of its own: the library is loaded before torch, and torch.cuda is replaced for good.
 FAULTS = """
-import json, os, sys
+import ctypes, json, os, sys
 from pathlib import Path
 from megalm.rehearsal.fake_cuda_library import load_library
 load_library(Path(sys.argv[1]))
+ctypes.CDLL(sys.argv[2])  # as a torch with CUDA registers its own devices later
 import torch
 import torch._dynamo
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -83,9 +85,32 @@ os._exit(0)
 """
 
 
+def _devices_of_a_torch_with_cuda(folder: Path) -> Path:
+    """A library that registers CUDA's devices as a torch with CUDA does; whoever uses them dies."""
+    source = Path(fake_cuda_library.__file__).with_name("fake_cuda.cpp").read_text()
+    for ours, of_cuda in (
+        ("c10::REGISTRY_PREFERRED", "c10::REGISTRY_DEFAULT"),
+        ("Device before", "std::abort(); Device before"),
+        ("return Device(kCUDA, current);\n}", "std::abort();\n}"),
+    ):
+        assert ours in source
+        source = source.replace(ours, of_cuda)
+    changed = folder / "cuda.cpp"
+    changed.write_text(source)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fake_cuda_library, "_SOURCE", changed)
+        patch.setenv("MEGALM_CACHE", str(folder))
+        return build_library()
+
+
 @pytest.fixture(scope="module")
-def found() -> dict[str, object]:
-    command = [sys.executable, "-c", FAULTS, str(build_library())]
+def cuda_devices(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _devices_of_a_torch_with_cuda(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="module")
+def found(cuda_devices: Path) -> dict[str, object]:
+    command = [sys.executable, "-c", FAULTS, str(build_library()), str(cuda_devices)]
     done = subprocess.run(command, capture_output=True, text=True, env=child_environment(), check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
@@ -132,10 +157,8 @@ def test_memory_is_counted_by_storage_in_units_of_the_allocator(found: dict[str,
     assert found["peak"] > 2 * 64 * 64 * 2
 
 
-def test_the_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MEGALM_CACHE", str(tmp_path))
-    library = build_library()
-    before = library.stat().st_mtime_ns
-    assert build_library() == library
-    assert library.stat().st_mtime_ns == before
-    assert list(tmp_path.iterdir()) == [library]
+def test_the_library_is_compiled_once(cuda_devices: Path) -> None:
+    before = cuda_devices.stat().st_mtime_ns
+    assert _devices_of_a_torch_with_cuda(cuda_devices.parent) == cuda_devices
+    assert cuda_devices.stat().st_mtime_ns == before
+    assert list(cuda_devices.parent.glob("*.so*")) == [cuda_devices]

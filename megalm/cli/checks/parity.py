@@ -11,18 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from megalm.cli.options import Config, DeepSpeedJson, Overrides
-from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.errors import EXIT_FAILED
 from megalm.parity.miniature import ParityCase, dropped_by_rounding, make_case
 from megalm.parity.parity_process import PARTS, run_parity
 from megalm.parity.parity_report import Line, ParityReport
-from megalm.runs.run_settings import read_settings
-from megalm.utils.formatting import format_duration, table, terminal_width, wrapped
+from megalm.runs.run_settings import ANY_DEVICE, read_settings
+from megalm.utils.formatting import format_duration, sections_text, table
 from megalm.utils.progress import ProgressBar
 from megalm.utils.terminal import echo, echo_text
-
-_ANY_GPU = DeviceFacts("cuda", bf16=True, memory_bytes=2**40, float8=True)
 
 
 def command(
@@ -52,7 +49,7 @@ def command(
     \b
     megalm parity --ranks 64 --deepspeed_config zero1.json parallel.tensor=8 parallel.sequence=true
     """
-    device = _ANY_GPU if gpu is None else gpu_by_name(gpu)
+    device = ANY_DEVICE if gpu is None else gpu_by_name(gpu)
     files = read_settings(config, overrides or [], deepspeed_config, resume=False, ranks=ranks or 1)
     own = files.loaded.config
     ranks = ranks or own.documented.devices or own.parallel.fewest_ranks
@@ -100,8 +97,7 @@ def _text(case: ParityCase, report: ParityReport, seconds: float) -> str:
         "Smaller or otherwise here": "\n".join(map(str, case.changes)) or "nothing",
         "Not shown": "\n".join(case.not_shown),
     }
-    width = terminal_width()
-    return "\n\n".join(f"{title}\n{wrapped(text, width)}" for title, text in sections.items())
+    return sections_text(sections)
 
 
 def _verdict(case: ParityCase, report: ParityReport) -> list[str]:

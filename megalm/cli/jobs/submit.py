@@ -5,35 +5,22 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand
 
-from megalm.cli.jobs.sweep import split_launcher
-from megalm.cli.options import (
-    Config,
-    DeepSpeedJson,
-    ExtendSteps,
-    ExtendStrategy,
-    Overrides,
-    Resume,
-    SkipSteps,
-    Strategy,
-    Verbose,
-)
+from megalm.cli.jobs.run_words import RUN_WORDS, SplitCommand, run_arguments, split_launcher
 from megalm.cli.plan import own_device, planned_run
 from megalm.cluster.batch_script import Allocation, SbatchOptions, render, without_options
 from megalm.cluster.slurm_client import gpus_of_nodes, own_jobs, refusal, require_slurm
 from megalm.cluster.slurm_client import submit as send
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.cost_model.gpu_specs import gpu_by_name
-from megalm.errors import ConfigError, MegalmError
+from megalm.errors import ConfigError
 from megalm.planning.run_plan import Plan
 from megalm.rehearsal.rehearsal_process import rehearse_run
 from megalm.rehearsal.rehearsal_report import RehearsalCase
@@ -48,20 +35,17 @@ from megalm.utils.terminal import echo, echo_text
 
 _T = TypeVar("_T")
 
-_RUN_WORDS = "megalm.run_words"
 _HOME = Path(__file__).resolve().parents[3]
 # Of an unknown GPU: nothing is refused for its memory.
 _ANY_GPU = DeviceFacts(kind="cuda", bf16=True, memory_bytes=2**50, float8=True)
 
 
-class Command(TyperCommand):
-    """Takes options of sbatch before `--` and those of the run after it, which Typer alone would mix."""
+class Command(SplitCommand):
+    """Takes options of sbatch before `--`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        cut = args.index("--") if "--" in args else len(args)
-        ctx.meta[_RUN_WORDS] = tuple(args[cut + 1 :])
         ctx.allow_extra_args = ctx.ignore_unknown_options = True
-        return super().parse_args(ctx, args[:cut])
+        return super().parse_args(ctx, args)
 
 
 def command(
@@ -113,8 +97,8 @@ def command(
     megalm submit --nodes=4 --gpus-per-node=8 --chain 5 -- run.name=mine --resume auto
     megalm submit --nodes=1 --gpus-per-node=8 --sweep train.seed=1,2,3 -- --config my.yaml
     """
-    words: tuple[str, ...] = context.meta[_RUN_WORDS]
-    request = _read(sbatch or [], words, after, chain, _Swept(tuple(sweep), sweep_name) if sweep else None)
+    words: tuple[str, ...] = context.meta[RUN_WORDS]
+    request = _read(sbatch or [], words, after, chain, sweep or (), sweep_name)
     if not print_it:  # a script can be written where there is no Slurm
         require_slurm()
         _refuse_open_gpus(request)
@@ -171,18 +155,18 @@ class _Request:
         return {"MEGALM_SUBMIT_OPTIONS": shlex.join([*again, f"--chain={self.chain}"]), "MEGALM_CHAIN": "1"}
 
 
-@dataclass(frozen=True)
-class _Swept:
-    """What --sweep says."""
-
-    words: tuple[str, ...]
-    name: str | None
-
-
 def _read(
-    sbatch: Sequence[str], words: tuple[str, ...], after: str | None, chain: int | None, swept: _Swept | None
+    sbatch: Sequence[str],
+    words: tuple[str, ...],
+    after: str | None,
+    chain: int | None,
+    swept: Sequence[str],
+    sweep_name: str | None,
 ) -> _Request:
     """Read options and arguments.
+
+    Args:
+        swept: the words of --sweep.
 
     Raises:
         ConfigError: all that is wrong with them.
@@ -192,7 +176,7 @@ def _read(
     problems: list[str] = []
     allocation = _noted(problems, lambda: Allocation.of(options))
     arguments = _noted(problems, lambda: run_arguments(words))
-    sweep = None if swept is None else _noted(problems, lambda: read_sweep(swept.words, words, swept.name))
+    sweep = _noted(problems, lambda: read_sweep(swept, words, sweep_name)) if swept else None
     if problems or allocation is None or arguments is None:
         raise ConfigError(*problems)
     if sweep is not None:
@@ -236,39 +220,6 @@ def _options(given: SbatchOptions, after: str | None) -> SbatchOptions:
     return defaults.updated(SbatchOptions.of_environment(os.environ)).updated(given)
 
 
-def run_arguments(words: Sequence[str]) -> Arguments:
-    """Read the arguments of launch/pretrain.py.
-
-    Raises:
-        ConfigError: an argument that it does not have.
-    """
-
-    def read(
-        overrides: Overrides = None,
-        deepspeed_config: DeepSpeedJson = None,
-        config: Config = None,
-        resume: Resume = None,
-        extend_steps: ExtendSteps = None,
-        extend_strategy: ExtendStrategy = Strategy.schedule,
-        skip_steps: SkipSteps = 0,
-        verbose: Verbose = False,
-    ) -> Arguments:
-        return Arguments(
-            deepspeed_config, config, tuple(overrides or ()), resume, extend_steps, extend_strategy.value, skip_steps
-        )
-
-    app = typer.Typer(add_completion=False, rich_markup_mode=None)
-    app.command(add_help_option=False)(read)
-    reader = typer.main.get_command(app)
-    try:
-        found: Arguments = reader.main(list(words), prog_name="launch/pretrain.py", standalone_mode=False)
-    except Exception as error:
-        if (text := getattr(error, "format_message", None)) is None:  # not about the words
-            raise
-        raise ConfigError(f"{text()} (arguments of launch/pretrain.py follow --)") from None
-    return found
-
-
 def _noted(problems: list[str], work: Callable[[], _T]) -> _T | None:
     """Return what `work` returns; of a refusal, keep its problems."""
     try:
@@ -288,21 +239,9 @@ def _refuse_open_gpus(request: _Request) -> None:
 # --- The checks -------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _recorded(sweep: Sweep | None) -> Iterator[None]:
-    """Record a sweep, and the JSONs of its runs, which the checks read; a refused new one leaves nothing."""
-    if sweep is None:
-        yield
-        return
-    folder = SweepFolder(sweep.folder)
-    is_new = not folder.record.exists()
-    folder.write(sweep, split_launcher(())[0])
-    try:
-        yield
-    except MegalmError:
-        if is_new:
-            shutil.rmtree(folder.path, ignore_errors=True)
-        raise
+def _recorded(sweep: Sweep | None) -> AbstractContextManager[object]:
+    """Record a sweep, and the JSONs of its runs, which the checks read."""
+    return nullcontext() if sweep is None else SweepFolder(sweep.folder).recorded(sweep, split_launcher(())[0])
 
 
 def _checked_plans(request: _Request, gpu: str | None) -> list[Plan]:
@@ -338,7 +277,9 @@ def checked_plan(arguments: Arguments, allocation: Allocation, gpu: str | None, 
     with _named_by_job(SLURM_ARRAY_TASK_ID=None if task is None else str(task)):
         plan = planned_run(arguments, allocation.ranks, device, allocation.ranks_per_node, data_needed=True)
         warnings = planned_data(plan.resolved)[1]
-    _refuse_existing(arguments, plan)
+    run = plan.resolved.config.run
+    if run.name is not None:
+        refuse_existing_run(RunFolder(Path(run.root).expanduser() / run.name), arguments.resume is not None)
     for warning in warnings:
         echo(f"megalm: WARNING: {warning}", err=True)
     return plan
@@ -365,12 +306,6 @@ def _gpu(name: str | None, site_name: str | None) -> DeviceFacts:
         return _ANY_GPU if site_name is None else gpu_by_name(site_name)
     except ConfigError:
         return _ANY_GPU
-
-
-def _refuse_existing(arguments: Arguments, plan: Plan) -> None:
-    run = plan.resolved.config.run
-    if run.name is not None:
-        refuse_existing_run(RunFolder(Path(run.root).expanduser() / run.name), arguments.resume is not None)
 
 
 def _refuse_together(request: _Request, plan: Plan) -> None:

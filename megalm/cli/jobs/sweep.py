@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
-import megalm
 from megalm.cli.compare import read_runs
 from megalm.cli.find_run import warn
-from megalm.config.deepspeed.json_reader import DeviceFacts
+from megalm.cli.jobs.run_words import RUN_WORDS, SplitCommand, run_arguments, split_launcher
 from megalm.errors import EXIT_FAILED, EXIT_START_AGAIN, ConfigError
 from megalm.planning.run_checks import check_run
-from megalm.runs.run_settings import Arguments
+from megalm.runs.run_settings import ANY_DEVICE
 from megalm.sweeps.expansion import Sweep, read_sweep, root_of
 from megalm.sweeps.local_runs import LocalRuns, Outcome
 from megalm.sweeps.ranking import Ranking
 from megalm.sweeps.sweep_folder import SweepFolder, find_sweep, state_of
 from megalm.sweeps.sweep_report import (
-    SweepResult,
-    begun_runs,
     ranking_rows,
     read_ranking,
     send_sweep_result,
@@ -37,20 +30,11 @@ from megalm.tracking.compare_runs import incomparable
 from megalm.utils.formatting import table
 from megalm.utils.terminal import echo
 
-_RUN_WORDS = "megalm.run_words"
-_PRETRAIN = "pretrain.py"
 _RANK_OPTIONS = ("--num_gpus", "--nproc_per_node", "--nproc-per-node")
 _MORE_THAN_ONE_NODE = ("--hostfile", "--num_nodes", "--nnodes", "--include", "-H")
-_ANY_DEVICE = DeviceFacts(kind="cuda", bf16=True, memory_bytes=2**50, float8=True)
 
 
-class Command(TyperCommand):
-    """Takes what is swept before `--` and the command of a run after it, which Typer alone would mix."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        cut = args.index("--") if "--" in args else len(args)
-        ctx.meta[_RUN_WORDS] = tuple(args[cut + 1 :])
-        return super().parse_args(ctx, args[:cut])
+Command = SplitCommand
 
 
 def command(
@@ -90,7 +74,7 @@ def command(
         deepspeed --num_gpus 2 launch/pretrain.py --deepspeed_config ds_configs/zero2.json --config my.yaml
     megalm sweep decay --report
     """
-    sweep, folder, launcher = _opened(swept, context.meta[_RUN_WORDS], name, starts=not (report_only or dry_run))
+    sweep, folder, launcher = _opened(swept, context.meta[RUN_WORDS], name, starts=not (report_only or dry_run))
     states = Counter(state_of(sweep.root / run.name) for run in sweep.runs)
     counts = " x ".join(f"{key} ({len(values)})" for key, values in sweep.axes.items())
     known = ", ".join(f"{count} {state}" for state, count in sorted(states.items()))
@@ -118,12 +102,8 @@ def show_ranking(sweep: Sweep, ranking: Ranking) -> None:
     echo(f"\n{verdict(ranking)}")
     page = write_sweep_page(sweep, ranking)
     echo(f"page: {page}")
-    best = ranking.best
-    result = SweepResult(verdict(ranking), page, None if best is None else best.runs[0].run.name)
-    if best is not None:
-        result = replace(result, score=best.score, scored_by=ranking.scored_by)
     try:
-        send_sweep_result(sweep.folder, begun_runs(sweep), result)
+        send_sweep_result(sweep, ranking, page)
     except Exception as error:  # of any kind: a tracker that is down ends no sweep
         warn(f"the result is not in MLflow ({type(error).__name__}); `megalm sweep {sweep.folder} --report` sends it")
 
@@ -158,27 +138,9 @@ def _opened(
     launcher, arguments = split_launcher(run_words)
     sweep = read_sweep(swept, arguments, name)
     folder = SweepFolder(sweep.folder)
-    is_new = not folder.record.exists()
-    sweep = folder.write(sweep, launcher)
-    try:
-        _check(sweep, launcher)
-    except ConfigError:
-        if is_new:
-            shutil.rmtree(folder.path, ignore_errors=True)
-        raise
-    return sweep, folder, launcher
-
-
-def split_launcher(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the words up to launch/pretrain.py, `deepspeed launch/pretrain.py` without any, and its arguments."""
-    ends = [index for index, word in enumerate(words) if Path(word).name == _PRETRAIN]
-    if ends:
-        return list(words[: ends[0] + 1]), list(words[ends[0] + 1 :])
-    if words and "=" not in words[0] and not words[0].startswith("-"):
-        raise ConfigError(f"{words[0]} after -- starts no launch/pretrain.py; give the command of a run, or key=value")
-    beside = Path(sys.executable).with_name("deepspeed")
-    script = Path(megalm.__file__).resolve().parents[1] / "launch" / _PRETRAIN
-    return [str(beside) if beside.exists() else "deepspeed", str(script)], list(words)
+    with folder.recorded(sweep, launcher) as whole:
+        _check(whole, launcher)
+    return whole, folder, launcher
 
 
 def _check(sweep: Sweep, launcher: Sequence[str]) -> None:
@@ -191,32 +153,13 @@ def _check(sweep: Sweep, launcher: Sequence[str]) -> None:
     ranks = _ranks(launcher)
     for run in sweep.runs:
         try:
-            arguments = _arguments(sweep.arguments_of(run))
-            _, files = arguments.read(ranks or 1, _ANY_DEVICE, data_needed=False)
+            _, files = run_arguments(sweep.arguments_of(run)).read(ranks or 1, ANY_DEVICE, data_needed=False)
             if ranks is not None:
-                check_run(files.loaded, files.deepspeed, ranks, _ANY_DEVICE, data_needed=False)
+                check_run(files.loaded, files.deepspeed, ranks, ANY_DEVICE, data_needed=False)
         except ConfigError as error:
             problems |= dict.fromkeys(error.problems)
     if problems:
         raise ConfigError(*problems)
-
-
-def _arguments(words: Sequence[str]) -> Arguments:
-    """Return the arguments of launch/pretrain.py that decide about its settings."""
-    values: dict[str, str] = {}
-    overrides = []
-    rest = iter(words)
-    for word in rest:
-        option, equals, value = word.partition("=")
-        if not word.startswith("-"):
-            overrides.append(word)
-        elif option in ("--deepspeed_config", "--config", "--resume"):
-            values[option.lstrip("-")] = value if equals else next(rest, "")
-        elif option != "--verbose":
-            raise ConfigError(f"{word} is no option of launch/pretrain.py that a sweep takes; remove it")
-    return Arguments(
-        values.get("deepspeed_config"), values.get("config"), tuple(overrides), resume=values.get("resume")
-    )
 
 
 def _ranks(launcher: Sequence[str]) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +13,7 @@ import hjson
 
 import megalm
 from megalm.config.deepspeed.json_schema import DeepSpeedSettings, Precision
-from megalm.config.deepspeed.translate import Outcome, Translation, translate
+from megalm.config.deepspeed.translate import Translation, translate
 from megalm.errors import ConfigError
 from megalm.utils.did_you_mean import did_you_mean
 
@@ -21,41 +21,29 @@ DS_CONFIGS_FOLDER = Path(megalm.__file__).parent.parent / "ds_configs"
 
 
 @dataclass(frozen=True)
-class DeepSpeedConfig:
-    """The contents of a DeepSpeed JSON.
+class DeepSpeedConfig(Translation):
+    """The contents of a DeepSpeed JSON; a run starts only without problems.
 
     Attributes:
         path: the file, as the user named it.
-        settings: its values, and DeepSpeed's defaults for missing keys.
-        explicit_keys: dotted keys that the file has.
-        notices: one line for each key or group of keys that is ignored or read as another.
-        problems: one line for each refused key or group of keys; a run starts only without problems.
-        run_settings: dotted key of the run configuration -> the value that the file implies.
-        outcomes: the fate of each key of the file.
         largest_micro_batch: that a resumed run takes where the device's memory decides; None: any.
     """
 
-    path: str
-    settings: DeepSpeedSettings
-    explicit_keys: frozenset[str]
-    notices: tuple[str, ...] = ()
-    problems: tuple[str, ...] = ()
-    run_settings: dict[str, Any] = field(default_factory=dict)
-    outcomes: tuple[Outcome, ...] = ()
+    path: str = ""
     largest_micro_batch: int | None = None
 
     @staticmethod
     def of(path: str, translation: Translation) -> DeepSpeedConfig:
         """The view of a translated file."""
-        return DeepSpeedConfig(
-            path,
-            translation.settings,
-            translation.explicit_keys,
-            tuple(f"{path}: {note}" for note in translation.notes),
-            tuple(f"{path}: {problem}" for problem in translation.problems),
-            translation.run_settings,
-            translation.outcomes,
-        )
+        return DeepSpeedConfig(**vars(translation), path=path)
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        return tuple(f"{self.path}: {line}" for line in super().problems)
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        return tuple(f"{self.path}: {line}" for line in super().notices)
 
     def to_dict(self) -> dict[str, Any]:
         """Only the keys that the file has, under DeepSpeed's names."""

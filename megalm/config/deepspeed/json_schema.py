@@ -78,8 +78,11 @@ class DataTypesSection(DeepSpeedSection):
     grad_accum_dtype: Precision | None = None
 
 
+OffloadDevice = Literal["none", "cpu", "nvme"]
+
+
 class OffloadParamSection(DeepSpeedSection):
-    device: Literal["none", "cpu", "nvme"] = "none"
+    device: OffloadDevice = "none"
     nvme_path: str | None = None
     buffer_count: PositiveInt = 5
     buffer_size: PositiveInt = 100_000_000
@@ -88,7 +91,7 @@ class OffloadParamSection(DeepSpeedSection):
 
 
 class OffloadOptimizerSection(DeepSpeedSection):
-    device: Literal["none", "cpu", "nvme"] = "none"
+    device: OffloadDevice = "none"
     nvme_path: str | None = None
     buffer_count: PositiveInt = 4
     pin_memory: bool = True
@@ -128,6 +131,16 @@ class ZeroSection(DeepSpeedSection):
     memory_efficient_linear: bool = True
     log_trace_cache_warnings: bool = False
     enable_sanity_checks: bool = False
+
+    @property
+    def optimizer_device(self) -> OffloadDevice:
+        """Where the optimizer's states lie; none: beside the weights."""
+        return "none" if self.offload_optimizer is None else self.offload_optimizer.device
+
+    @property
+    def parameter_device(self) -> OffloadDevice:
+        """Where the weights lie; none: on the device that computes."""
+        return "none" if self.offload_param is None else self.offload_param.device
 
     @property
     def secondary_ranks(self) -> int:

@@ -95,14 +95,14 @@ class Translation:
     outcomes: tuple[Outcome, ...] = ()
 
     @property
-    def problems(self) -> list[str]:
+    def problems(self) -> tuple[str, ...]:
         """One line for each refused key, section or group of keys."""
-        return list(_lines(self.outcomes, "refused"))
+        return tuple(_lines(self.outcomes, "refused"))
 
     @property
-    def notes(self) -> list[str]:
+    def notices(self) -> tuple[str, ...]:
         """One line for each key, section or group of keys that is ignored or read as another."""
-        return [line for action in get_args(Action)[1:4] for line in _lines(self.outcomes, action)]
+        return tuple(line for action in get_args(Action)[1:4] for line in _lines(self.outcomes, action))
 
 
 def translate(raw: Mapping[str, Any]) -> Translation:

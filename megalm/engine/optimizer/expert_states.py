@@ -35,8 +35,6 @@ class ExpertMarker(AutoEPMoELayer):  # type: ignore[misc]  # DeepSpeed has no ty
 
 def mark_experts(module: nn.Module, path: str, groups: ParallelGroups) -> None:
     """Mark the experts' parameters of a module, which is at `path` in the model; before ZeRO 3 divides them."""
-    if groups.expert.size == 1:
-        return
     name = _group_name(groups)
     for canonical, parameter in module.named_parameters(path):
         if is_stacked(canonical):
@@ -72,8 +70,6 @@ def register_groups(model: nn.Module, weight_groups: list[dict[str, Any]], group
 
 def count_experts_once(optimizer: Any, expert: AxisGroup) -> None:
     """Let DeepSpeed's gradient norms count the experts of all ranks, each once, also where stages have other groups."""
-    if expert.size == 1:
-        return
     if isinstance(optimizer, BF16_Optimizer):
         optimizer.get_grads_for_norm = _with_experts_summed(optimizer.get_grads_for_norm, expert)
         bf16_optimizer.get_norm_with_moe_layers = lambda norm, **_: norm

@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from megalm.checkpoint.checkpoint_reader import Chunk, chunks_of
 from megalm.checkpoint.shard_spec import FragmentKey
+from megalm.config.deepspeed.json_schema import AdjustRate
 from megalm.cost_model.memory import MUON_ROUND
 from megalm.engine.optimizer.optimizer_state import OwnedRange
 from megalm.model.model_config import is_stacked
 from megalm.parallel.process_groups import AxisGroup, ParallelGroups
-from megalm.planning.optimizer_facts import OptimizerFacts, rate_factor
+from megalm.planning.resolve import OptimizerFacts
 from megalm.topology import whole_parts
 
 _SMALLEST_NORM = 1e-7
@@ -42,6 +43,17 @@ def orthogonalize(matrix: Tensor, coefficients: tuple[float, float, float], step
         gram = result @ result.mT
         result = torch.addmm(result, torch.addmm(gram, gram, gram, beta=b, alpha=c), result, beta=a)
     return result.mT if is_tall else result
+
+
+def rate_factor(adjust: AdjustRate, rows: int, columns: int) -> float:
+    """Return by what a matrix's learning rate is multiplied for its shape.
+
+    `original`: updates of a matrix with more outputs than inputs grow with their root. `match_rms_adamw`: an update is
+    as large, by its root mean square, as AdamW's usual one.
+    """
+    if adjust == "original":
+        return math.sqrt(max(1.0, rows / columns))
+    return 0.2 * math.sqrt(max(rows, columns))
 
 
 @dataclass(frozen=True)

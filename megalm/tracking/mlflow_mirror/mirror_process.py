@@ -1,7 +1,7 @@
 """The mirror: a process that reads metrics.jsonl and feeds trackers, so that none ever delays a training step.
 
-The training process calls `start_mirror` and `MirrorHandle.finish`; `megalm track sync` calls `sync`. Both drive one
-`Feed` (sink.py) for each tracker. This module imports nothing heavy: only the mirror process loads MLflow.
+The training process calls `start_mirror` and `MirrorHandle.finish`; `megalm track sync` calls `sync_trackers`. Both
+drive one `Feed` (sink.py) for each tracker. This module imports nothing heavy: only the mirror process loads MLflow.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TextIO
 from megalm.errors import EXIT_FAILED, ConfigError, MegalmError
 from megalm.runs.metrics_log import METRICS_FILE
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.mlflow_sink import MlflowSink, Sent
+from megalm.tracking.mlflow_mirror.mlflow_sink import MlflowSink
 from megalm.tracking.mlflow_mirror.sink import Feed, Sink
 from megalm.tracking.mlflow_mirror.system_metrics import FOLDER, NodeSampler
 from megalm.utils.addresses import hide_credentials
@@ -86,23 +86,18 @@ def start_mirror(
     return MirrorHandle(start_beside(_MODULE, words, log_file))
 
 
-def sync(run_dir: str | os.PathLike[str], deadline_seconds: float = 30.0) -> Sent:
-    """Send the rows and files of a run folder that MLflow does not have yet, each row once.
-
-    Raises:
-        ConfigError: the folder is not of a run that has trained, or its own mirror is running.
-        MegalmError: the store could not be reached within the deadline.
-    """
-    run_dir = Path(run_dir)
-    (sink,) = sync_trackers(run_dir, ("mlflow",), deadline_seconds)
-    assert isinstance(sink, MlflowSink)
-    return sink.sent
-
-
 def sync_trackers(
     run_dir: str | os.PathLike[str], trackers: Sequence[str] = (), deadline_seconds: float = 30.0
 ) -> list[Sink]:
-    """As `sync`, to several trackers; where none is named to those of the run's settings, and to MLflow without any."""
+    """Send the rows and files of a run folder that trackers do not have yet, each row once.
+
+    Args:
+        trackers: none: those of the run's settings, and MLflow where it has none.
+
+    Raises:
+        ConfigError: the folder is not of a run that has trained, or its own mirror is running.
+        MegalmError: a tracker could not be reached within the deadline.
+    """
     run_dir = Path(run_dir)
     if run_dir.is_dir() and not (run_dir / METRICS_FILE).is_file():  # any other folder would become an MLflow run
         raise ConfigError(f"{run_dir}: has no {METRICS_FILE}, so no run has trained there; name a run under run.root")
@@ -285,16 +280,14 @@ class _HidingStream(io.TextIOBase):
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`RUN_DIR [--follow] [--sample-node N] [--parent-pid N]`, see utils/child_process.py; exit code 0: all is sent."""
-    parser = argparse.ArgumentParser(prog=_MODULE, description="Feed MLflow from a run folder.")
+    """What `start_mirror` starts, see utils/child_process.py; exit code 0: all is sent."""
+    parser = argparse.ArgumentParser(prog=_MODULE, description="Feed the trackers of a run folder.")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--follow", action="store_true", help="send until the process --parent-pid ends")
     parser.add_argument("--sample-node", type=int, help="sample this node's system metrics under this number")
-    parser.add_argument("--parent-pid", type=int)
+    parser.add_argument("--parent-pid", type=int, required=True)
     parser.add_argument("--since", type=float, default=0.0, help="unix time at which this attempt began")
     options = parser.parse_args(arguments)
-    if (options.follow or options.sample_node is not None) and options.parent_pid is None:
-        parser.error("--follow and --sample-node need --parent-pid")
     os.nice(19)
     stream = _HidingStream(sys.stderr)
     with contextlib.redirect_stderr(stream), contextlib.redirect_stdout(stream):
@@ -303,24 +296,20 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    for number in _SIGNALS_OF_THE_JOB:
+        signal.signal(number, signal.SIG_IGN)
     try:
-        if options.parent_pid is None:
-            sync(options.run_dir)
-        else:
-            for number in _SIGNALS_OF_THE_JOB:
-                signal.signal(number, signal.SIG_IGN)
-            parent, node = _parent_watch(options.parent_pid), options.sample_node
-            sampler = None if node is None else NodeSampler(options.run_dir, node)
-            if options.follow:
-                follow(options.run_dir, parent, options.since, sampler)
-            elif sampler is not None:
-                sample_node(parent, sampler)
-                return 0
+        parent, node = _parent_watch(options.parent_pid), options.sample_node
+        sampler = None if node is None else NodeSampler(options.run_dir, node)
+        if options.follow:
+            follow(options.run_dir, parent, options.since, sampler)
+            logger.info("everything is sent")
+        elif sampler is not None:
+            sample_node(parent, sampler)
     except MegalmError as error:
         logger.error("%s", error)
         return error.exit_code
     except Exception:  # written here, where the stream hides credentials
         logger.exception("the mirror failed; run `megalm track sync %s`", options.run_dir)
         return EXIT_FAILED
-    logger.info("everything is sent")
     return 0

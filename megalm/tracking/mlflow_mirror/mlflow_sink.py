@@ -14,7 +14,6 @@ import logging
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,12 +22,21 @@ import orjson
 from megalm.errors import ConfigError, MegalmError
 from megalm.runs.metrics_log import LOSS_OF, METRICS_FILE, Row, plain, read_metrics
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.sink import FAILED, FINISHED, KILLED, RUNNING, Sink, TakeBack, milliseconds
+from megalm.tracking.mlflow_mirror.sink import (
+    FAILED,
+    FINISHED,
+    KILLED,
+    RUNNING,
+    Sink,
+    TakeBack,
+    group_of,
+    milliseconds,
+    numbers_of,
+)
 from megalm.tracking.mlflow_mirror.sync_state import STATE_FILE, MetricValue, MirrorState, Owner
 from megalm.tracking.mlflow_mirror.system_metrics import node_files, samples_after
-from megalm.tracking.report import REPORT_FILE, write_report
 from megalm.tracking.report.headline import numbers, outcome
-from megalm.tracking.report.page import next_commands
+from megalm.tracking.report.page import REPORT_FILE, next_commands, write_report
 from megalm.tracking.report.run_data import ReportData, read_run
 from megalm.utils.addresses import public_address
 
@@ -56,45 +64,40 @@ _EVENTS = "events.jsonl"
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class Sent:
-    """What a sink has sent so far: numbers and files, and the run's state in the store."""
-
-    metrics: int = 0
-    artifacts: int = 0
-    status: str = RUNNING
-    run_id: str = ""
-    tracking_uri: str = ""
-
-
 class MlflowSink(Sink):
-    """One run folder at its store."""
+    """One run folder at its store.
+
+    Attributes:
+        metrics, artifacts: the numbers and files sent so far, for messages.
+    """
+
+    state: MirrorState
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
-        self.sent = Sent()
+        self.metrics = self.artifacts = 0
         self._state_path = run_dir / STATE_FILE
-        self._state = MirrorState.load(self._state_path)
+        self.state = MirrorState.load(self._state_path)
         self._opened: MlflowStore | None = None
         self._copied_from: Path | None = None
-        self._address, is_default = run_facts.tracking_uri(run_dir, self._state)
+        self._address, is_default = run_facts.tracking_uri(run_dir, self.state)
         uri = public_address(self._address)  # for the state file and messages
-        both_default = is_default and self._state.default_store  # a moved run root takes its store along
-        before = public_address(self._state.tracking_uri)  # version 0.1.0 kept user names
+        both_default = is_default and self.state.default_store  # a moved run root takes its store along
+        before = public_address(self.state.tracking_uri)  # version 0.1.0 kept user names
         if before not in ("", uri) and not both_default:
             logger.warning("%s is now tracked at %s: sending it to a new MLflow run from its first row", run_dir, uri)
-            self._state = MirrorState()
+            self.state = MirrorState()
         self._given = run_facts.GivenRun.of_environment()
         if self._given is not None and not self._given.is_parent:
-            known = (None, self._state.run_id, self._state.given_run, *self._state.earlier_runs)
-            if self._state.run_id is not None and self._given.run_id not in known:
+            known = (None, self.state.run_id, self.state.given_run, *self.state.earlier_runs)
+            if self.state.run_id is not None and self._given.run_id not in known:
                 logger.warning("%s is now MLflow run %s: sending all rows to it", run_dir, self._given.run_id)
-                self._state = MirrorState()
-        self._state.tracking_uri, self._state.default_store = uri, is_default
+                self.state = MirrorState()
+        self.state.tracking_uri, self.state.default_store = uri, is_default
 
     @property
     def name(self) -> str:
-        return f"MLflow at {self._state.tracking_uri}"
+        return f"MLflow at {self.state.tracking_uri}"
 
     def remedy(self, run_dir: Path) -> str:
         return (
@@ -103,16 +106,11 @@ class MlflowSink(Sink):
 
     @property
     def outcome(self) -> str:
-        sent = self.sent
-        files = f"{sent.metrics} metric values and {sent.artifacts} files"
-        return f"{files} to {sent.tracking_uri}, run {sent.run_id}, {sent.status}"
-
-    @property
-    def state(self) -> MirrorState:
-        return self._state
+        files, state = f"{self.metrics} metric values and {self.artifacts} files", self.state
+        return f"{files} to {state.tracking_uri}, run {state.run_id}, {state.status}"
 
     def save(self) -> None:
-        self._state.save(self._state_path)
+        self.state.save(self._state_path)
 
     def start(self) -> None:
         store, run_id = self._open()
@@ -131,7 +129,7 @@ class MlflowSink(Sink):
     def take_back(self, back: TakeBack) -> None:
         """Leave the MLflow run to the attempts so far, and continue in a new one with their tags."""
         store, run_id = self._open()
-        state, suffix = self._state, _suffix(back)
+        state, suffix = self.state, _suffix(back)
         state.name = (store.run_tags(run_id) or {}).get(run_facts.NAME_TAG, self._name).removesuffix(suffix)
         store.rename(run_id, state.name + suffix)
         if state.status == RUNNING:
@@ -144,7 +142,7 @@ class MlflowSink(Sink):
 
     def send_superseded(self, rows: Sequence[Row], back: TakeBack) -> None:
         store, run_id = self._open()
-        state, key = self._state, f"{self._state.key}-before-{back.offset}"
+        state, key = self.state, f"{self.state.key}-before-{back.offset}"
         child = store.create_run(state.experiment_id, self._name + _suffix(back), key, milliseconds(rows[0]))
         if child not in state.earlier_runs:
             store.set_tags(child, {run_facts.PARENT_TAG: run_id, run_facts.RUN_DIR_TAG: str(self.run_dir.resolve())})
@@ -154,7 +152,7 @@ class MlflowSink(Sink):
 
     def finish(self) -> None:
         store, run_id = self._open()
-        state = self._state
+        state = self.state
         self._send_system_metrics(store, run_id)
         self._send_artifacts(store, run_id)
         if state.status != RUNNING:
@@ -162,29 +160,28 @@ class MlflowSink(Sink):
         if state.status != state.status_sent:
             store.set_status(run_id, state.status, state.end_ms)
             state.status_sent = state.status
-        self.sent.status, self.sent.run_id, self.sent.tracking_uri = state.status, run_id, state.tracking_uri
 
     @property
     def _name(self) -> str:
-        return self._state.name or self.run_dir.resolve().name
+        return self.state.name or self.run_dir.resolve().name
 
     def _send_metrics(self, store: MlflowStore, run_id: str, rows: Iterable[Row]) -> None:
-        for batch in _batches(rows):
+        for batch in _batches(map(metrics_of, rows)):
             store.log_metrics(run_id, batch)
-            self.sent.metrics += len(batch)
+            self.metrics += len(batch)
 
     def _open(self) -> tuple[MlflowStore, str]:
         if self._opened is None:
             from megalm.tracking.mlflow_mirror.client import MlflowStore
 
             store = MlflowStore(self._address, self.run_dir.resolve().parent)
-            if self._state.run_id:
-                self._claim(store, self._state.run_id)
-            if self._state.run_id and not self._state.experiment_id:  # of an older version
-                self._state.experiment_id = store.experiment_of(self._state.run_id)
-            self._state.owner = Owner.of(self.run_dir)
+            if self.state.run_id:
+                self._claim(store, self.state.run_id)
+            if self.state.run_id and not self.state.experiment_id:  # of an older version
+                self.state.experiment_id = store.experiment_of(self.state.run_id)
+            self.state.owner = Owner.of(self.run_dir)
             self._opened = store
-        state = self._state
+        state = self.state
         if state.run_id is None:
             run_id = self._given_run(self._opened)  # first: it names the experiment
             state.save(self._state_path)  # the key first: a lost response must not create a second run
@@ -199,7 +196,7 @@ class MlflowSink(Sink):
         Raises:
             ConfigError: there is no such run, or it is another folder's.
         """
-        state, given = self._state, self._given
+        state, given = self.state, self._given
         if given is None:
             state.experiment = state.experiment or run_facts.experiment(self.run_dir)
             state.experiment_id = state.experiment_id or store.experiment_id(state.experiment)
@@ -219,7 +216,7 @@ class MlflowSink(Sink):
         return given.run_id
 
     def _create_run(self, store: MlflowStore) -> str:
-        state = self._state
+        state = self.state
         key = f"{state.key}-{len(state.earlier_runs)}" if state.earlier_runs else state.key
         run_id = store.create_run(state.experiment_id, self._name, key, run_facts.start_ms(self.run_dir))
         if self._copied_from is not None:
@@ -236,7 +233,7 @@ class MlflowSink(Sink):
 
     def _claim(self, store: MlflowStore, run_id: str) -> None:
         """Claim the recorded MLflow run for this folder; start a new one where it is gone or another folder's."""
-        tags, state, here = store.run_tags(run_id), self._state, str(self.run_dir.resolve())
+        tags, state, here = store.run_tags(run_id), self.state, str(self.run_dir.resolve())
         if tags is None:
             logger.warning("MLflow run %s no longer exists: sending all rows to a new one", run_id)
         else:
@@ -251,7 +248,7 @@ class MlflowSink(Sink):
                 self._copied_from,
                 run_id,
             )
-        self._state = MirrorState(tracking_uri=state.tracking_uri, default_store=state.default_store)
+        self.state = MirrorState(tracking_uri=state.tracking_uri, default_store=state.default_store)
 
     def _send_facts(self, store: MlflowStore, run_id: str) -> None:
         """Send parameters and tags, again whenever one of their files has changed (a resume)."""
@@ -260,17 +257,17 @@ class MlflowSink(Sink):
             for name in run_facts.FACT_FILES
             if (mark := run_facts.signature(self.run_dir / name)) is not None
         }
-        if not any(self._state.artifacts.get(name) != mark for name, mark in signatures.items()):
+        if not any(self.state.artifacts.get(name) != mark for name, mark in signatures.items()):
             return
         store.set_parameters(run_id, run_facts.parameters(self.run_dir))
         store.set_tags(run_id, run_facts.tags(self.run_dir))
         store.set_datasets(run_id, list(run_facts.datasets(self.run_dir)))
         self._send_description(store, run_id)
-        self._state.artifacts.update(signatures)
+        self.state.artifacts.update(signatures)
         self.save()
 
     def _send_description(self, store: MlflowStore, run_id: str) -> None:
-        state = self._state
+        state = self.state
         if (store.run_tags(run_id) or {}).get(run_facts.NOTE_TAG, "") not in ("", state.description):
             return  # a person has written another one
         try:
@@ -283,38 +280,32 @@ class MlflowSink(Sink):
 
     def _send_system_metrics(self, store: MlflowStore, run_id: str) -> None:
         for prefix, path in node_files(self.run_dir).items():
-            offset, count = self._state.system.get(path.name, [0, 0])
-            batch: list[MetricValue] = []
-            for metrics, end in samples_after(path, offset, count, prefix):
-                if len(batch) + len(metrics) > _BATCH_METRICS:
-                    store.log_metrics(run_id, batch)
-                    batch = []
-                batch += metrics
-                offset, count = end, count + 1
-            if batch:
+            offset, count = self.state.system.get(path.name, [0, 0])
+            samples = list(samples_after(path, offset, count, prefix))
+            for batch in _batches(metrics for metrics, _ in samples):
                 store.log_metrics(run_id, batch)
-            if [offset, count] != self._state.system.get(path.name, [0, 0]):
-                self._state.system[path.name] = [offset, count]
+            if samples:
+                self.state.system[path.name] = [samples[-1][1], count + len(samples)]
                 self.save()
 
     def _send_artifacts(self, store: MlflowStore, run_id: str) -> None:
         """Upload the files that are new or have changed since they were sent."""
-        for name in run_facts.artifact_names(self.run_dir, self._state.status in (FAILED, KILLED)):
+        for name in run_facts.artifact_names(self.run_dir, self.state.status in (FAILED, KILLED)):
             mark = run_facts.signature(self.run_dir / name)
-            if mark is None or self._state.artifacts.get(name) == mark:
+            if mark is None or self.state.artifacts.get(name) == mark:
                 continue
             folder = Path(name).parent.as_posix()
             store.upload(run_id, self.run_dir / name, None if folder == "." else folder)
-            self._state.artifacts[name] = mark
+            self.state.artifacts[name] = mark
             self.save()
-            self.sent.artifacts += 1
+            self.artifacts += 1
 
     def _send_account(self, store: MlflowStore, run_id: str) -> None:
         """Send what an attempt leaves when it ends: its events, the result as description, the page of a failed run.
 
         Again if a file that tells of the end was written after it.
         """
-        state, ends = self._state, (self.run_dir / METRICS_FILE, *(self.run_dir / "failures").glob("*"))
+        state, ends = self.state, (self.run_dir / METRICS_FILE, *(self.run_dir / "failures").glob("*"))
         mark = [number for path in ends for number in run_facts.signature(path) or ()]
         if state.artifacts.get(_EVENTS) == mark:
             return
@@ -344,11 +335,10 @@ def _outlives_a_run(tag: str) -> bool:
     return tag not in (run_facts.KEY_TAG, run_facts.NAME_TAG) and not tag.startswith("changed.")
 
 
-def _batches(rows: Iterable[Row]) -> Iterator[list[MetricValue]]:
+def _batches(rows: Iterable[list[MetricValue]]) -> Iterator[list[MetricValue]]:
     """Yield the numbers of rows, at most as many at once as one request allows."""
     batch: list[MetricValue] = []
-    for row in rows:
-        values = metrics_of(row)
+    for values in rows:
         if len(batch) + len(values) > _BATCH_METRICS:
             yield batch
             batch = []
@@ -365,19 +355,16 @@ def metrics_of(row: Row) -> list[MetricValue]:
     if row["kind"] not in _NO_SERIES:
         return []
     return [
-        MetricValue(run_facts.clean_name(f"{_section(row, name)}/{name}"), float(value), row["step"], milliseconds(row))
-        for name, value in row.items()
-        if name not in _NO_SERIES[row["kind"]] and isinstance(value, (int, float)) and not isinstance(value, bool)
+        MetricValue(run_facts.clean_name(f"{_section(row, name)}/{name}"), value, row["step"], milliseconds(row))
+        for name, value in numbers_of(row, _NO_SERIES[row["kind"]]).items()
         if (name, value) != ("loss_scale", 1.0)  # there is none in bf16 and fp32
     ]
 
 
 def _section(row: Row, name: str) -> str:
-    if row["kind"] == "task":
-        return f"task/{row['task']}"
     if row["kind"] == "train":
         return "train" if name.startswith(LOSS_OF) else _SECTIONS.get(name, _SECTION_OF_THE_REST)
-    return "eval" if row.get("dataset") in (None, "validation") else f"eval/{Path(str(row['dataset'])).name}"
+    return group_of(row)
 
 
 def description(run_dir: Path, status: str) -> str:
@@ -410,8 +397,5 @@ def _what(run: ReportData) -> Iterator[str]:
     yield f"**{setting('model.style')}, {layers} layers x {width}{size}**{preset}"
     device = facts.get("device") or "unknown device"
     yield f"{run.planned_steps or 0:,} steps in {facts.get('precision')} on {facts.get('world_size')} x {device}"
-    found = facts.get("datasets")
-    for part in found if isinstance(found, list) else ():
-        epochs, tokens = part.get("epochs"), part.get("tokens_per_epoch")
-        known = isinstance(epochs, (int, float)) and isinstance(tokens, int)
-        yield f"data: `{part.get('prefix')}`" + (f", {epochs:.2f} epochs of {tokens:,} tokens" if known else "")
+    for prefix, part in run.datasets:
+        yield f"data: `{prefix}`" + (f", {part}" if part else "")

@@ -85,9 +85,7 @@ def tracking_uri(run_dir: Path, state: MirrorState) -> tuple[str, bool]:
 
 def experiment(run_dir: Path) -> str:
     """Return MLFLOW_EXPERIMENT_NAME, else `tracking.experiment` of the run, or the default."""
-    section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
-    name = section.get("experiment") if isinstance(section, dict) else None
-    return str(os.environ.get(_EXPERIMENT_VARIABLE) or name or "megalm")
+    return str(os.environ.get(_EXPERIMENT_VARIABLE) or _section(run_dir, "tracking").get("experiment") or "megalm")
 
 
 @dataclass(frozen=True)
@@ -144,9 +142,14 @@ def where_to_look(run_dir: Path) -> list[str]:
 
 def trackers(run_dir: Path) -> tuple[str, ...]:
     """Return the trackers that a run's settings ask for."""
-    section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
-    wanted = TrackingSection().model_dump() | (section if isinstance(section, dict) else {})
+    wanted = TrackingSection().model_dump() | _section(run_dir, "tracking")
     return tuple(name for name in TRACKERS if wanted[name])
+
+
+def _section(run_dir: Path, name: str) -> dict[str, Any]:
+    """Return a section of config.yaml as it is written; {} where there is none."""
+    section = read_mapping(run_dir / CONFIG_FILE).get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def start_ms(run_dir: Path) -> int:
@@ -187,9 +190,8 @@ def tags(run_dir: Path) -> dict[str, str]:
         and ("." not in name or name.startswith("git.") or "fingerprint" in name)
     }
     found |= {RUN_DIR_TAG: str(run_dir.resolve())}
-    section = read_mapping(run_dir / CONFIG_FILE).get("tracking")
-    if isinstance(section, dict) and section.get("sweep") is not None:
-        found |= {SWEEP_TAG: str(run_dir.resolve().parent / "sweeps" / str(section["sweep"]))}
+    if (sweep := _section(run_dir, "tracking").get("sweep")) is not None:
+        found |= {SWEEP_TAG: str(run_dir.resolve().parent / "sweeps" / str(sweep))}
     commit = next((found[name] for name in ("git_commit", "git.commit", "commit") if found.get(name)), None)
     if commit:
         found["mlflow.source.git.commit"] = commit  # shown by MLflow in its own column
@@ -228,8 +230,7 @@ def datasets(run_dir: Path) -> Iterator[UsedDataset]:
     for entry in trained if isinstance(trained, list) else ():
         if isinstance(entry, dict) and entry.get("prefix"):
             yield _dataset(str(entry["prefix"]), "training", {key: entry[key] for key in entry if key != "prefix"})
-    section = read_mapping(run_dir / CONFIG_FILE).get("data")
-    validated = section.get("validation") if isinstance(section, dict) else None
+    validated = _section(run_dir, "data").get("validation")
     for prefix in validated.values() if isinstance(validated, dict) else [validated] if validated else ():
         yield _dataset(str(prefix), "validation", {})
 

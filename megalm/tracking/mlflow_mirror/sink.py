@@ -11,13 +11,16 @@ import logging
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
-from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, Row, read_rows
+from megalm.errors import ConfigError
+from megalm.runs.metrics_log import ATTEMPT_EVENTS, METRICS_FILE, TOTAL, Row, read_rows
+from megalm.utils.atomic_files import write_atomically
 
 RUNNING, FINISHED, FAILED, KILLED = "RUNNING", "FINISHED", "FAILED", "KILLED"
 _END_STATUS = {"finished": FINISHED, "failed": FAILED, "stopped": KILLED}
@@ -26,6 +29,8 @@ _EXIT_STATUS = {0: FINISHED, 75: KILLED}
 _ROWS_AT_ONCE = 500
 
 logger = logging.getLogger(__name__)
+
+_State = TypeVar("_State", bound="FeedState")
 
 
 class FeedState(BaseModel):
@@ -44,6 +49,28 @@ class FeedState(BaseModel):
     status: str = RUNNING
     end_ms: int | None = None
     signalled: bool = False
+    after_deletion: ClassVar[str] = "send all rows again"  # for messages
+
+    @classmethod
+    def load(cls: type[_State], path: Path) -> _State:
+        """Read the state from its file; without one it is new.
+
+        Raises:
+            ConfigError: the file is damaged.
+        """
+        try:
+            return cls.model_validate_json(path.read_bytes(), strict=True)
+        except FileNotFoundError:
+            return cls()
+        except ValidationError as error:
+            first = error.errors()[0]
+            reason = " ".join([*map(str, first["loc"]), first["msg"]])
+            raise ConfigError(f"{path}: cannot be read ({reason}); delete it to {cls.after_deletion}") from None
+
+    def save(self, path: Path) -> None:
+        # Not durable: rows that a power failure loses are sent again.
+        content = self.model_dump_json(indent=2).encode()
+        write_atomically(path, lambda file: file.write(content), durable=False)
 
     def begin_again(self) -> None:
         """Have all rows that count sent again, from the first."""
@@ -69,7 +96,12 @@ class Sink(ABC):
     """One tracker, fed by `Feed`. Any exception of a method means: the whole pass is tried again later.
 
     A row may then come a second time, so that sending it must not count twice.
+
+    Attributes:
+        state: the tracker's own, as loaded from its file; `start` may replace it.
     """
+
+    state: FeedState
 
     @property
     @abstractmethod
@@ -79,11 +111,6 @@ class Sink(ABC):
     def remedy(self, run_dir: Path) -> str:
         """For messages: what a person does about rows that could not be sent."""
         return f"run `megalm track sync {run_dir}` to send the rest"
-
-    @property
-    @abstractmethod
-    def state(self) -> FeedState:
-        """The tracker's own, as loaded from its file; `start` may replace it."""
 
     @abstractmethod
     def save(self) -> None:
@@ -252,6 +279,24 @@ def _sent_by_older_version(path: Path, offset: int) -> tuple[int, TakeBack | Non
         elif first is None and row["event"] in ATTEMPT_EVENTS and row.get("step", highest) < highest:
             first = TakeBack(end, row["step"], row.get("attempt"))
     return highest, first
+
+
+def group_of(row: Row) -> str:
+    """Return what the series of a row's numbers are named after: `train`, `eval`, `eval/SET`, `task/NAME`."""
+    if row["kind"] == "task":
+        return f"task/{row['task']}"
+    if row["kind"] == "eval" and row.get("dataset") not in (None, TOTAL):
+        return f"eval/{Path(str(row['dataset'])).name}"
+    return str(row["kind"])
+
+
+def numbers_of(row: Row, left_out: Collection[str]) -> dict[str, float]:
+    """Return a row's numbers by name, without those that only locate the row."""
+    return {
+        name: float(value)
+        for name, value in row.items()
+        if name not in left_out and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
 
 
 def seconds(row: Row) -> float:

@@ -7,12 +7,12 @@ import platform
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
 from megalm.errors import ConfigError
 from megalm.tracking.mlflow_mirror.sink import FeedState
-from megalm.utils.atomic_files import write_atomically
 
 STATE_FILE = "mlflow.json"
 
@@ -67,25 +67,14 @@ class MirrorState(FeedState):
     artifacts: dict[str, list[int]] = Field(default_factory=dict)
     system: dict[str, list[int]] = Field(default_factory=dict)
 
-    @classmethod
-    def load(cls, path: Path) -> MirrorState:
-        if not path.exists():
-            return cls()
-        try:
-            state = cls.model_validate_json(path.read_bytes(), strict=True)
-        except ValidationError as error:
-            first = error.errors()[0]
-            reason = " ".join([*map(str, first["loc"]), first["msg"]])
-        else:
-            if "key" in state.model_fields_set:
-                return state
-            reason = "key is missing"
-        raise ConfigError(f"{path}: cannot be read ({reason}); delete it to send the run to a new MLflow run")
+    after_deletion: ClassVar[str] = "send the run to a new MLflow run"
 
-    def save(self, path: Path) -> None:
-        # Not durable: rows that a power failure loses are sent again, and MLflow stores them once.
-        content = self.model_dump_json(indent=2).encode()
-        write_atomically(path, lambda file: file.write(content), durable=False)
+    @model_validator(mode="before")
+    @classmethod
+    def _names_its_run(cls, content: Any, info: ValidationInfo) -> Any:
+        if info.mode == "json" and isinstance(content, dict) and "key" not in content:
+            raise ValueError("key is missing")
+        return content
 
     def original_of(self, run_dir: Path, claimed: str | None = None) -> Path | None:
         """Return the folder that `run_dir` is a copy of; None if the MLflow run of this state is its own.

@@ -55,12 +55,15 @@ class NodeSampler:
         if now < self.due:
             return
         self.due = now + self._interval
-        with self._stopping_on_errors():
+        try:
             for monitor in self._opened():
                 monitor.collect_metrics()
             if now - self._began < _ROWS_AT_FIRST_SECONDS or now - self._last_row >= _ROW_SECONDS:
                 self._write()
                 self._last_row = now
+        except Exception as error:
+            logger.warning("system metrics of this node end here: %s", " ".join(str(error).split()))
+            self.due = math.inf
 
     def close(self) -> None:
         """Write the last row."""
@@ -84,14 +87,6 @@ class NodeSampler:
             monitor.clear_metrics()
         with open(self._path, "ab") as file:
             file.write(orjson.dumps(row) + b"\n")
-
-    @contextlib.contextmanager
-    def _stopping_on_errors(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            logger.warning("system metrics of this node end here: %s", " ".join(str(error).split()))
-            self.due = math.inf
 
 
 def node_files(run_dir: Path) -> dict[str, Path]:

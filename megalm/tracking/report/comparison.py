@@ -19,7 +19,7 @@ from megalm.tracking.report.curves import robust_scale
 from megalm.tracking.report.headline import moment
 from megalm.tracking.report.page import template
 from megalm.tracking.report.svg_chart import FRAME, Chart, Scale, thinned
-from megalm.utils.atomic_files import write_atomically
+from megalm.utils.atomic_files import write_atomically, writing_to
 
 # The runs' looks, in order; the rest share one.
 _LOOKS = ("median", "validation", "set-0", "set-1", "set-2", "set-3")
@@ -67,11 +67,9 @@ def write_comparison(path: Path, page: ComparisonPage, runs: Sequence[RunRecord]
     panels = [(across, AXES[across], charts) for across in AXES if (charts := curves(runs, names, across))]
     text = template(_TEMPLATE).render(page=page, panels=panels, frame=FRAME, made=moment(time.time()))
     content = text.encode("utf-8", errors="replace")
-    try:
+    with writing_to(path, "choose another path", ConfigError):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, lambda file: file.write(content), durable=False)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror}); choose another path") from None
 
 
 def curves(runs: Sequence[RunRecord], names: Sequence[str], across: Across) -> list[Chart]:
@@ -101,9 +99,9 @@ def _chart(
         look = look_of(index)
         for curve in filter(None, runs[index]):
             x, y = np.array(curve).T
-            found = thinned(x, y, 0.0, chart.across.high, _BUCKETS)
-            chart.draw(found.stretches, look, names[index])
-            chart.dot((at for part in found.stretches for at in part if dots or len(part) == 1), look, names[index])
+            stretches, _ = thinned(x, y, chart.across, _BUCKETS)
+            chart.draw(stretches, look, names[index])
+            chart.dot((at for part in stretches for at in part if dots or len(part) == 1), look, names[index])
     chart.legend = [(f"line {look_of(index)}", names[index]) for index in range(min(len(runs), len(_LOOKS)))]
     if len(runs) > len(_LOOKS):
         chart.legend.append((f"line {_OTHERS}", f"{len(runs) - len(_LOOKS)} others; point at a line for its name"))

@@ -10,8 +10,7 @@ from itertools import groupby
 import numpy as np
 
 from megalm.runs.metrics_history import History, Numbers
-from megalm.runs.metrics_log import LOSS_OF, Row
-from megalm.tracking.compare_runs import TOTAL
+from megalm.runs.metrics_log import LOSS_OF, TOTAL, Row
 from megalm.tracking.report.svg_chart import Chart, Point, Scale, label, running_median, thinned
 
 # Events that are marked, with their names in the legend.
@@ -169,15 +168,15 @@ def _draw_training(chart: Chart, history: History, curve: _Curve) -> None:
     """Draw withdrawn attempts, then the curve, then its running median; an isolated step is a dot."""
     _draw_abandoned(chart, history, curve)
     step, values = history.column("step"), history.column(curve.column) * curve.factor
-    found = thinned(step, values, chart.across.low, chart.across.high, _BUCKETS)
+    stretches, not_finite = thinned(step, values, chart.across, _BUCKETS)
     look = "steps" if curve.median else "median"
-    chart.draw(found.stretches, look)
-    chart.dot((points[0] for points in found.stretches if len(points) == 1), look)
+    chart.draw(stretches, look)
+    chart.dot((points[0] for points in stretches if len(points) == 1), look)
     if curve.median:
         at, medians = running_median(step, values, _MEDIAN_POINTS)
         chart.draw([list(zip(at.tolist(), medians.tolist(), strict=True))], "median")
     if curve.marks_gaps:
-        for place in found.not_finite:
+        for place in not_finite:
             chart.mark(place, NOT_FINITE, "not finite")
 
 
@@ -190,8 +189,8 @@ def _draw_abandoned(chart: Chart, history: History, curve: _Curve) -> None:
         # A run that starts again from step 0 may have the same attempt number.
         breaks = np.flatnonzero(np.diff(step) < 0) + 1
         for part_step, part in zip(np.split(step, breaks), np.split(values, breaks), strict=True):
-            found = thinned(part_step, part, chart.across.low, chart.across.high, _FAINT_BUCKETS)
-            chart.draw(found.stretches, "abandoned", f"attempt {attempt:.0f}")
+            stretches, _ = thinned(part_step, part, chart.across, _FAINT_BUCKETS)
+            chart.draw(stretches, "abandoned", f"attempt {attempt:.0f}")
 
 
 def _mark_events(chart: Chart, events: Sequence[Row]) -> list[str]:

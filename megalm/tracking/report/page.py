@@ -1,26 +1,54 @@
-"""Render the page from its template. The template engine escapes all content."""
+"""One page about a run: a single HTML file without scripts, images or other files to load.
+
+It is rendered from a template; the template engine escapes all content.
+"""
 
 from __future__ import annotations
 
 import json
 import shlex
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 
-from megalm.runs.run_folder import ResumeCommand
+from megalm.errors import ConfigError
+from megalm.runs.metrics_log import ReadBatches, read_batches
+from megalm.runs.run_folder import ResumeCommand, RunFolder
 from megalm.tracking.report.curves import charts, event_step
 from megalm.tracking.report.headline import moment, numbers, outcome
 from megalm.tracking.report.notable_events import findings
-from megalm.tracking.report.run_data import ReportData, step_of_file, text_of
+from megalm.tracking.report.run_data import ReportData, read_run, step_of_file, text_of
 from megalm.tracking.report.svg_chart import FRAME
 from megalm.utils.addresses import hide_credentials_in_word
+from megalm.utils.atomic_files import refuse_overwriting_inputs, write_atomically, writing_to
 from megalm.utils.formatting import format_bytes, format_duration
 
+REPORT_FILE = "report.html"
 _TEMPLATE = "page.html"
 _SAMPLE_BYTES = 12_000
+
+
+def write_report(run_dir: Path, output: Path | None = None, read: ReadBatches = read_batches) -> Path:
+    """Write the page of a run, which may still be training; return its path.
+
+    Args:
+        output: None: report.html in the run folder.
+
+    Raises:
+        ConfigError: there is no run folder, its configuration is damaged, or the page cannot be written, or `output` is
+            a file of the run.
+        DataError: a line of metrics.jsonl before the last is damaged.
+    """
+    path = output or run_dir / REPORT_FILE
+    refuse_overwriting_inputs([path], RunFolder(run_dir).records)
+    now = time.time()
+    content = render(read_run(run_dir, now, read), now).encode("utf-8", errors="replace")
+    with writing_to(path, "choose another path with --output", ConfigError):
+        write_atomically(path, lambda file: file.write(content), durable=False)
+    return path
 
 
 def render(run: ReportData, now: float) -> str:
@@ -145,13 +173,8 @@ def _environment(content: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _data(run: ReportData) -> list[tuple[str, str]]:
-    content, rows = run.environment, []
-    datasets = content.get("datasets")
-    for part in datasets if isinstance(datasets, list) else ():
-        epochs, tokens = part.get("epochs"), part.get("tokens_per_epoch")
-        known = isinstance(epochs, (int, float)) and isinstance(tokens, int)
-        planned = f": {epochs:.2f} epochs of {tokens:,} tokens planned" if known else ""
-        rows.append(("training data", f"{part.get('prefix')}{planned}"))
+    content = run.environment
+    rows = [("training data", f"{prefix}: {part} planned" if part else prefix) for prefix, part in run.datasets]
     entropy = content.get("unigram_entropy")
     if isinstance(entropy, (int, float)):
         rows.append(("unigram entropy", f"{entropy:.4f} nats per token"))

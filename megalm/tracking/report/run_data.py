@@ -15,15 +15,8 @@ from megalm.config.schema import RunConfig
 from megalm.errors import ConfigError, MegalmError
 from megalm.runs.evaluations import RecordedEvaluation, read_evaluations
 from megalm.runs.metrics_history import History, read_history
-from megalm.runs.metrics_log import METRICS_FILE, ReadBatches, Row, read_batches
-from megalm.runs.run_folder import (
-    CONFIG_FILE,
-    DEEPSPEED_FILE,
-    ENVIRONMENT_FILE,
-    PROFILE_FOLDER,
-    parameter_count,
-    read_mapping,
-)
+from megalm.runs.metrics_log import ReadBatches, Row, read_batches
+from megalm.runs.run_folder import RunFolder, parameter_count, read_mapping
 from megalm.runs.run_lock import is_held
 from megalm.tracking.compare_runs import Results, RunRecord, results
 from megalm.utils.formatting import flatten_to_text
@@ -112,6 +105,17 @@ class ReportData:
         return next((setting.value for setting in self.settings if setting.name == name), None)
 
     @property
+    def datasets(self) -> list[tuple[str, str]]:
+        """The prefix of each training dataset, and what is planned to be read of it; "" where that is not known."""
+        found = []
+        datasets = self.environment.get("datasets")
+        for part in datasets if isinstance(datasets, list) else ():
+            epochs, tokens = part.get("epochs"), part.get("tokens_per_epoch")
+            known = isinstance(epochs, (int, float)) and isinstance(tokens, int)
+            found.append((str(part.get("prefix")), f"{epochs:.2f} epochs of {tokens:,} tokens" if known else ""))
+        return found
+
+    @property
     def planned_steps(self) -> int | None:
         planned = self.setting("train.steps")
         return int(planned) if planned is not None and planned.isdecimal() else None
@@ -124,15 +128,13 @@ def read_run(run_dir: Path, now: float, read: ReadBatches = read_batches) -> Rep
         ConfigError: it is not a run folder, or a configuration file in it is damaged.
         DataError: a line of metrics.jsonl before the last is damaged.
     """
-    metrics = run_dir / METRICS_FILE
-    known = (metrics, run_dir / CONFIG_FILE, run_dir / "failures", run_dir / "checkpoints")
-    if not any(path.exists() for path in known):
-        raise ConfigError(
-            f"{run_dir}: is not a run folder (it has no {METRICS_FILE} and no {CONFIG_FILE}); name one under run.root"
-        )
-    history = read_history(read(metrics) if metrics.exists() else [])
-    environment = read_mapping(run_dir / ENVIRONMENT_FILE)
-    settings, preset = _settings(run_dir / CONFIG_FILE)
+    files = RunFolder(run_dir)
+    if not any(path.exists() for path in (files.metrics, files.config_yaml, files.failures, files.checkpoints)):
+        missing = f"{files.metrics.name} and no {files.config_yaml.name}"
+        raise ConfigError(f"{run_dir}: is not a run folder (it has no {missing}); name one under run.root")
+    history = read_history(read(files.metrics) if files.metrics.exists() else [])
+    environment = read_mapping(files.environment_json)
+    settings, preset = _settings(files.config_yaml)
     return ReportData(
         run_dir=run_dir,
         history=history,
@@ -140,11 +142,11 @@ def read_run(run_dir: Path, now: float, read: ReadBatches = read_batches) -> Rep
         environment=environment,
         settings=settings,
         preset=preset,
-        deepspeed=read_mapping(run_dir / DEEPSPEED_FILE),
-        checkpoints=_checkpoints(run_dir / "checkpoints"),
-        failures=_failures(run_dir / "failures"),
-        samples=sorted(path for path in (run_dir / "samples").glob("step-*.txt") if _STEP.match(path.name)),
-        profile=_newest_profile(run_dir / PROFILE_FOLDER),
+        deepspeed=read_mapping(files.resolved_deepspeed_json),
+        checkpoints=_checkpoints(files.checkpoints),
+        failures=_failures(files.failures),
+        samples=sorted(path for path in files.samples.glob("step-*.txt") if _STEP.match(path.name)),
+        profile=_newest_profile(files.profile),
         evaluations=read_evaluations(run_dir),
         is_held=is_held(run_dir, now),
     )

@@ -17,28 +17,20 @@ from megalm.runs.metrics_history import Numbers
 Point = tuple[float, float]
 
 
-@dataclass(frozen=True)
-class Thinned:
-    """A curve reduced to the points that a screen can show, with all its peaks.
+def thinned(x: Numbers, y: Numbers, across: Scale, buckets: int) -> tuple[list[list[Point]], list[float]]:
+    """Reduce a curve to the points that a screen can show, with all its peaks.
 
-    Attributes:
-        stretches: points between two gaps; a gap is where values are not finite.
-        not_finite: x of the first value of each bucket that is not finite.
-    """
-
-    stretches: list[list[Point]]
-    not_finite: list[float]
-
-
-def thinned(x: Numbers, y: Numbers, low: float, high: float, buckets: int) -> Thinned:
-    """Keep the first, lowest, highest and last value of each of `buckets` equal parts of [low, high].
+    Keeps the first, lowest, highest and last value of each of `buckets` equal parts of the scale.
 
     Args:
-        x: [N] within [low, high].
+        x: [N] within the scale.
         y: [N]; NaN and infinity make gaps.
+
+    Returns:
+        The stretches of points between two gaps, and x of the first value of each bucket that is not finite.
     """
-    width = (high - low) / buckets or 1.0
-    bucket = np.clip(np.floor((x - low) / width), 0, buckets - 1)
+    width = (across.high - across.low) / buckets or 1.0
+    bucket = np.clip(np.floor((x - across.low) / width), 0, buckets - 1)
     gaps = np.flatnonzero(~np.isfinite(y))
     firsts, lasts = np.flatnonzero(np.diff(bucket[gaps], prepend=-1)), np.flatnonzero(np.diff(bucket[gaps], append=-1))
     # A bucket with gaps has three parts: up to its first gap, around its gaps, after its last one. Gaps inside the
@@ -55,7 +47,7 @@ def thinned(x: Numbers, y: Numbers, low: float, high: float, buckets: int) -> Th
             stretches[-1] += points
         else:
             stretches += [points, []]
-    return Thinned([points for points in stretches if points], x[gaps[firsts]].tolist())
+    return [points for points in stretches if points], x[gaps[firsts]].tolist()
 
 
 def running_median(x: Numbers, y: Numbers, points: int) -> tuple[Numbers, Numbers]:

@@ -7,22 +7,19 @@ in between, nobody knows how many arrived, and all rows that count are sent agai
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar
 
 import orjson
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from megalm.errors import ConfigError
 from megalm.runs.metrics_log import Row
 from megalm.tracking.mlflow_mirror import run_facts
-from megalm.tracking.mlflow_mirror.sink import FeedState, Sink, TakeBack
-from megalm.utils.atomic_files import write_atomically
+from megalm.tracking.mlflow_mirror.sink import FeedState, Sink, TakeBack, group_of, numbers_of
 
 _STATE_FILE = "megalm.json"
 _NO_SERIES = ("kind", "time", "step", "attempt", "samples")  # they locate a row
-
 
 Fact = str | float | bool | None
 
@@ -48,6 +45,7 @@ class AppendSink(Sink):
         sent: numbers, for messages.
     """
 
+    state: AppendState
     folder_name: ClassVar[str]
     state_type: ClassVar[type[AppendState]] = AppendState
 
@@ -55,26 +53,24 @@ class AppendSink(Sink):
         self.run_dir = run_dir
         self.folder = run_dir / self.folder_name
         self.sent = 0
-        self._state = self._loaded()
-
-    @property
-    def state(self) -> AppendState:
-        return self._state
+        self.state = self.state_type.load(self.folder / _STATE_FILE)
+        self._facts: dict[str, Fact] = {}  # as sent last
 
     def save(self) -> None:
-        state = self._state
+        state = self.state
         state.is_sending, state.reached = False, max(state.reached, state.offset)
         self._write_state()
 
     def start(self) -> None:
-        state = self._state
+        state = self.state
         if state.is_sending:
             state.begin_again()
             state.reached = max(state.reached, 1)  # also where nothing is known to have arrived
         self.open()
+        self._send_facts()
 
     def send(self, rows: Sequence[Row]) -> None:
-        state = self._state
+        state = self.state
         if state.offset < state.reached:  # rows come again that the tracker has
             self._forget_all()
         state.is_sending = True
@@ -82,16 +78,25 @@ class AppendSink(Sink):
         self.write([row for row in rows if row["kind"] != "event"])
 
     def take_back(self, back: TakeBack) -> None:
-        self._state.begin_again()
+        self.state.begin_again()
         self._forget_all()
 
     def _forget_all(self) -> None:
         self.forget()
-        self._state.reached = 0
+        self._send_facts()
+        self.state.reached = 0
+
+    def _send_facts(self) -> None:
+        """Send the run's settings, unless the tracker has them."""
+        found = run_facts.parameters(self.run_dir)
+        facts = {name: _fact(text) for name, text in found.items()}
+        if facts != self._facts:
+            self.write_facts(facts)
+            self._facts = facts
 
     @abstractmethod
     def open(self) -> None:
-        """Open the run at the tracker, unless it is open, and send what has changed of its facts."""
+        """Open the run at the tracker, unless it is open; a new one has no facts."""
 
     @abstractmethod
     def forget(self) -> None:
@@ -101,39 +106,18 @@ class AppendSink(Sink):
     def write(self, rows: Sequence[Row]) -> None:
         """Hand train and eval rows over; they have arrived when it returns."""
 
-    def facts(self) -> dict[str, Fact]:
-        """Return the run's settings; text where a value is no number, truth value or text."""
-        return {name: _fact(text) for name, text in run_facts.parameters(self.run_dir).items()}
+    @abstractmethod
+    def write_facts(self, facts: Mapping[str, Fact]) -> None:
+        """Hand the run's settings over; a value is text if it is no number or truth value."""
 
     @staticmethod
     def numbers_of(row: Row) -> dict[str, float]:
         """Return a row's numbers: `train/loss`, `eval/loss`, `eval/NAME/loss` of a named set, `task/NAME/accuracy`."""
-        prefix = str(row["kind"])
-        if prefix == "task":
-            prefix += f"/{row['task']}"
-        if prefix == "eval" and row.get("dataset") not in (None, "validation"):
-            prefix += f"/{Path(str(row['dataset'])).name}"
-        return {
-            f"{prefix}/{name}": float(value)
-            for name, value in row.items()
-            if name not in _NO_SERIES and isinstance(value, (int, float)) and not isinstance(value, bool)
-        }
-
-    def _loaded(self) -> AppendState:
-        path = self.folder / _STATE_FILE
-        try:
-            return self.state_type.model_validate_json(path.read_bytes(), strict=True)
-        except FileNotFoundError:
-            return self.state_type()
-        except ValidationError as error:
-            reason = error.errors()[0]["msg"]
-            raise ConfigError(f"{path}: cannot be read ({reason}); delete it to send all rows again") from None
+        return {f"{group_of(row)}/{name}": value for name, value in numbers_of(row, _NO_SERIES).items()}
 
     def _write_state(self) -> None:
         self.folder.mkdir(exist_ok=True)
-        content = self._state.model_dump_json(indent=2).encode()
-        # Not durable: after a power failure all rows are sent again.
-        write_atomically(self.folder / _STATE_FILE, lambda file: file.write(content), durable=False)
+        self.state.save(self.folder / _STATE_FILE)
 
 
 def _fact(text: str) -> Fact:

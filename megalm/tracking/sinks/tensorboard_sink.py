@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ class TensorBoardSink(AppendSink):
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir)
         self._writer: RecordWriter | None = None
-        self._facts: dict[str, Fact] = {}  # as written last
 
     @property
     def name(self) -> str:
@@ -46,15 +45,12 @@ class TensorBoardSink(AppendSink):
     def open(self) -> None:
         if self._writer is None:
             if not self._files():  # deleted
-                self._state.begin_again()
-            self._writer = self._new_file((self._state.last_step or 0) + 1)
-        if self._facts != self.facts():
-            self._write_facts()
+                self.state.begin_again()
+            self._writer = self._new_file((self.state.last_step or 0) + 1)
 
     def forget(self) -> None:
         before = self._files()
         self._writer = self._new_file(0)
-        self._write_facts()
         for path in before:
             # A TensorBoard that has a file open never gets past its deletion, but past its end.
             if path.stat().st_size:
@@ -95,9 +91,8 @@ class TensorBoardSink(AppendSink):
         writer.flush()
         return writer
 
-    def _write_facts(self) -> None:
+    def write_facts(self, facts: Mapping[str, Fact]) -> None:
         """Write the settings for the page HPARAMS, which compares runs."""
-        facts = self.facts()
         started = SessionStartInfo(start_time_secs=run_facts.start_ms(self.run_dir) / 1e3)
         for name, value in facts.items():
             if isinstance(value, bool):
@@ -112,7 +107,6 @@ class TensorBoardSink(AppendSink):
         values = [Summary.Value(tag=SESSION_START_INFO_TAG, metadata=metadata, tensor=NULL_TENSOR)]
         self._add(Event(wall_time=time.time(), summary=Summary(value=values)))
         self._flush()
-        self._facts = facts
 
     def _add(self, event: Any) -> None:
         assert self._writer is not None, "start comes first"

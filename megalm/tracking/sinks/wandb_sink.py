@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,19 +43,14 @@ class WandbState(AppendState):
 
 
 class WandbSink(AppendSink):
+    state: WandbState
     folder_name = "wandb"
     state_type = WandbState
 
     def __init__(self, run_dir: Path) -> None:
         super().__init__(run_dir)
         self._run: Any = None
-        self._facts: dict[str, Fact] = {}  # as sent last
         self._files: dict[str, list[int] | None] = {}  # as sent last
-
-    @property
-    def state(self) -> WandbState:
-        assert isinstance(self._state, WandbState)
-        return self._state
 
     @property
     def name(self) -> str:
@@ -81,7 +76,6 @@ class WandbSink(AppendSink):
                 self._begin_run()
             else:
                 self._start()
-        self._send_facts()
 
     def forget(self) -> None:
         """Go on in a new run of the group, which gets all rows."""
@@ -89,7 +83,6 @@ class WandbSink(AppendSink):
         if before is not None:
             before.finish(exit_code=_EXIT_CODES[KILLED])
         self._begin_run()
-        self._send_facts()
 
     def write(self, rows: Sequence[Row]) -> None:
         for row in rows:
@@ -115,11 +108,8 @@ class WandbSink(AppendSink):
         self._run, self.state.is_open = None, False
         self._write_state()
 
-    def _send_facts(self) -> None:
-        facts = self.facts()
-        if facts != self._facts:
-            self._run.config.update(facts, allow_val_change=True)
-            self._facts = facts
+    def write_facts(self, facts: Mapping[str, Fact]) -> None:
+        self._run.config.update(dict(facts), allow_val_change=True)
 
     def _begin_run(self) -> None:
         """Begin a new run; all rows that count go there."""

@@ -5,13 +5,14 @@ A rank that hangs in a collective still tells, since a thread does it. One that 
 
 from __future__ import annotations
 
-import json
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from pydantic import BaseModel
 
 from megalm.communicator import SharedStore
 from megalm.rank_environment import ProcessState, RankPlace
@@ -34,8 +35,7 @@ Condition = Literal["gone", "stopped", "silent"]
 _BY_CERTAINTY: tuple[Condition, ...] = ("gone", "stopped", "silent")
 
 
-@dataclass(frozen=True)
-class Beat:
+class Beat(BaseModel, frozen=True):
     """What a rank last said of itself.
 
     Attributes:
@@ -52,16 +52,8 @@ class Beat:
     stage: int = 0
     doing: str = "starting"
     since_seconds: float = 0.0
-    seen: Mapping[int, ProcessState] = field(default_factory=dict)
+    seen: Mapping[int, ProcessState] = {}
     memory_kills: int = 0
-
-    def as_text(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_text(text: bytes) -> Beat:
-        fields = json.loads(text)
-        return Beat(**{**fields, "seen": {int(rank): state for rank, state in fields["seen"].items()}})
 
 
 @dataclass(frozen=True)
@@ -106,9 +98,8 @@ class Heartbeat:
         self._start_timeout, self._on_lost, self.notice = start_timeout_seconds, on_lost, notice
         self._beat = Beat()
         self._progress_at = time.monotonic()
-        self._neighbors = [
-            each for each in places if each.host == self.place.host and each is not self.place and _is_visible(each)
-        ]
+        others = [each for each in places if each.host == self.place.host and each is not self.place]
+        self._neighbors = [each for each in others if each.process_state() != "gone"]  # else a container hides it
         self._kills_before = memory_kills()
         self._heard: dict[int, _Heard] = {}
         self._listens = threading.Event()  # reads the beats of all ranks, besides writing its own
@@ -136,14 +127,14 @@ class Heartbeat:
 
     def enter(self, stage: str) -> None:
         """Say at which stage of the start this rank is."""
-        self._beat = replace(self._beat, doing=stage, stage=self._beat.stage + 1)
+        self._beat = self._beat.model_copy(update={"doing": stage, "stage": self._beat.stage + 1})
         self._progress_at = time.monotonic()
 
     def progress(self, step: int | None = None) -> None:
         """Say that something was done; `step` is the last complete one."""
         self._progress_at = time.monotonic()
         if step is not None:
-            self._beat = replace(self._beat, step=step, doing="training")
+            self._beat = self._beat.model_copy(update={"step": step, "doing": "training"})
 
     # --- the exchange through the store
 
@@ -153,34 +144,29 @@ class Heartbeat:
         try:
             while not self._stopped.is_set():
                 number += 1
-                self._store.set(f"beat/{self.place.rank}", self._own_beat(number).as_text())
+                self._store.set(f"beat/{self.place.rank}", self._own_beat(number).model_dump_json())
                 self._store.add("beats", 1)  # is answered, so that a server that stands still is noticed
                 if self._listens.is_set():
                     silent -= {rank for rank in silent if self._store.check([f"beat/{rank}"])}
                     speaking = [place.rank for place in self._places if place.rank not in silent]
-                    self._hear(speaking, self._store.multi_get([f"beat/{rank}" for rank in speaking]))
+                    texts = self._store.multi_get([f"beat/{rank}" for rank in speaking])
+                    now = time.monotonic()
+                    for rank, beat in zip(speaking, map(Beat.model_validate_json, texts), strict=True):
+                        if self._heard[rank].beat.number != beat.number:
+                            self._heard[rank] = _Heard(beat, now)
                 self._exchanged_at = time.monotonic()
                 self._stopped.wait(BEAT_SECONDS)
         except RuntimeError:  # of torch's store: its server has ended
             self._store_is_gone = True
 
     def _own_beat(self, number: int) -> Beat:
-        return replace(
-            self._beat,
-            number=number,
-            since_seconds=round(time.monotonic() - self._progress_at, 1),
-            seen={rank: state for rank, state in self._neighbor_states().items() if state != "alive"},
-            memory_kills=memory_kills() - self._kills_before,
-        )
-
-    def _neighbor_states(self) -> dict[int, ProcessState]:
-        return {place.rank: place.process_state() for place in self._neighbors}
-
-    def _hear(self, ranks: Sequence[int], texts: Sequence[bytes]) -> None:
-        now = time.monotonic()
-        for rank, beat in zip(ranks, map(Beat.from_text, texts), strict=True):
-            if self._heard[rank].beat.number != beat.number:
-                self._heard[rank] = _Heard(beat, now)
+        now = {
+            "number": number,
+            "since_seconds": round(time.monotonic() - self._progress_at, 1),
+            "seen": {each.rank: state for each in self._neighbors if (state := each.process_state()) != "alive"},
+            "memory_kills": memory_kills() - self._kills_before,
+        }
+        return self._beat.model_copy(update=now)
 
     # --- who is lost
 
@@ -203,13 +189,10 @@ class Heartbeat:
                 found[0] = "gone"
             elif now - self._exchanged_at >= silent_seconds:
                 found = {0: "silent"}  # nobody else can be heard
-        for beat in witnesses.values():
-            for rank, state in beat.seen.items():
-                if state != "alive":
-                    found[rank] = state
         kills: dict[str, int] = {}
-        for rank, beat in witnesses.items():
-            host = self._places[rank].host
+        for witness, beat in witnesses.items():
+            found |= {rank: state for rank, state in beat.seen.items() if state != "alive"}
+            host = self._places[witness].host
             kills[host] = max(kills.get(host, 0), beat.memory_kills)
         return {
             rank: LostRank(
@@ -228,7 +211,7 @@ class Heartbeat:
         beat = self._heard[rank].beat if rank in self._heard else None
         if self._beat.step is None or (beat is not None and (beat.step or 0) > self._beat.step):
             return beat
-        return replace(beat or Beat(), step=self._beat.step)
+        return (beat or Beat()).model_copy(update={"step": self._beat.step})
 
     def find_lost(self, patience_seconds: float, is_reported: Callable[[], bool] = lambda: False) -> list[LostRank]:
         """Wait for the first cause of a failure to show: the ranks that are lost, of the surest kind only; or none.
@@ -332,11 +315,6 @@ class Heartbeat:
         beats = {rank: heard.beat for rank, heard in self._heard.items()}
         earliest = min((beat.stage for beat in beats.values()), default=0)
         return [(self._places[rank], beats[rank]) for rank in sorted(beats) if beats[rank].stage == earliest]
-
-
-def _is_visible(place: RankPlace) -> bool:
-    """Return whether this process sees that one: a container may hide it."""
-    return place.process_state() != "gone"
 
 
 def memory_kills(counters: Path = Path("/proc/vmstat")) -> int:

@@ -36,12 +36,13 @@ from megalm.errors import (
     message_of,
 )
 from megalm.rank_environment import RankPlace
-from megalm.runs.run_folder import RunFolder
+from megalm.runs.run_folder import ERROR_OPENING, RunFolder, failure_line
 from megalm.train.lifecycle.first_cause import describe_consequence, describe_lost, describe_stuck
 from megalm.train.lifecycle.heartbeat import Heartbeat, LostRank
 from megalm.train.lifecycle.time_limits import TimeLimits, write_stacks
 from megalm.utils.atomic_files import is_stranger
 from megalm.utils.formatting import printable
+from megalm.utils.parent_watch import is_alive
 from megalm.utils.process_setup import code_for_launcher
 from megalm.utils.stop_signals import respected_stop_signals
 
@@ -64,7 +65,6 @@ _FILE_TROUBLE = (errno.EACCES, errno.EPERM, errno.EISDIR, errno.ENOTDIR, errno.E
 _REFUSAL_GRACE_SECONDS = 4.0
 _CODE_LINE = "exit code "  # opens the report of a failure
 _LONGEST_CODE_LINE = 32
-_ERROR = "megalm: error: "
 # A second SIGINT sooner than this is the launcher forwarding the first.
 _SECOND_INTERRUPT_SECONDS = 1.0
 
@@ -121,13 +121,8 @@ class FailureClaim:
         return int(code) if code.endswith("\n") and code[:-1].isdecimal() else None
 
     def report(self) -> str:
-        """Return the report in a line, without the words that open it: of a traceback its first and last line."""
-        try:
-            lines = self._path.read_text(encoding="utf-8", errors="replace").splitlines()[1:]
-        except OSError:
-            return ""
-        first, last = (lines[0].removeprefix(_ERROR), lines[-1]) if lines else ("", "")
-        return f"{first} {last}" if first.endswith(":") else first
+        """Return the report in a line, as `failure_line`; "" if there is none."""
+        return failure_line(self._path) or ""
 
     def is_taken(self) -> bool:
         try:
@@ -184,7 +179,7 @@ class RankSupervisor:
             code = error.exit_code  # a launcher reports the exit code of the first rank it finds
         except MegalmError as error:
             code = error.exit_code
-            text = f"{_ERROR}{message_of(error)}"
+            text = f"{ERROR_OPENING}{message_of(error)}"
             if self._hooks.claim is None and self.rank > 0:
                 _wait_for_rank_0(code)
                 text = f"{text} (on {self._who})"
@@ -195,7 +190,7 @@ class RankSupervisor:
                 self._hooks.on_refusal()
         except KeyboardInterrupt:
             code = EXIT_FAILED
-            self._print_failure(f"{_ERROR}interrupted", code)
+            self._print_failure(f"{ERROR_OPENING}interrupted", code)
         except Exception as error:
             code = EXIT_FAILED
             if self.heartbeat is None or not is_lost_connection(error) or not self._report_first_cause(error):
@@ -209,8 +204,8 @@ class RankSupervisor:
             error.errno in _DISK_TROUBLE or (error.errno in _FILE_TROUBLE and error.filename is not None)
         ):
             where = f", run folder {self._hooks.claim.run_folder}" if self._hooks.claim is not None else ""
-            return f"{_ERROR}{error} ({self._who}{where}); fix this, then resume with --resume auto"
-        return f"{_ERROR}{self._who} failed:\n{traceback.format_exc()}"
+            return f"{ERROR_OPENING}{error} ({self._who}{where}); fix this, then resume with --resume auto"
+        return f"{ERROR_OPENING}{self._who} failed:\n{traceback.format_exc()}"
 
     @property
     def _who(self) -> str:
@@ -235,7 +230,7 @@ class RankSupervisor:
         if self._hooks.claim is None and any(rank not in gone for rank in range(self.rank)):
             time.sleep(_REFUSAL_GRACE_SECONDS)
             return
-        text = f"{_ERROR}{describe_lost(lost, consequence)}"
+        text = f"{ERROR_OPENING}{describe_lost(lost, consequence)}"
         self._print_failure(text, EXIT_FAILED, all_ranks=True, details=details)
 
     def _is_reported(self) -> bool:
@@ -301,7 +296,7 @@ class RankSupervisor:
         lost = [] if self.heartbeat is None else self.heartbeat.find_lost(_FIRST_CAUSE_SECONDS, self._is_reported)
         stalled = recorder.stalled() if recorder is not None else None  # the others have dumped meanwhile
         cause = describe_lost(lost, noticed, stalled) if lost else self._describe_hang(noticed, stalled)
-        self._print_failure(f"{_ERROR}{cause}{where}", EXIT_FAILED)
+        self._print_failure(f"{ERROR_OPENING}{cause}{where}", EXIT_FAILED)
         time.sleep(_FAILURE_GRACE_SECONDS)  # time for the others to notice and write their stacks
         _leave(self._end_failed(EXIT_FAILED))
 
@@ -462,13 +457,6 @@ def launchers(ancestors: Sequence[psutil.Process]) -> list[psutil.Process]:
 
 
 def _watch_processes(processes: Sequence[psutil.Process]) -> None:
-    while all(_alive(process) for process in processes):
+    while all(map(is_alive, processes)):
         time.sleep(_LAUNCHER_POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _alive(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

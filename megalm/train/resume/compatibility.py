@@ -5,7 +5,7 @@ Pure functions of a manifest and of the resuming run; no file is read or written
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -243,14 +243,15 @@ def refuse_incompatible(path: Path, found: Mapping[str, Sequence[str]], allowed:
 
 def refuse_other_moments(path: Path, manifest: Manifest, run: ResolvedRun) -> None:
     """Raise CheckpointError if the checkpoint lacks a moment of this run's optimizer: another one trained it."""
-    train = run.config.train
-    stored_tensors = manifest.parameter_tensors
+    train, stored_tensors = run.config.train, manifest.parameter_tensors
+    if run.optimizer.muon is None and all({*MOMENTS["adam"]} <= {*tensor.kinds} for tensor in stored_tensors.values()):
+        return
     dimensions = {name: len(tensor.shape) for name, tensor in stored_tensors.items()}
     keys = group_keys(dimensions, train.parameter_groups, train.embedding_weight_decay, run.optimizer.muon is not None)
     for name, key in keys.items():
         stored = stored_tensors[name].kinds
         if name in manifest.frozen:
-            continue  # `frozen_notes` says what becomes of it
+            continue  # `state_notes` says what becomes of it
         if lacking := [kind for kind in MOMENTS[key.algorithm] if kind not in stored]:
             raise CheckpointError(
                 f"{path} has {', '.join(stored)} of {name}, but this run's optimizer needs {', '.join(lacking)}; "
@@ -301,74 +302,61 @@ def progress_from(manifest: Manifest, run: ResolvedRun, continuation: Beginning)
     return position
 
 
-def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRun) -> list[str]:
-    """Return the changes from here on, one line each."""
-    last = manifest.data_position.segments[-1]
-    lines = grid_notes(manifest, run)
+def change_notes(position: TrainingProgress, manifest: Manifest, run: ResolvedRun) -> Iterator[str]:
+    """Yield the changes from here on, one line each."""
+    last, schedule = manifest.data_position.segments[-1], position.schedule.segments
+    yield from grid_notes(manifest, run)
     if last.global_batch != run.stages.at(manifest.step).samples:
-        lines.append(f"the batch was {last.global_batch} samples, is {position.stage.samples}")
+        yield f"the batch was {last.global_batch} samples, is {position.stage.samples}"
     if last.sequence_length != run.config.data.sample_length:
-        lines.append(f"the sequence length was {last.sequence_length}, is {run.config.data.sample_length}")
+        yield f"the sequence length was {last.sequence_length}, is {run.config.data.sample_length}"
     if position.continuation == "anew" and position.data_history and position.samples == 0:
-        lines.append("the order of samples changed: it starts at its first sample")
+        yield "the order of samples changed: it starts at its first sample"
     if last.samples_skipped:
-        lines.append(f"skipping {last.samples_skipped:,} samples")
-    schedule = position.schedule.segments
+        yield f"skipping {last.samples_skipped:,} samples"
     if len(schedule) > len(manifest.schedule.segments) and not _same_rates(schedule):
-        lines.append(f"the learning rate changes {schedule[-1]}")
-    return lines
+        yield f"the learning rate changes {schedule[-1]}"
 
 
-def grid_notes(manifest: Manifest, run: ResolvedRun) -> list[str]:
-    """Return a line on both grids if the checkpoint was saved on another one, or with another micro-batch."""
+def grid_notes(manifest: Manifest, run: ResolvedRun) -> Iterator[str]:
+    """Yield a line on both grids if the checkpoint was saved on another one, or with another micro-batch."""
     stored, batch = manifest.topology, run.batch.of(run.stages.at(manifest.step + 1).sequences)
     if stored is None:
-        return []
-    before, now = (
-        (stored.grid, stored.zero_stage, stored.micro_batch),
-        (run.topology, run.zero_stage, batch.micro_batch),
-    )
-    if before == now or (before[:2] == now[:2] and stored.micro_batch is None):
-        return []
-    sizes = "" if stored.micro_batch is None else f", micro-batch {stored.micro_batch} x {stored.accumulation}"
-    return [
-        f"the grid was {before[0]} (ZeRO {before[1]}{sizes}), is {now[0]} (ZeRO {now[1]}, micro-batch "
-        f"{batch.micro_batch} x {batch.accumulation})"
-    ]
+        return
+    is_other_grid = (stored.grid, stored.zero_stage) != (run.topology, run.zero_stage)
+    if is_other_grid or stored.micro_batch not in (None, batch.micro_batch):
+        sizes = "" if stored.micro_batch is None else f", micro-batch {stored.micro_batch} x {stored.accumulation}"
+        yield (
+            f"the grid was {stored.grid} (ZeRO {stored.zero_stage}{sizes}), is {run.topology} (ZeRO {run.zero_stage}, "
+            f"micro-batch {batch.micro_batch} x {batch.accumulation})"
+        )
 
 
-def frozen_notes(manifest: Manifest, run: ResolvedRun, shape: ModelConfig) -> list[str]:
-    """Return what a change of the frozen parameters means, one line each."""
-    frozen = frozen_parameters(shape, run.config.train.parameter_groups)
-    lines = []
+def state_notes(manifest: Manifest, run: ResolvedRun, shape: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield what becomes of moments, of the average of the weights, and of the way in which documents begin."""
+    rules, decay = run.config.train.parameter_groups, run.config.train.ema_decay
+    frozen = frozen_parameters(shape, rules) if rules else frozenset()
     if trains := sorted(manifest.frozen - frozen):
-        lines.append(
+        yield (
             f"{_some(trains)} were frozen and train now: their moments begin at zero, with the bias correction of step "
             f"{manifest.step:,}, so that their first updates are larger or smaller than later ones"
         )
     if stops := sorted(frozen - manifest.frozen):
-        lines.append(f"{_some(stops)} trained and are frozen now: their moments are dropped")
-    return lines
-
-
-def ema_notes(manifest: Manifest, run: ResolvedRun) -> list[str]:
-    """Return what becomes of the moving average of the weights, where run and checkpoint do not both have one."""
-    decay = run.config.train.ema_decay
+        yield f"{_some(stops)} trained and are frozen now: their moments are dropped"
     if decay is not None and not manifest.has_ema:
-        return [f"the checkpoint has no average of the weights: that of train.ema_decay={decay:g} begins with them"]
-    if decay is None and manifest.has_ema:
-        return ["the checkpoint's average of the weights is dropped, for train.ema_decay is not set"]
-    return []
+        yield f"the checkpoint has no average of the weights: that of train.ema_decay={decay:g} begins with them"
+    elif decay is None and manifest.has_ema:
+        yield "the checkpoint's average of the weights is dropped, for train.ema_decay is not set"
+    yield from begin_notes(manifest, tokenizer)
 
 
-def begin_notes(manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
-    """Return a line if documents begin otherwise than those that the checkpoint was trained on."""
-    if manifest.bos_id == tokenizer.bos_id:
-        return []
-    # Another tokenizer can be allowed, which need not have that token.
-    before = "their text" if manifest.bos_id is None else f"the token {manifest.bos_id}"
-    now = "their text" if tokenizer.bos_id is None else f"{tokenizer.bos_token} (id {tokenizer.bos_id})"
-    return [f"documents begin with {now}, those of the checkpoint with {before}: it learns that anew"]
+def begin_notes(manifest: Manifest, tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield a line if documents begin otherwise than those that the checkpoint was trained on."""
+    if manifest.bos_id != tokenizer.bos_id:
+        # Another tokenizer can be allowed, which need not have that token.
+        before = "their text" if manifest.bos_id is None else f"the token {manifest.bos_id}"
+        now = "their text" if tokenizer.bos_id is None else f"{tokenizer.bos_token} (id {tokenizer.bos_id})"
+        yield f"documents begin with {now}, those of the checkpoint with {before}: it learns that anew"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -6,16 +6,26 @@ The rules about what may change are in compatibility.py.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
-from megalm.checkpoint.manifest import Beginning, Manifest, require_training_state, shape_of
+from megalm.checkpoint.discovery import Entry, ResumedFrom, resume_candidates
+from megalm.checkpoint.manifest import (
+    Beginning,
+    Manifest,
+    hashed_blocks,
+    require_training_state,
+    shape_of,
+    without_advice,
+)
+from megalm.checkpoint.retention import tidy
 from megalm.communicator import Communicator, SingleProcessCommunicator
 from megalm.data.sampling.mixture import BlendedSamples
-from megalm.errors import ConfigError
+from megalm.errors import CheckpointError, ConfigError
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.resolve import ResolvedRun
@@ -27,9 +37,7 @@ from megalm.train.resume.compatibility import (
     begin_notes,
     change_notes,
     continuation_kind,
-    ema_notes,
     first_sample_of,
-    frozen_notes,
     grid_notes,
     identity_of,
     incompatibilities,
@@ -37,12 +45,25 @@ from megalm.train.resume.compatibility import (
     progress_from,
     refuse_incompatible,
     refuse_other_moments,
+    state_notes,
     with_last_step,
     with_schedule,
 )
-from megalm.train.resume.find_checkpoint import ResumeCheckpoint, find_checkpoint
 from megalm.train.resume.resume_request import read_last_attempt
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress
+from megalm.utils.progress import ProgressBar
+
+
+@dataclass(frozen=True)
+class ResumeCheckpoint:
+    """The checkpoint that a run resumes from.
+
+    Attributes:
+        warnings: skipped damaged checkpoints, or that this one is suspect.
+    """
+
+    reader: CheckpointReader
+    warnings: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -91,6 +112,20 @@ class ResumePlan:
 
 
 # --- find the checkpoint ----------------------------------------------------------------------------------------------
+
+
+def clean_up_interrupted_saves(folder: RunFolder, comm: Communicator, keep_best: bool = False) -> list[Path]:
+    """Clean up the unfinished saves of a killed job; the holder of the run's lock calls it before anything else.
+
+    Args:
+        keep_best: write `checkpoints/best` also if it is missing.
+    """
+
+    def work() -> list[Path]:
+        shutil.rmtree(folder.preflight, ignore_errors=True)
+        return tidy(folder.checkpoints, keep_best)
+
+    return comm.once(work)
 
 
 def find_resume_checkpoint(
@@ -146,6 +181,70 @@ def _find(
     return found, options
 
 
+def find_checkpoint(
+    folder: RunFolder,
+    wanted: str,
+    comm: Communicator,
+    origin: ResumedFrom | None = None,
+    info: Callable[[str], None] = lambda _: None,
+    require: Callable[[Path, Manifest], None] = lambda path, manifest: None,
+) -> ResumeCheckpoint | None:
+    """Return the checkpoint that `--resume wanted` refers to; None: start at step 0.
+
+    Needs no engine, so that a checkpoint that cannot be resumed is refused before a model is built or the run folder's
+    files change. `auto` skips damaged checkpoints; a named one must be complete.
+
+    Args:
+        origin: the checkpoint that the last attempt resumed from.
+        info: called with progress lines while large files are verified.
+        require: raises CheckpointError for a manifest that lacks something.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, or a file is damaged.
+    """
+    entries = comm.once(lambda: resume_candidates(folder.checkpoints, wanted, origin))
+    damaged: list[str] = []
+    for entry in entries:
+        reader, problem = open_verified(entry, comm, info, require)
+        if reader is not None:
+            return ResumeCheckpoint(
+                reader, (*(f"skipped a damaged checkpoint: {words}" for words in damaged), *_suspicion(entry))
+            )
+        if wanted != "auto":
+            raise CheckpointError(problem)
+        damaged.append(without_advice(problem, entry.path))
+    if damaged:
+        raise CheckpointError(f"no checkpoint of {folder.path} can be used: {'; '.join(damaged)}")
+    return None
+
+
+def open_verified(
+    entry: Entry,
+    comm: Communicator,
+    info: Callable[[str], None] = lambda _: None,
+    require: Callable[[Path, Manifest], None] = lambda path, manifest: None,
+) -> tuple[CheckpointReader | None, str]:
+    """Return the checkpoint, or the problem with it. Collective: each rank hashes its share of the files."""
+    reader, problem = None, entry.problem
+    if entry.manifest is not None:
+        try:
+            reader = CheckpointReader(entry.path)
+            require(entry.path, reader.manifest)
+            blocks = hashed_blocks(reader.manifest, comm.rank, comm.size)
+            progress = ProgressBar(f"checking {entry.path.name}", blocks, say=info)
+            problem = reader.verify(comm.rank, comm.size, progress.advance)
+        except CheckpointError as error:
+            problem = str(error)
+    problem = next(filter(None, comm.gather(problem)), "")
+    return (None if problem else reader), problem
+
+
+def _suspicion(entry: Entry) -> list[str]:
+    if entry.manifest is None or entry.status != "suspect":
+        return []
+    return [f"resuming from {entry.path}, which is marked suspect ({entry.manifest.status_reason})"]
+
+
 def _require_state(path: Path, manifest: Manifest) -> None:
     if manifest.holds is not None:
         shape_of(path, manifest)
@@ -171,7 +270,7 @@ def planned_start(run: ResolvedRun, resume: ResumeOptions) -> tuple[ResolvedRun,
     folder = RunFolder(Path(section.root) / (section.name or "-"))
     point = find_resume_checkpoint(run, folder, resume, SingleProcessCommunicator())
     manifest = _continued(point.found, point.options)
-    notes = () if manifest is None else grid_notes(manifest, point.run)
+    notes = () if manifest is None else tuple(grid_notes(manifest, point.run))
     return replace(point.run, notices=(*point.run.notices, *notes)), point.schedule.segments
 
 
@@ -220,9 +319,7 @@ def _plan_from_import(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan:
     notes = (
         f"the run continues {reader.path} with its moments at step {manifest.step:,} of the run's own schedule, and at "
         "the first sample",
-        *frozen_notes(manifest, run, plan.shape),
-        *ema_notes(manifest, run),
-        *begin_notes(manifest, plan.data.tokenizer),
+        *state_notes(manifest, run, plan.shape, plan.data.tokenizer),
         *_skip_steps(plan, position, plan.identity),
     )
     to_come = run.stages.samples(run.config.train.steps, after=position.step)
@@ -266,9 +363,7 @@ def _plan_continuation(plan: ResumePlan, reader: CheckpointReader) -> ResumePlan
     notes += tuple(_skip_steps(plan, position, identity))
     notes = (
         *change_notes(position, manifest, run),
-        *frozen_notes(manifest, run, plan.shape),
-        *ema_notes(manifest, run),
-        *begin_notes(manifest, plan.data.tokenizer),
+        *state_notes(manifest, run, plan.shape, plan.data.tokenizer),
         *notes,
     )
     return replace(plan, data=data, identity=identity, position=position, notes=notes)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,23 +29,6 @@ _SHOWN_PARAMETERS = 20
 
 
 @dataclass(frozen=True)
-class TextPiece:
-    """Consecutive tokens of one document in one sample, as text."""
-
-    sample: int
-    dataset: str
-    document: int
-    source: str | None
-    first_token: int
-    end_token: int
-    text: str
-
-
-# (first sample, number of samples) -> their text pieces
-ReadSamples = Callable[[int, int], Iterable[TextPiece]]
-
-
-@dataclass(frozen=True)
 class SpikeReport:
     """The facts of one step that was out of bounds."""
 
@@ -60,30 +43,25 @@ class SpikeReport:
     saved_step: int
 
 
-def sample_text_reader(samples: BlendedSamples, tokenizer: Tokenizer) -> ReadSamples:
-    """Return a function that looks samples up in their datasets and decodes their text."""
-
-    def read(first: int, count: int) -> Iterable[TextPiece]:
-        for piece in spans_of(samples, first, count):
-            source = str(piece.source) if piece.source is not None else None
-            text = tokenizer.decode(list(piece.tokens))
-            yield TextPiece(piece.sample, str(piece.prefix), piece.document, source, piece.first, piece.end, text)
-
-    return read
-
-
 class SpikeReportWriter:
     """Writes reports into `folder`.
 
     Args:
+        samples, tokenizer: of the text in a batch.
         invocation: the command that resumes this run; a report suggests it with further options.
     """
 
     def __init__(
-        self, folder: Path, read: ReadSamples, invocation: ResumeCommand, comm: Communicator, reporter: RunConsole
+        self,
+        folder: Path,
+        samples: BlendedSamples,
+        tokenizer: Tokenizer,
+        invocation: ResumeCommand,
+        comm: Communicator,
+        reporter: RunConsole,
     ) -> None:
-        self._folder, self._read, self._invocation = folder, read, invocation
-        self._comm, self._reporter = comm, reporter
+        self._folder, self._samples, self._tokenizer = folder, samples, tokenizer
+        self._invocation, self._comm, self._reporter = invocation, comm, reporter
 
     def write(self, engine: Engine, incident: SpikeReport) -> Path:
         """Write both files; return the path of the readable report. Collective."""
@@ -99,7 +77,18 @@ class SpikeReportWriter:
     def _write(self, path: Path, incident: SpikeReport, gradients: dict[str, float]) -> None:
         self._folder.mkdir(exist_ok=True)
         first, end = incident.samples
-        pieces = list(self._read(first, end - first))
+        documents = [
+            {
+                "sample": piece.sample,
+                "dataset": str(piece.prefix),
+                "document": piece.document,
+                "source": None if piece.source is None else str(piece.source),
+                "first_token": piece.first,
+                "end_token": piece.end,
+                "text": self._tokenizer.decode(list(piece.tokens)),
+            }
+            for piece in spans_of(self._samples, first, end - first)
+        ]
         largest = sorted(gradients.items(), key=lambda item: -item[1])
         try_next = next_command(self._invocation, incident)
         finding = incident.verdict.finding
@@ -112,7 +101,7 @@ class SpikeReportWriter:
             "finding": finding.as_json() if finding else None,
             "window": incident.window,
             "samples": {"first": first, "end": end},
-            "documents": [vars(piece) for piece in pieces],
+            "documents": documents,
             "gradient_norms": dict(largest),
             "decided": incident.verdict.action,
             "why": incident.verdict.why,
@@ -121,7 +110,7 @@ class SpikeReportWriter:
         path.with_suffix(".json").write_text(
             json.dumps(_strict(facts), indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        path.write_text("\n".join(_readable(incident, pieces, largest, try_next)) + "\n", encoding="utf-8")
+        path.write_text("\n".join(_readable(incident, documents, largest, try_next)) + "\n", encoding="utf-8")
 
 
 def report_name(step: int, attempt: int) -> str:
@@ -140,7 +129,7 @@ def next_command(invocation: ResumeCommand, incident: SpikeReport) -> str:
 
 
 def _readable(
-    incident: SpikeReport, pieces: Sequence[TextPiece], largest: Sequence[tuple[str, float]], try_next: str
+    incident: SpikeReport, documents: Sequence[dict[str, Any]], largest: Sequence[tuple[str, float]], try_next: str
 ) -> list[str]:
     window, verdict = incident.window, incident.verdict
     why = f" ({verdict.why})" if verdict.why else ""
@@ -164,16 +153,16 @@ def _readable(
     lines += [f"- `{name}` {norm:.4g}" for name, norm in largest[:_SHOWN_PARAMETERS]]
     lines += [] if largest else ["None: the gradient is not finite, or the guard let the update pass."]
     lines += ["", "## Text of the batch", ""]
-    for piece in pieces[:_SHOWN_PIECES]:
-        origin = piece.source or f"document {piece.document} of {piece.dataset}"
+    for it in documents[:_SHOWN_PIECES]:
+        origin = it["source"] or f"document {it['document']} of {it['dataset']}"
         lines += [
-            f"### Sample {piece.sample}: {origin}, tokens {piece.first_token} to {piece.end_token - 1}",
+            f"### Sample {it['sample']}: {origin}, tokens {it['first_token']} to {it['end_token'] - 1}",
             "",
-            *("    " + line for line in piece.text[:_SHOWN_CHARACTERS].splitlines()),
+            *("    " + line for line in it["text"][:_SHOWN_CHARACTERS].splitlines()),
             "",
         ]
-    if len(pieces) > _SHOWN_PIECES:
-        lines.append(f"{len(pieces) - _SHOWN_PIECES} more pieces are in the JSON file beside this one.")
+    if len(documents) > _SHOWN_PIECES:
+        lines.append(f"{len(documents) - _SHOWN_PIECES} more pieces are in the JSON file beside this one.")
     return lines
 
 

@@ -1,4 +1,4 @@
-"""Run folders and a real MLflow store on SQLite."""
+"""Run folders beside a real MLflow store on SQLite."""
 
 from __future__ import annotations
 
@@ -7,16 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new mlflow.db: making its tables takes seconds, copying them does not."""
-    from mlflow import MlflowClient
-
-    root = tmp_path_factory.mktemp("store")
-    MlflowClient(f"sqlite:///{root / 'mlflow.db'}").search_experiments(max_results=1)
-    return root / "mlflow.db"
 
 
 @pytest.fixture

@@ -3,8 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from megalm.runs.metrics_log import MetricsWriter
+from megalm.tracking.mlflow_mirror.mirror_process import sync_trackers
+from megalm.tracking.mlflow_mirror.mlflow_sink import MlflowSink
+
+
+class Sent(NamedTuple):
+    """What `sync` sent: numbers and files, and the run's state in the store."""
+
+    metrics: int
+    artifacts: int
+    status: str
+    run_id: str
+
+
+def sync(run_dir: Path, deadline_seconds: float = 30.0) -> Sent:
+    """What `megalm track sync --to mlflow` sends."""
+    (sink,) = sync_trackers(run_dir, ("mlflow",), deadline_seconds)
+    assert isinstance(sink, MlflowSink)
+    assert sink.state.run_id is not None
+    return Sent(sink.metrics, sink.artifacts, sink.state.status, sink.state.run_id)
 
 
 def write_rows(run_dir: Path, steps: range, attempt: int = 1, end: str | None = None) -> None:

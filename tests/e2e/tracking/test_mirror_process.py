@@ -20,7 +20,7 @@ from megalm.errors import MegalmError
 from megalm.runs.metrics_log import MetricsWriter
 from megalm.tracking.mlflow_mirror import mirror_process
 from megalm.tracking.mlflow_mirror.sync_state import MirrorState
-from tests.e2e.tracking.run_folders import write_rows
+from tests.e2e.tracking.run_folders import sync, write_rows
 from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e
@@ -121,7 +121,7 @@ def test_the_end_of_an_earlier_attempt_is_not_this_ones(run_dir: Path, sent_befo
     """The mirror of a resumed run starts before the resume event is written."""
     write_rows(run_dir, range(1, 5), end="stopped")
     if sent_before:
-        mirror_process.sync(run_dir)
+        sync(run_dir)
     handle = mirror_process.start_mirror(run_dir)
     wait_for(run_dir, lambda: state(run_dir).offset > 0)
     time.sleep(3.0)  # a pass or two with nothing but the earlier attempt
@@ -158,7 +158,7 @@ def test_a_dead_server_costs_training_nothing_and_sync_delivers_later(
         handle.process.kill()
         handle.process.wait()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{run_dir.parent / 'mlflow.db'}")
-    assert mirror_process.sync(run_dir).status == "FINISHED"
+    assert sync(run_dir).status == "FINISHED"
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_credentials_in_the_address_are_written_nowhere(
     handle.process.kill()
     handle.process.wait()
     with pytest.raises(MegalmError) as error:
-        mirror_process.sync(run_dir, deadline_seconds=0.0)
+        sync(run_dir, deadline_seconds=0.0)
     assert secret not in str(error.value)
     assert_names(error.value, address.partition(":")[0], "127.0.0.1:9")
     assert [path for path in run_dir.rglob("*") if path.is_file() and secret.encode() in path.read_bytes()] == []

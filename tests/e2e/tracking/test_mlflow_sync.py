@@ -18,9 +18,8 @@ import pytest
 
 from megalm.errors import ConfigError, DataError, MegalmError
 from megalm.runs.metrics_log import MetricsWriter, live_rows, read_metrics
-from megalm.tracking.mlflow_mirror.mirror_process import sync
 from megalm.tracking.mlflow_mirror.sync_state import copied_from
-from tests.e2e.tracking.run_folders import write_rows
+from tests.e2e.tracking.run_folders import sync, write_rows
 from tests.messages import assert_names
 
 pytestmark = pytest.mark.e2e

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
 import pytest
 
-from megalm.sweeps.sweep_report import SweepResult, send_sweep_result
-from megalm.tracking.mlflow_mirror.mirror_process import sync
-from tests.e2e.tracking.run_folders import write_rows
+from megalm.sweeps.expansion import make_sweep
+from megalm.sweeps.ranking import RankedRun, rank
+from megalm.sweeps.sweep_report import send_sweep_result, verdict
+from tests.e2e.tracking.run_folders import sync, write_rows
 
 pytestmark = pytest.mark.e2e
 
@@ -37,11 +39,15 @@ def test_the_runs_of_a_sweep_have_one_parent(run_dir: Path) -> None:
 
     page = run_dir.parent / "report.html"
     page.write_text("a page")
-    result = SweepResult("the second is the best", page, other.name, 1.5)
-    assert send_sweep_result(run_dir.parent / "sweeps" / "lr", [run_dir, other], result)
+    runs = [{"train.seed": "1"}, {"train.seed": "2"}]
+    sweep = make_sweep("lr", run_dir.parent, {"train.seed": ("1", "2")}, (), runs)
+    assert not send_sweep_result(sweep, rank([]), page)  # its runs have not begun
+    first, second = (replace(run, name=folder.name) for run, folder in zip(sweep.runs, (run_dir, other), strict=True))
+    sweep = replace(sweep, runs=(first, second))
+    ranking = rank([RankedRun(second, "finished", score=1.5), RankedRun(first, "waiting")])
+    assert send_sweep_result(sweep, ranking, page)
     told = client.get_run(parent.info.run_id)
-    assert told.data.tags["mlflow.note.content"] == result.sentence
+    assert told.data.tags["mlflow.note.content"] == verdict(ranking)
     assert told.data.tags["megalm.best_run"] == other.name
     assert told.data.metrics == {"best/validation_loss": 1.5}
     assert [item.path for item in client.list_artifacts(parent.info.run_id)] == [page.name]
-    assert not send_sweep_result(run_dir.parent / "sweeps" / "lr", [run_dir.parent / "none"], result)

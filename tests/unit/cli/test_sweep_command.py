@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megalm.cli.jobs.sweep import split_launcher
+from megalm.cli.jobs.run_words import split_launcher
 from megalm.cli.main import main
 from megalm.errors import ConfigError
 from tests.messages import assert_names

@@ -181,7 +181,7 @@ def test_a_value_is_read_as_deepspeed_reads_it(name: str, value: object) -> None
     if theirs is None or (isinstance(value, bool) and name != "overlap_comm"):
         assert translation.problems
     else:
-        assert translation.problems == []
+        assert translation.problems == ()
         assert getattr(getattr(translation.settings, section), name) == theirs
 
 
@@ -234,10 +234,10 @@ def test_whatever_a_file_holds_is_answered_in_lines(content: dict[str, Any]) -> 
         if isinstance(place, dict):
             place[name] = value
     translation = translate(raw)
-    for line in (*translation.problems, *translation.notes):
+    for line in (*translation.problems, *translation.notices):
         assert line
         assert len(line.splitlines()) == 1
-    assert translate(translation.settings.model_dump(mode="json", by_alias=True, exclude_unset=True)).problems == []
+    assert translate(translation.settings.model_dump(mode="json", by_alias=True, exclude_unset=True)).problems == ()
 
 
 def test_one_start_tells_what_is_wrong_with_all_files(tmp_path: Path) -> None:

@@ -390,7 +390,7 @@ def test_a_preset_gives_way_to_what_a_person_states(start: Start, tmp_path: Path
 def test_check_run_runs_every_rule(write_json: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[object] = []
     monkeypatch.setattr(
-        "megalm.planning.run_checks.RULES", tuple(lambda case, rule=rule: ran.append(rule) for rule in RULES)
+        "megalm.planning.run_checks.RULES", tuple(lambda case, rule=rule: ran.append(rule) or () for rule in RULES)
     )
     check_run(load_run_config(None, []), read_deepspeed_json(write_json()), 2, CPU)
     assert ran == list(RULES)

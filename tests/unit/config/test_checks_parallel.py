@@ -11,7 +11,7 @@ from config_cases import GPU, notice_of, refused
 
 from megalm.config.loading import load_run_config
 from megalm.cost_model.gpu_specs import gpu_by_name
-from megalm.planning.parallel_checks import parallel_notices
+from megalm.planning.parallel_checks import grid_notices
 from megalm.planning.resolve import ResolvedRun
 from tests.messages import assert_names
 
@@ -253,16 +253,16 @@ def test_the_nearest_degree_divides_the_ranks_too(start: Start) -> None:
     ],
 )
 def test_a_tensor_group_should_not_leave_its_node(degree: int, per_node: int, names: list[object] | None) -> None:
-    notices = parallel_notices(load_run_config(None, [f"parallel.tensor={degree}"]).config, per_node)
+    notices = [*grid_notices(load_run_config(None, [f"parallel.tensor={degree}"]).config.parallel, 0, per_node)]
     assert len(notices) == (names is not None)
     if names is not None:
         assert_names(notices[0], *names)
 
 
 def test_a_context_group_should_not_leave_its_node() -> None:
-    config = load_run_config(None, ["parallel.tensor=2", "parallel.context=8"]).config
-    assert not parallel_notices(config, 16)
-    (notice,) = parallel_notices(config, 8)
+    parallel = load_run_config(None, ["parallel.tensor=2", "parallel.context=8"]).config.parallel
+    assert not [*grid_notices(parallel, 0, 16)]
+    (notice,) = grid_notices(parallel, 0, 8)
     assert_names(notice, "parallel.context=8", "parallel.tensor=2", 16, 8)
 
 
@@ -274,7 +274,7 @@ def test_a_batch_divides_over_data_ranks_alone(start: Start) -> None:
 def test_the_notice_reaches_the_run(start: Start) -> None:
     wide = ("model.num_attention_heads=16", "parallel.tensor=16")
     apart = start(*wide, ranks=16, device=GPU, ranks_per_node=8)
-    assert set(parallel_notices(apart.config, 8)) <= set(apart.notices)
+    assert set(grid_notices(apart.config.parallel, 0, 8)) <= set(apart.notices)
     together = start(*wide, ranks=16, device=GPU, ranks_per_node=16)
     assert not any("parallel.tensor" in notice for notice in together.notices)
 

@@ -21,7 +21,14 @@ WEEK = 24.0 * 7
 
 
 def fitted(gpu: str = "rtx-5090", ranks: int = 1, hours: float = WEEK, **changes: object) -> FittedRun:
-    return largest_model(replace(FitRequest(gpu_by_name(gpu), ranks, 8, hours), **changes))  # type: ignore[arg-type]
+    """The largest model; its shape has usual proportions, as those of all tests here must."""
+    found = largest_model(replace(FitRequest(gpu_by_name(gpu), ranks, 8, hours), **changes))  # type: ignore[arg-type]
+    shape = found.plan.shape
+    assert shape.hidden_size % 128 == 0
+    assert shape.head_dim in (64, 128)
+    assert shape.num_attention_heads % 2 == 0
+    assert 50 <= shape.hidden_size / shape.num_hidden_layers <= 160
+    return found
 
 
 def called(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[object, str, str]:
@@ -47,15 +54,6 @@ def test_both_files_are_a_run_that_fits_and_ends_in_time(gpu: str, ranks: int, t
     assert again.resolved.precision == ("bf16" if device.bf16 else "fp16")
     start = planned_run(Arguments(json_file, yaml_file), ranks, device, 8)
     assert (start.memory, start.total_tokens) == (again.memory, again.total_tokens)
-
-
-def test_shapes_have_usual_proportions() -> None:
-    for hours in (1.0, 400 * WEEK):
-        shape = fitted("H100", 8, hours).plan.shape
-        assert shape.hidden_size % 128 == 0
-        assert shape.head_dim in (64, 128)
-        assert shape.num_attention_heads % 2 == 0
-        assert 50 <= shape.hidden_size / shape.num_hidden_layers <= 160
 
 
 def test_memory_bounds_what_time_does_not() -> None:

@@ -12,8 +12,7 @@ from megalm.cli.plan_text import plan_text
 from megalm.config.deepspeed.json_reader import read_deepspeed_json
 from megalm.config.deepspeed.translate import translate
 from megalm.cost_model.memory import checkpoint_bytes
-from megalm.planning.optimizer_facts import MuonFacts, OptimizerFacts, optimizer_facts
-from megalm.planning.resolve import ResolvedRun
+from megalm.planning.resolve import MuonFacts, OptimizerFacts, ResolvedRun, optimizer_facts
 from megalm.planning.run_plan import make_plan
 from tests.messages import assert_names
 

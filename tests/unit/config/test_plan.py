@@ -22,7 +22,6 @@ from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, read_deepspee
 from megalm.config.deepspeed.json_schema import OffloadOptimizerSection, ZeroSection
 from megalm.config.loading import describe_preset, load_run_config, preset_paths
 from megalm.config.schema import Recompute
-from megalm.cost_model.activations import block_bytes, kept_bytes, loss_moments
 from megalm.cost_model.gpu_specs import gpu_by_name
 from megalm.cost_model.memory import (
     MUON_ROUND,
@@ -34,9 +33,11 @@ from megalm.cost_model.memory import (
     parameter_groups,
     shares,
 )
+from megalm.cost_model.moments import block_bytes, kept_bytes, loss_moments
 from megalm.model.model_config import ModelConfig, build_model_config, flops_per_token, recomputed_flops_per_token
 from megalm.planning.lr_schedule import ScheduleSegment, learning_rate
-from megalm.planning.resolve import ResolvedRun, loss_chunk_tokens
+from megalm.planning.memory_fit import loss_chunk_tokens
+from megalm.planning.resolve import ResolvedRun
 from megalm.planning.run_plan import Plan, Rate, make_plan, parameters_by_part, points
 from megalm.runs.run_settings import ConfigFiles
 from megalm.topology import Topology

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from megalm.engine.optimizer import muon
-from megalm.engine.optimizer.muon import Muon, orthogonalize, share_out
+from megalm.engine.optimizer.muon import Muon, orthogonalize, rate_factor, share_out
 from megalm.engine.optimizer.optimizer_state import OwnedRange
 from megalm.model.layer_factory import ShardedAxis
 from megalm.model.parameter_groups import MOMENTS
 from megalm.parallel.process_groups import AxisGroup, ParallelGroups
-from megalm.planning.optimizer_facts import MuonFacts, OptimizerFacts, rate_factor
+from megalm.planning.resolve import MuonFacts, OptimizerFacts
 from megalm.topology import Topology
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)

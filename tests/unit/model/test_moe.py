@@ -20,7 +20,7 @@ from megalm.model.modules import DropoutClock
 from megalm.model.moe import STATISTICS, MixtureOfExperts
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import MLP, LanguageModel, initial_weight, initialize
-from megalm.train.expert_watch import ExpertWatch
+from megalm.train.console import ExpertWatch
 
 VOCAB, LENGTH, BATCH = 61, 20, 3
 BALANCE, Z = 0.5, 0.25
@@ -341,19 +341,19 @@ def test_the_watch_names_dead_and_overloaded_experts_when_they_change() -> None:
 
     even, dead = (25,) * 8, (35, 30, 30, 30, 30, 30, 15, 0)
     full = (95, 15, 15, 15, 15, 15, 15, 15)
-    assert add(1, even, even) is None
-    found = add(2, even, even)
-    assert (found.first_step, found.last_step, found.is_news) == (1, 2, False)
-    assert add(3, even, dead) is None
-    found = add(4, full, dead)
-    assert (found.dead, found.overloaded, found.is_news) == (((3, 7),), (), True)
-    assert found.load[1][0] == pytest.approx((25 + 95) / 50)
+    assert add(1, even, even) == {}
+    (found,) = add(2, even, even).values()
+    assert (found["first_step"], found["last_step"]) == (1, 2)
+    assert add(3, even, dead) == {}
+    found, news = add(4, full, dead).values()
+    assert (news["dead"], news["overloaded"]) == ([[3, 7]], [])
+    assert found["load"]["1"][0] == pytest.approx((25 + 95) / 50)
     full = (196, 1, 1, 1, 0, 0, 0, 1)
     add(5, full, even), add(6, full, even)
     add(7, full, dead)
-    found = add(8, full, dead)
-    assert (found.overloaded, found.is_news) == (((1, 0),), True)
-    assert {place for place in found.dead if place[0] == 3} == {(3, 7)}
-    assert math.isclose(sum(found.load[1]), 8)
+    found, news = add(8, full, dead).values()
+    assert news["overloaded"] == [[1, 0]]
+    assert [place for place in news["dead"] if place[0] == 3] == [[3, 7]]
+    assert math.isclose(sum(found["load"]["1"]), 8)
     add(9, full, dead)
-    assert not add(10, full, dead).is_news
+    assert list(add(10, full, dead)) == ["experts"]

@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from megalm.config.deepspeed.json_schema import ZeroSection
 from megalm.config.loading import load_run_config
 from megalm.config.schema import Recompute
-from megalm.cost_model.activations import put_off_bytes
 from megalm.cost_model.memory import MemoryCase, shares
+from megalm.cost_model.moments import put_off_bytes
 from megalm.model.layer_factory import LayerFactory
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock

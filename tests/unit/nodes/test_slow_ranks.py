@@ -59,6 +59,6 @@ def test_a_break_begins_anew_and_one_long_exchange_is_not_enough() -> None:
 
 def test_what_is_said() -> None:
     place = RankPlace(9, "n2", "cuda:1", 0, 0)
-    straggler = Straggler(place, "compute", 0.9, 0.5, 130.0, 87.0)
+    straggler = Straggler(place, SlowRank(place.rank, "compute", 0.9, 0.5), 130.0, 87.0)
     assert_names(straggler, "rank 9", "n2", "cuda:1", "0.9 s", "0.5 s", "130 s", 87)
     assert straggler.fields().keys() >= {"rank", "host", "device", "quantity", "own_seconds", "median_seconds"}

@@ -18,8 +18,7 @@ from megalm.parity import coordinate_check
 from megalm.parity.coordinate_check import LENGTH, CoordinateCheck, check_coordinates, shape_at, slope
 from megalm.parity.miniature import VOCABULARY
 from megalm.parity.miniature_training import SyntheticSamples
-from megalm.planning.optimizer_facts import OptimizerFacts
-from megalm.planning.resolve import ResolvedRun, resolve
+from megalm.planning.resolve import OptimizerFacts, ResolvedRun, resolve
 from megalm.runs.run_settings import read_settings
 from tests.messages import assert_names
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from megalm.runs.metrics_history import History, read_history
 from megalm.runs.metrics_log import MetricsWriter, Row, RowBatch
-from megalm.tracking.report import write_report
+from megalm.tracking.report.page import write_report
 
 VOID = {"meta", "br", "img", "input", "link"}
 

@@ -17,7 +17,7 @@ from megalm.config.schema import TrainSection
 from megalm.errors import ConfigError
 from megalm.runs.metrics_history import TRAINING, VALIDATION
 from megalm.runs.metrics_log import Row
-from megalm.tracking.report import write_report
+from megalm.tracking.report.page import write_report
 from tests.messages import assert_names
 
 START = event("start")

@@ -23,8 +23,8 @@ VALUES = st.lists(st.one_of(st.floats(-1e6, 1e6), st.just(math.nan), st.just(mat
 @settings(max_examples=300)
 def test_a_thinned_curve_keeps_the_peaks_the_gaps_and_its_size(values: list[float], buckets: int) -> None:
     x, y = np.arange(len(values), dtype=np.float64), np.array(values)
-    curve = thinned(x, y, 0.0, float(len(values) - 1), buckets)
-    points = [point for stretch in curve.stretches for point in stretch]
+    stretches, not_finite = thinned(x, y, Scale(0.0, float(len(values) - 1)), buckets)
+    points = [point for stretch in stretches for point in stretch]
     known = y[np.isfinite(y)]
     assert set(points) <= set(zip(x.tolist(), values, strict=True))  # nothing is made up
     assert [at for at, _ in points] == sorted({at for at, _ in points})
@@ -32,25 +32,25 @@ def test_a_thinned_curve_keeps_the_peaks_the_gaps_and_its_size(values: list[floa
         heights = [height for _, height in points]
         assert (min(heights), max(heights)) == (known.min(), known.max())
     assert len(points) <= 12 * buckets
-    for stretch in curve.stretches:  # no line across a bucket of which nothing is known, nor from before a gap to after
+    for stretch in stretches:  # no line across a bucket of which nothing is known, nor from before a gap to after
         for (left, _), (right, _) in itertools.pairwise(stretch):
             between = y[int(left) : int(right) + 1]
             width = max(1.0, (len(values) - 1) / buckets)
             assert np.isfinite(between).all() or right - left <= width
-    assert bool(curve.not_finite) == (len(known) < len(y))
+    assert bool(not_finite) == (len(known) < len(y))
 
 
 def test_each_bucket_keeps_its_own_highest_and_lowest() -> None:
     y = np.zeros(10_000)
     y[[1234, 5678]] = 9.0, -9.0
-    (points,) = thinned(np.arange(10_000.0), y, 0.0, 9_999.0, 100).stretches
+    (points,), _ = thinned(np.arange(10_000.0), y, Scale(0.0, 9_999.0), 100)
     assert (1234.0, 9.0) in points
     assert (5678.0, -9.0) in points
     assert len(points) <= 400
 
 
 def test_a_curve_without_values_is_none() -> None:
-    assert thinned(np.empty(0), np.empty(0), 0.0, 1.0, 10).stretches == []
+    assert thinned(np.empty(0), np.empty(0), Scale(0.0, 1.0), 10) == ([], [])
 
 
 def test_the_running_median_follows_the_curve_and_no_spike() -> None:

@@ -18,7 +18,7 @@ from megalm.runs.metrics_log import live_rows, read_metrics, read_newest_first, 
 from megalm.runs.run_folder import RunFolder
 from megalm.tracking import compare_runs
 from megalm.tracking.mlflow_mirror.mlflow_sink import metrics_of
-from megalm.tracking.report import write_report
+from megalm.tracking.report.page import write_report
 from megalm.train.spikes.spike_guard import SpikeGuard
 from tests.messages import assert_names
 

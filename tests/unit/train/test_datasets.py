@@ -18,6 +18,7 @@ from megalm.data.builder.builder import BuildOptions, build_files
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.trained_tokens import trained_path
 from megalm.data.indexed.writer import IndexedDatasetWriter
+from megalm.data.sampling.batch_loader import BatchLoader
 from megalm.data.tokenizers.tokenizer import ByteTokenizer, load_tokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.model.model_config import build_model_config
@@ -26,7 +27,7 @@ from megalm.planning.run_plan import make_plan
 from megalm.train import datasets as run_datasets
 from megalm.train.datasets import (
     RunData,
-    batch_loader,
+    batch_layout,
     find_data,
     open_data,
     rebuild_data,
@@ -110,7 +111,7 @@ def test_a_token_outside_the_vocabulary_between_the_probes_is_refused_when_it_is
     monkeypatch.setattr(run_datasets, "PROBE_TOKENS", 4)
     prefix = write_tokens(tmp_path / "foreign", [[1] * 60, [2] * 30 + [300] * 2 + [2] * 30])
     run, data = opened(f"data.train={prefix}", f"data.validation={prefix}", "data.allow_validation_on_training=true")
-    with batch_loader(run, data.train, 0) as loader, pytest.raises(DataError) as error:
+    with BatchLoader(data.train, batch_layout(run, 0)) as loader, pytest.raises(DataError) as error:
         list(map(loader.batch, range(0, 64, BATCH)))
     assert_names(error.value, f"{prefix}.bin", 1, 300, 257)
     with pytest.raises(DataError) as error:

@@ -16,7 +16,7 @@ from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError
 from megalm.runs.run_folder import RunFolder
 from megalm.train.evaluator import Evaluation
-from megalm.train.resume.find_checkpoint import find_checkpoint, open_verified
+from megalm.train.resume.resume_plan import find_checkpoint, open_verified
 from megalm.train.run_checkpointer import with_evaluation
 from megalm.utils.formatting import format_clock
 from tests.checkpoint_files import save

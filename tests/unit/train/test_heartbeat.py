@@ -46,7 +46,7 @@ class Job:
             number += 1
             for rank, beat in list(self.said.items()):
                 fields = {**vars(beat), "number": number}
-                self.store.set(f"beat/{rank}", Beat(**fields).as_text())
+                self.store.set(f"beat/{rank}", Beat(**fields).model_dump_json())
 
 
 @contextmanager

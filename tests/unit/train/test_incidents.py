@@ -23,7 +23,6 @@ from megalm.train.spikes.spike_report import (
     SpikeReportWriter,
     next_command,
     report_name,
-    sample_text_reader,
 )
 from tests.messages import assert_names
 
@@ -72,8 +71,8 @@ def writer(tmp_path: Path) -> SpikeReportWriter:
     (tmp_path / "my.jsonl").write_text("".join(lines))
     build_files([tmp_path / "my.jsonl"], ByteTokenizer(), tmp_path / "my")
     samples = TrainingSamples(IndexedDataset(tmp_path / "my"), (0, 40), 8, seed=1)
-    read = sample_text_reader(BlendedSamples([samples], [MixtureStage(0, (1.0,))]), ByteTokenizer())
-    return SpikeReportWriter(tmp_path / "incidents", read, RUN, Alone(), RunConsole(active=True))  # type: ignore[arg-type]
+    blend, tokenizer = BlendedSamples([samples], [MixtureStage(0, (1.0,))]), ByteTokenizer()
+    return SpikeReportWriter(tmp_path / "incidents", blend, tokenizer, RUN, Alone(), RunConsole(active=True))  # type: ignore[arg-type]
 
 
 def test_each_number_is_in_its_column(writer: SpikeReportWriter) -> None:

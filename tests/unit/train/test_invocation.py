@@ -13,7 +13,7 @@ from megalm.config.loading import load_run_config
 from megalm.planning.resolve import resolve
 from megalm.rank_environment import submit_options
 from megalm.runs.run_folder import ResumeCommand, RunFolder, command_line
-from megalm.tracking.report import write_report
+from megalm.tracking.report.page import write_report
 from megalm.train.run_summary import final_summary
 from tests.messages import assert_names
 

@@ -26,12 +26,19 @@ from megalm.planning.lr_schedule import ScheduleSegment
 from megalm.planning.recipe_claims import Expectation, Span
 from megalm.planning.resolve import resolve
 from megalm.runs.metrics_history import read_history
-from megalm.runs.metrics_log import MetricsWriter, describe_unbalanced_experts, live_rows, read_batches, read_metrics
+from megalm.runs.metrics_log import (
+    TOTAL,
+    MetricsWriter,
+    describe_unbalanced_experts,
+    live_rows,
+    read_batches,
+    read_metrics,
+)
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_lock import RunLock
 from megalm.tracking.report.curves import charts
 from megalm.train.console import RunConsole
-from megalm.train.evaluator import TOTAL, Evaluation
+from megalm.train.evaluator import Evaluation
 from megalm.train.lifecycle.shutdown import StopRequest
 from megalm.train.lifecycle.time_limits import TimeLimits, wall_seconds
 from megalm.train.resume.training_progress import RunSchedule, TrainingProgress

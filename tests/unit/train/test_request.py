@@ -14,7 +14,7 @@ from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.errors import CheckpointError, ConfigError
 from megalm.runs.run_folder import RunFolder
 from megalm.runs.run_settings import Arguments, Extension, ResumeOptions
-from megalm.train.resume.find_checkpoint import find_checkpoint
+from megalm.train.resume.resume_plan import find_checkpoint
 from megalm.train.resume.resume_request import (
     attempt_after_rollback,
     describe_attempt,

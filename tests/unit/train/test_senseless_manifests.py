@@ -33,8 +33,7 @@ from megalm.train.resume.compatibility import (
     progress_from,
     with_schedule,
 )
-from megalm.train.resume.find_checkpoint import find_checkpoint
-from megalm.train.resume.resume_plan import _require_state
+from megalm.train.resume.resume_plan import _require_state, find_checkpoint
 from tests.messages import assert_names
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -123,7 +122,7 @@ def use(folder: Path, run: ResolvedRun) -> None:
     for continuation in ("on", "anew", "recut"):
         position = progress_from(manifest, run, continuation)  # type: ignore[arg-type]
         position.schedule = schedule
-        change_notes(position, manifest, run)
+        list(change_notes(position, manifest, run))
         position.data_json("a")
 
 

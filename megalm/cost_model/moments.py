@@ -1,8 +1,10 @@
-"""Activations and the loss of a step by formula, for the block of megalm/model: no torch.
+"""The fullest moments of a step and of the start, by formula: no torch.
 
-The formulas count the tensors that PyTorch's autograd saves, and the gradients beside them at the fullest moments of a
-step: while the loss is computed, and in the backward pass of each block, in which no loss is left. Uncompiled; a test
-compares them with a rehearsal, and with what is alive on a CPU.
+Of a step these are activations and the loss, for the block of megalm/model. The formulas count the tensors that
+PyTorch's autograd saves, and the gradients beside them at the fullest moments: while the loss is computed, and in the
+backward pass of each block, in which no loss is left. Uncompiled; a test compares them with a rehearsal, and with what
+is alive on a CPU. Of the start they follow how megalm builds the model and DeepSpeed 0.19.8 lays out its states; a test
+compares them with the live tensors of starting engines.
 """
 
 from __future__ import annotations
@@ -13,13 +15,16 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 from megalm.cost_model.pipeline_simulation import most_kept
-from megalm.model.model_config import first_key, kept_probabilities, query_blocks
+from megalm.model.model_config import first_key, is_stacked, kept_probabilities, query_blocks
 
 if TYPE_CHECKING:
     from megalm.config.schema import Recompute
-    from megalm.cost_model.memory import MemoryCase, Share
+    from megalm.cost_model.memory import Groups, MemoryCase, Share
 
 _RING_TILE = 1024  # queries, and keys, of ring_attention.py
+
+
+# --- a step -----------------------------------------------------------------------------------------------------------
 
 
 class _Half(NamedTuple):
@@ -124,6 +129,8 @@ def kept_bytes(case: MemoryCase, share: Share) -> dict[int, int]:
 
 def _most_kept(case: MemoryCase, share: Share, sizes: Mapping[int, int], put_off: Mapping[int, int]) -> int:
     """Of all micro-batches in flight at once, given what one keeps in each stage of the rank, as in `most_kept`."""
+    if case.topology.pipeline == 1:
+        return sizes[share.stage]
     schedule = case.schedule
     if schedule.name == "1f1b":  # micro-batches beyond the ranks are kept instead of others
         schedule = replace(schedule, micro_batches=min(schedule.micro_batches, schedule.ranks))
@@ -147,7 +154,7 @@ def put_off_bytes(case: MemoryCase, share: Share, layer: int) -> int:
 
     The inputs of its linear layers and the gradients of their outputs.
     """
-    if not case.schedule.divides_backward:
+    if case.topology.pipeline == 1 or not case.schedule.divides_backward:
         return 0
     shape, tensor, tokens = case.shape, share.tensor, case.tokens
     outputs = 2 if shape.gated_mlp else 1  # of an MLP's first layers
@@ -362,3 +369,119 @@ def _float8_bytes(case: MemoryCase, share: Share) -> int:
     hidden, inner = case.shape.hidden_size, case.shape.intermediate_size // share.tensor
     elements = max(case.tokens * (hidden + inner), case.tokens * max(hidden, inner) + hidden * inner)
     return elements * (5 if case.on_cpu else 1) if case.float8 else 0
+
+
+# --- the start --------------------------------------------------------------------------------------------------------
+
+
+class StartMoment(NamedTuple):
+    """Bytes that a rank holds at one time, on the device and in the CPU's memory."""
+
+    device: int
+    host: int
+
+
+def start_moments(
+    case: MemoryCase, share: Share, groups: Groups, frozen: int, secondary: int = 0
+) -> Iterator[StartMoment]:
+    """The fullest moments of the start: one of them is the peak of the device, one of the CPU's memory.
+
+    Args:
+        groups: elements of the parameters in the optimizer's groups.
+        frozen: elements of frozen parameters that a rank holds.
+        secondary: bytes of the second copy of ZeRO 3's weights.
+    """
+    sizes, frozen_bytes = share.shape.parameters(), case.element_bytes * frozen
+    # The one initial weight that a rank draws, in fp32, before it is cut, and what is on its way to the device.
+    drawn = 4 * max(math.prod(sizes[name]) // (share.expert if is_stacked(name) else 1) for name in share.parameters())
+    if case.element_bytes < 4:
+        drawn += case.element_bytes * max(math.prod(size) for size in share.parameters().values())
+    if case.zero.stage == 3:
+        states = _stage_3(case, groups, _partitioning(case, share), drawn, frozen_bytes)
+        yield from (StartMoment(it.device + secondary, it.host) for it in states)
+        return
+    yield StartMoment(case.element_bytes * sum(group.elements for group in groups) + frozen_bytes, drawn)
+    if case.zero.stage:
+        yield from (StartMoment(it.device + frozen_bytes, it.host) for it in _flat_groups(case, groups))
+
+
+def _partitioning(case: MemoryCase, share: Share) -> int:
+    """Bytes of parameters at most while ZeRO 3 divides one module after another: earlier parts and this module."""
+    peak = live = 0
+    for module in share.modules():
+        live += sum(module.values())
+        for name, count in module.items():
+            part = math.ceil(count / case.copies_of(name))
+            peak = max(peak, live + part)
+            live += part - count
+    return case.element_bytes * peak
+
+
+def _stage_3(case: MemoryCase, groups: Groups, partitioning: int, drawn: int, frozen: int) -> Iterator[StartMoment]:
+    parts = [group.parts for group in groups]
+    own = sum(map(sum, parts))
+    weights = case.element_bytes * own
+    bucket = case.communication_bytes * case.zero.reduce_bucket_size if case.zero.contiguous_gradients else 0
+    if case.offloads_parameters:
+        largest_block = partitioning - weights - frozen
+        yield StartMoment(largest_block, drawn + weights + frozen)
+        yield StartMoment(0, 3 * weights + frozen)  # the parts, their flat buffer, and its pinned copy
+    else:
+        yield StartMoment(partitioning, drawn)
+        yield StartMoment(weights + frozen, weights)  # the parts become one buffer by way of the CPU's memory
+    device, host = (0, weights + frozen) if case.offloads_parameters else (weights + frozen, 0)
+    gradients = case.gradient_bytes * own
+    gathered = case.element_bytes * max(
+        max(group.counts) for group in groups
+    )  # each parameter once, for DeepSpeed's hooks
+    largest = 4 * max(sub_group for group in parts for sub_group in _sub_groups(group, case.zero.sub_group_size))
+    if case.swaps:
+        return  # a sub-group at a time, as in a step
+    if case.offloads_optimizer:
+        pinned = case.zero.offload_optimizer is not None and case.zero.offload_optimizer.pin_memory
+        copies = largest if pinned and not case.on_cpu else 0
+        yield StartMoment(device, host + 8 * own + largest + copies)  # masters and their gradients; one more sub-group
+        yield StartMoment(device + bucket + gathered, host + 8 * own + gradients * (2 if copies else 1))
+    else:
+        yield StartMoment(device + 4 * own + largest, host)  # masters, and a second copy or the gradient of a sub-group
+        yield StartMoment(device + 4 * own + bucket + gradients + gathered, host)
+
+
+def _sub_groups(parts: Sequence[int], limit: int) -> Iterator[int]:
+    """Elements of each sub-group: a parameter group is cut where it has reached the limit."""
+    size = 0
+    for part in parts:
+        size += part
+        if size >= limit:
+            yield size
+            size = 0
+    if size:
+        yield size
+
+
+def _flat_groups(case: MemoryCase, groups: Groups) -> Iterator[StartMoment]:
+    """ZeRO 1 and 2: each group becomes one flat buffer beside its parameters, of which a rank copies its part."""
+    low, offload = case.element_bytes, case.offloads_optimizer
+    flat = low * sum(group.elements for group in groups)
+    device = host = 0
+    for group in groups:
+        padded = group.padded
+        part = padded // group.ranks
+        beside = flat + device + low * padded
+        # Where the device has no room for the buffer, DeepSpeed makes it in the CPU's memory; BF16_Optimizer does not.
+        fits = case.uses_bf16_optimizer or case.device_bytes is None or beside <= case.device_bytes
+        yield StartMoment(beside, host) if fits else StartMoment(flat + device, host + 2 * low * padded)
+        flat += low * (padded - group.elements)
+        copied = low * part  # in the model's precision, on its way to fp32
+        if offload:
+            host += (4 + low) * part
+            yield StartMoment(flat + device + copied, host + 4 * part)
+        else:
+            yield StartMoment(flat + device + copied + (4 * part if low != 4 else 0), host)
+            device += 4 * part
+        if case.uses_bf16_optimizer:
+            device += case.gradient_bytes * padded
+            yield StartMoment(flat + device, host)
+    if not case.uses_bf16_optimizer:
+        gradients = 4 * sum(group.padded // group.ranks for group in groups)  # freed at once without offload
+        yield StartMoment(flat + device, host + gradients) if offload else StartMoment(flat + device + gradients, host)
