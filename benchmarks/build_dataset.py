@@ -35,7 +35,8 @@ from megalm.data.indexed.dataset import HEADER, MAGIC, IndexedDataset
 from megalm.data.sampling import packing, sample_order
 from megalm.data.sampling.batch_loader import BatchLayout, BatchLoader
 from megalm.data.sampling.samples import TrainingSamples
-from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.data.tokenizers.training import train_tokenizer
 
 VOCABULARY = 8192
 STEP_SECONDS = 0.1

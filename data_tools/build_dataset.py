@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import BuildBar, one_line_errors, out, print_removed, run
+from console import BuildBar, out, print_removed, run
 from options import (
     Columns,
     EmptyDocuments,
@@ -19,8 +19,8 @@ from options import (
     StdinKind,
     TextKey,
     TxtDocuments,
-    dedup_of,
     loss_policy,
+    one_of,
     overlap_of,
     read_options,
     shard_of,
@@ -28,8 +28,9 @@ from options import (
 )
 
 from megalm.data.analysis.dataset_info import packed_padding
-from megalm.data.builder.builder import BuildOptions, build_files, check_build
-from megalm.data.builder.quality_filters import Filters
+from megalm.data.builder.build_plan import BuildOptions, Filters
+from megalm.data.builder.builder import build_files, check_build
+from megalm.data.builder.dedup import Dedup
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.tokenizers.chat_template import load_chat_template
@@ -107,66 +108,65 @@ def main(
     python data_tools/build_dataset.py --input my.jsonl \\
         --tokenizer data/my.model --output-prefix data/my
     """
-    with one_line_errors():
-        policy = loss_policy(on_error, empty_documents, max_loss)
-        filters = Filters(min_characters, max_characters, min_letter_share, max_repeated_line_share, max_word_length)
-        if chat_template is not None and not messages_key:
-            raise DataError(f"--chat-template {chat_template}: renders messages; name their key with --messages-key")
-        options = BuildOptions(
-            append_eod=append_eod,
-            on_error=policy.on_error,
-            empty_documents=policy.empty_documents,
-            max_loss=policy.max_loss,
-            read=read_options(text_key, columns, txt_documents, max_document_mb, input_kind, messages_key),
-            filters=filters,
-            dedup=dedup_of(dedup),
-            minhash_threshold=minhash_threshold,
-            split=weights_of(split),
-            shard=shard_of(shard),
-            overlap=overlap_of(exclude_overlap, overlap_tokens, overlap_action, overlap_key),
-            chat=load_chat_template(chat_template, tokenizer) if messages_key else None,
+    policy = loss_policy(on_error, empty_documents, max_loss)
+    filters = Filters(min_characters, max_characters, min_letter_share, max_repeated_line_share, max_word_length)
+    if chat_template is not None and not messages_key:
+        raise DataError(f"--chat-template {chat_template}: renders messages; name their key with --messages-key")
+    options = BuildOptions(
+        append_eod=append_eod,
+        on_error=policy.on_error,
+        empty_documents=policy.empty_documents,
+        max_loss=policy.max_loss,
+        read=read_options(text_key, columns, txt_documents, max_document_mb, input_kind, messages_key),
+        filters=filters,
+        dedup=one_of("--dedup", dedup, Dedup),
+        minhash_threshold=minhash_threshold,
+        split=weights_of(split),
+        shard=shard_of(shard),
+        overlap=overlap_of(exclude_overlap, overlap_tokens, overlap_action, overlap_key),
+        chat=load_chat_template(chat_template, tokenizer) if messages_key else None,
+    )
+    if eod_token is not None and not append_eod:
+        raise DataError(f"--eod-token {eod_token}: no token ends a document with --no-append-eod; omit one of them")
+    loaded = load_tokenizer(tokenizer, eod_token, bos_token)
+    stdin_kind = stdin_kind or options.read.kind or ".jsonl"
+    if check:
+        files = check_build(inputs, loaded, output_prefix, options, stdin_kind).files
+        out.print(f"{output_prefix}: a build would read {len(files):,} files")
+        return
+    bar = BuildBar()
+    with bar:
+        built = build_files(
+            inputs,
+            loaded,
+            output_prefix,
+            options,
+            workers=workers,
+            progress=bar.tell,
+            overwrite=overwrite,
+            stdin_kind=stdin_kind,
         )
-        if eod_token is not None and not append_eod:
-            raise DataError(f"--eod-token {eod_token}: no token ends a document with --no-append-eod; omit one of them")
-        loaded = load_tokenizer(tokenizer, eod_token, bos_token)
-        stdin_kind = stdin_kind or options.read.kind or ".jsonl"
-        if check:
-            files = check_build(inputs, loaded, output_prefix, options, stdin_kind)
-            out.print(f"{output_prefix}: a build would read {len(files):,} files")
-            return
-        bar = BuildBar()
-        with bar:
-            built = build_files(
-                inputs,
-                loaded,
-                output_prefix,
-                options,
-                workers=workers,
-                progress=bar.tell,
-                overwrite=overwrite,
-                stdin_kind=stdin_kind,
-            )
-        if built.was_there:
-            out.print(f"{output_prefix}: is already built from this input; nothing to do")
-        if built.resumed:
-            out.print(f"resumed after {built.resumed / 1e6:,.1f} MB of an earlier build")
-        for report, prefix in zip(built.reports, options.output_prefixes(output_prefix), strict=True):
-            out.print(
-                f"{prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype}), "
-                f"{report.text_bytes / max(1, report.tokens):.2f} bytes per token, "
-                f"unigram entropy {report.unigram_entropy:.3f} nats"
-            )
-            if report.trained:
-                out.print(f"{prefix}: trained tokens {trained_share(report.trained['tokens'], report.tokens)}")
-            if report.tokens:
-                advice = "train them whole: " if report.trained else ""
-                out.print(f"{prefix}: {advice}data.packing=best_fit has {packed_padding(IndexedDataset(prefix))}")
-            if report.inexact_documents:
-                names = ", ".join(report.inexact_names[:3])
-                out.print(f"{report.inexact_documents:,} documents do not decode back exactly, the first: {names}")
-        if ends := describe_ends(loaded, append_eod):
-            out.print(ends)
-        print_removed(built)
+    if built.was_there:
+        out.print(f"{output_prefix}: is already built from this input; nothing to do")
+    if built.resumed:
+        out.print(f"resumed after {built.resumed / 1e6:,.1f} MB of an earlier build")
+    for report, prefix in zip(built.reports, options.output_prefixes(output_prefix), strict=True):
+        out.print(
+            f"{prefix}: {report.documents:,} documents, {report.tokens:,} tokens ({report.dtype}), "
+            f"{report.text_bytes / max(1, report.tokens):.2f} bytes per token, "
+            f"unigram entropy {report.unigram_entropy:.3f} nats"
+        )
+        if report.trained:
+            out.print(f"{prefix}: trained tokens {trained_share(report.trained['tokens'], report.tokens)}")
+        if report.tokens:
+            advice = "train them whole: " if report.trained else ""
+            out.print(f"{prefix}: {advice}data.packing=best_fit has {packed_padding(IndexedDataset(prefix))}")
+        if report.inexact_documents:
+            names = ", ".join(report.inexact_names[:3])
+            out.print(f"{report.inexact_documents:,} documents do not decode back exactly, the first: {names}")
+    if ends := describe_ends(loaded, append_eod):
+        out.print(ends)
+    print_removed(built)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 # A checkout works without being installed, and beside another one that is. It is then no place for other imports.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -23,13 +22,12 @@ from megalm.cli.options import expand_home
 from megalm.data.builder.builder import BuildProgress, Built
 from megalm.data.builder.decontamination import describe_overlap
 from megalm.data.indexed.metadata import AWAITS_MERGE, DatasetMetadata
-from megalm.data.readers.document_reader import ReadReport
+from megalm.data.readers.input_files import ReadReport
 from megalm.data.readers.losses import Losses
-from megalm.errors import EXIT_REFUSED, MegalmError
 from megalm.utils.formatting import printable
 from megalm.utils.process_setup import keep_standard_streams
 from megalm.utils.progress import ProgressBar, percent
-from megalm.utils.terminal import echo, echo_text
+from megalm.utils.terminal import echo_text, one_line_errors
 
 NAMED = 3
 
@@ -54,25 +52,8 @@ def run(command: Callable[..., None]) -> None:
     keep_standard_streams()
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command()(command)
-    app(args=expand_home(sys.argv[1:]))
-
-
-@contextmanager
-def one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except MegalmError as error:
-        _refuse(str(error), error.exit_code)
-    except OSError as error:
-        if error.strerror is None:  # not raised by the operating system
-            raise
-        place = f"{error.filename}: " if error.filename is not None else ""
-        _refuse(f"{place}{error.strerror}; check the path, its permissions and its disk, and start again", EXIT_REFUSED)
-
-
-def _refuse(line: str, code: int) -> NoReturn:
-    echo(f"megalm: error: {line}", err=True)
-    raise typer.Exit(code) from None
+    with one_line_errors():
+        app(args=expand_home(sys.argv[1:]))
 
 
 class BuildBar(ProgressBar):
@@ -87,11 +68,6 @@ class BuildBar(ProgressBar):
         rates = f"{done.text_bytes / seconds / 1e6:.1f} MB/s, {done.tokens / seconds:,.0f} tokens/s"
         self.begin(done.stage, None if done.share is None else 1.0)
         self.update(done.share or 0.0, rates)
-
-
-def reading_bar(what: str, tokens: int) -> ProgressBar:
-    """Return a bar of the share of tokens read and the time left."""
-    return ProgressBar(what, tokens, shown=percent)
 
 
 def print_skipped(report: ReadReport) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import one_line_errors, out, reading_bar, run
-from options import packing_of
-from steps import show_step_of_dataset, show_step_of_run
+from console import out, run
+from options import one_of, weights_of
 
 from megalm.cli.find_run import find_run
-from megalm.data.analysis.dataset_info import PACKED_LENGTHS, describe, document_text, statistics, verify
+from megalm.data.analysis.dataset_info import PACKED_LENGTHS, describe, document_text, marked_text, statistics, verify
+from megalm.data.analysis.sample_sources import TokenSpan, spans_of
 from megalm.data.builder.workspace import tokenizer_files
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.metadata import dataset_paths
+from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
+from megalm.data.sampling.samples import PackingKind, TrainingSamples, split_documents
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import refuse_overwriting_inputs
+from megalm.utils.progress import ProgressBar, percent
 
 
 def main(
@@ -55,38 +59,60 @@ def main(
         --tokenizer data/my.model --report my-scan
     python data_tools/inspect_dataset.py --run mine --step 500
     """
-    with one_line_errors():
-        if named_run is not None:
-            if prefix is not None or step is None:
-                raise DataError(f"--run {named_run}: takes --step and no PREFIX; the run determines the dataset")
-            show_step_of_run(find_run(named_run), step)
-            return
-        if prefix is None:
-            raise DataError("give the PREFIX of a dataset, or --run and --step")
-        loaded = load_tokenizer(tokenizer) if tokenizer else None
-        facts = describe(prefix, loaded, (sequence_length,) if sequence_length else PACKED_LENGTHS)
-        if document is not None:
-            out.text(document_text(prefix, document, loaded))
-        elif step is not None:
-            show_step_of_dataset(
-                prefix, loaded, step, batch_size, sequence_length or 256, stride, seed, split, packing_of(packing)
-            )
-        elif scan or around is not None:
-            _scan(prefix, loaded, around, window, report)
-        else:
-            if check:
-                with reading_bar("verifying", len(IndexedDataset(prefix).tokens)) as bar:
-                    facts |= verify(prefix, loaded, bar.advance)
-            width = max(map(len, facts))
-            for name, value in facts.items():
-                out.print(f"{name:<{width}}  {value}")
-            if stats:
-                _show_statistics(prefix, loaded)
+    if named_run is not None:
+        if prefix is not None or step is None:
+            raise DataError(f"--run {named_run}: takes --step and no PREFIX; the run determines the dataset")
+        _show_step_of_run(find_run(named_run), step)
+        return
+    if prefix is None:
+        raise DataError("give the PREFIX of a dataset, or --run and --step")
+    loaded = load_tokenizer(tokenizer) if tokenizer else None
+    facts = describe(prefix, loaded, (sequence_length,) if sequence_length else PACKED_LENGTHS)
+    if document is not None:
+        out.text(document_text(prefix, document, loaded))
+    elif step is not None:
+        if batch_size is None:
+            raise DataError(f"--step {step}: add --batch-size, the run's train_batch_size, or name the run with --run")
+        dataset = IndexedDataset(prefix, loaded.vocab_size if loaded else None)
+        weights, kind = weights_of(split), one_of("--packing", packing, PackingKind)
+        documents = split_documents(len(dataset), weights)[0] if weights else (0, len(dataset))
+        samples = TrainingSamples(dataset, documents, sequence_length or 256, seed, stride=stride, packing=kind)
+        only = BlendedSamples([samples], [MixtureStage(0, (1.0,))])
+        _show_pieces(spans_of(only, (step - 1) * batch_size, batch_size), loaded)
+    elif scan or around is not None:
+        _scan(prefix, loaded, around, window, report)
+    else:
+        if check:
+            with ProgressBar("verifying", len(IndexedDataset(prefix).tokens), shown=percent) as bar:
+                facts |= verify(prefix, loaded, bar.advance)
+        width = max(map(len, facts))
+        for name, value in facts.items():
+            out.print(f"{name:<{width}}  {value}")
+        if stats:
+            _show_statistics(prefix, loaded)
+
+
+def _show_step_of_run(run: Path, step: int) -> None:
+    """Print the samples of a run, as recorded in its folder."""
+    from megalm.train.step_lookup import samples_of_step
+
+    read = samples_of_step(run, step, out.print)
+    tense = "read" if read.trained else "will read"
+    out.print(f"step {step} of {run} {tense} samples {read.first:,} to {read.end - 1:,}")
+    _show_pieces(read.pieces, read.tokenizer)
+
+
+def _show_pieces(pieces: Iterable[TokenSpan], tokenizer: Tokenizer | None) -> None:
+    for piece in pieces:
+        where = f"{piece.prefix} document {piece.document}"
+        source = "" if piece.source is None else f", {piece.source}"
+        out.print(f"--- sample {piece.sample}: {where}{source}, its tokens {piece.first:,} to {piece.end:,}")
+        out.text(marked_text(piece.tokens, piece.trained, tokenizer))
 
 
 def _show_statistics(prefix: Path, tokenizer: Tokenizer | None) -> None:
     dataset = IndexedDataset(prefix)
-    with reading_bar("counting", 2 * len(dataset.tokens)) as bar:
+    with ProgressBar("counting", 2 * len(dataset.tokens), shown=percent) as bar:
         found = statistics(dataset, tokenizer, tell=bar.advance)
     out.print("\ntokens per sequence  sequences")
     most = max((count for _, _, count in found.length_histogram), default=1)
@@ -119,7 +145,7 @@ def _scan(prefix: Path, tokenizer: Tokenizer | None, around: int | None, window:
         refuse_overwriting_inputs(scan_paths(report), read)
     if around is not None and around >= len(dataset.tokens):
         raise DataError(f"{prefix}: --around {around}: the dataset has {len(dataset.tokens):,} tokens, numbered from 0")
-    with reading_bar("scanning", 2 * len(dataset.tokens)) as bar:
+    with ProgressBar("scanning", 2 * len(dataset.tokens), shown=percent) as bar:
         scanned = scan(dataset, tokenizer.fallback_ids() if tokenizer else None, window, bar.advance)
     if around is not None:
         middle = around // window

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Annotated, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import typer
 
 from megalm.data.builder.decontamination import OverlapAction, OverlapOptions
-from megalm.data.builder.dedup import Dedup
 from megalm.data.readers.document_reader import LossPolicy, OnError
 from megalm.data.readers.input_files import KINDS
 from megalm.data.readers.losses import share_of_text
 from megalm.data.readers.records import ReadOptions
-from megalm.data.sampling.samples import PackingKind
 from megalm.errors import DataError
 
 Inputs = Annotated[
@@ -54,14 +52,13 @@ def read_options(
     input_kind: str | None,
     messages_key: str | None = None,
 ) -> ReadOptions:
-    if documents not in ("file", "blank-line"):
-        raise DataError(f"--txt-documents {documents}: is unknown; choose file or blank-line")
+    one_of("--txt-documents", documents, Literal["file", "blank-line"])
     names = tuple(name.strip() for name in columns.split(",")) if columns else ()
     if columns and not all(names):
         raise DataError(f"--columns {columns}: has an empty name; separate the names by commas, such as title,text")
     kind = f".{input_kind.removeprefix('.')}" if input_kind else ""
-    if kind:
-        _one_of("--input-kind", kind, KINDS)
+    if kind and kind not in KINDS:
+        raise DataError(f"--input-kind {kind}: is unknown; choose one of {', '.join(KINDS)}")
     if messages_key and (names or text_key != ReadOptions().text_key):
         other = f"--columns {columns}" if names else f"--text-key {text_key}"
         raise DataError(f"--messages-key {messages_key} and {other}: a document is one or the other; omit one of them")
@@ -83,29 +80,22 @@ def overlap_of(
         raise DataError(
             f"--overlap-key {keys!r}: has an empty name; separate the names by commas, such as question,answer"
         )
-    chosen = _one_of("--overlap-action", action or "drop", get_args(OverlapAction))
-    return OverlapOptions(tuple(files), 13 if tokens is None else tokens, cast(OverlapAction, chosen), names)
+    chosen = one_of("--overlap-action", action or "drop", OverlapAction)
+    return OverlapOptions(tuple(files), 13 if tokens is None else tokens, chosen, names)
 
 
 def loss_policy(on_error: str, empty_documents: str, max_loss: str | None) -> LossPolicy:
     return LossPolicy(
-        cast(OnError, _one_of("--on-error", on_error, get_args(OnError))),
-        cast(OnError, _one_of("--empty-documents", empty_documents, get_args(OnError))),
+        one_of("--on-error", on_error, OnError),
+        one_of("--empty-documents", empty_documents, OnError),
         None if max_loss is None else share_of_text(max_loss, "--max-loss"),
     )
 
 
-def packing_of(value: str) -> PackingKind:
-    return cast(PackingKind, _one_of("--packing", value, get_args(PackingKind)))
-
-
-def dedup_of(value: str) -> Dedup:
-    return cast(Dedup, _one_of("--dedup", value, get_args(Dedup)))
-
-
-def _one_of(option: str, value: str, known: Sequence[str]) -> str:
-    if value not in known:
-        raise DataError(f"{option} {value}: is unknown; choose one of {', '.join(known)}")
+def one_of(option: str, value: str, words: Any) -> Any:
+    """Return the value. Raises DataError if it is none of the words of a Literal."""
+    if value not in get_args(words):
+        raise DataError(f"{option} {value}: is unknown; choose one of {', '.join(get_args(words))}")
     return value
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from console import one_line_errors, out, print_skipped, run
+from console import out, print_skipped, run
 from options import (
     Columns,
     EmptyDocuments,
@@ -22,10 +22,9 @@ from options import (
     read_options,
 )
 
-from megalm.data.readers.document_reader import ReadReport, read_documents
-from megalm.data.readers.input_files import find_inputs
-from megalm.data.tokenizers.tokenizer import train_tokenizer
-from megalm.data.tokenizers.training import ModelType, report_path
+from megalm.data.readers.document_reader import read_documents
+from megalm.data.readers.input_files import ReadReport, find_inputs
+from megalm.data.tokenizers.training import ModelType, report_path, train_tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import refuse_overwriting_inputs
 
@@ -60,31 +59,30 @@ def main(
     python data_tools/train_tokenizer.py --input my.jsonl \\
         --output data/my.model --vocab-size 8192
     """
-    with one_line_errors():
-        if output.suffix != ".model":
-            raise DataError(f"{output}: the output must be named NAME.model")
-        policy, reading = loss_policy(on_error, empty_documents, max_loss), ReadReport()
-        read = read_options(text_key, columns, txt_documents, max_document_mb, input_kind)
-        files = find_inputs(inputs, reading, stdin_kind or read.kind or ".jsonl", read.kind)
-        refuse_overwriting_inputs([output, report_path(output)], (file.on_disk for file in files))
-        for path in (output, report_path(output)):
-            if path.exists() and not overwrite:
-                raise DataError(f"{path}: already exists; choose another output, or overwrite it (--overwrite)")
-        documents = read_documents(files, policy, reading, read)
-        report = train_tokenizer(
-            (document.text for document in documents),
-            output,
-            vocab_size=vocab_size,
-            model_type=model_type,
-            max_sentences=max_sentences,
-            special_tokens=special_token or (),
-            progress=out.print if out.is_terminal else None,
-        )
-        out.print(
-            f"{output}: {report.vocab_size} pieces ({report.model_type}) from {report.documents:,} documents, "
-            f"{report.text_bytes / 1e6:,.1f} MB; trained on {report.sentences_used:,} of {report.sentences:,} lines"
-        )
-        print_skipped(reading)
+    if output.suffix != ".model":
+        raise DataError(f"{output}: the output must be named NAME.model")
+    policy, reading = loss_policy(on_error, empty_documents, max_loss), ReadReport()
+    read = read_options(text_key, columns, txt_documents, max_document_mb, input_kind)
+    files = find_inputs(inputs, reading, stdin_kind or read.kind or ".jsonl", read.kind)
+    refuse_overwriting_inputs([output, report_path(output)], (file.on_disk for file in files))
+    for path in (output, report_path(output)):
+        if path.exists() and not overwrite:
+            raise DataError(f"{path}: already exists; choose another output, or overwrite it (--overwrite)")
+    documents = read_documents(files, policy, reading, read)
+    report = train_tokenizer(
+        (document.text for document in documents),
+        output,
+        vocab_size=vocab_size,
+        model_type=model_type,
+        max_sentences=max_sentences,
+        special_tokens=special_token or (),
+        progress=out.print if out.is_terminal else None,
+    )
+    out.print(
+        f"{output}: {report.vocab_size} pieces ({report.model_type}) from {report.documents:,} documents, "
+        f"{report.text_bytes / 1e6:,.1f} MB; trained on {report.sentences_used:,} of {report.sentences:,} lines"
+    )
+    print_skipped(reading)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,10 @@ import os
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("GLOO_LOG_LEVEL", "ERROR")
+# A graph's C++ is parsed rather than optimised. So it is compiled for no vectors, whose headers are the larger part, in
+# the rank itself, without tries of what the processor has and without headers compiled ahead, which save nothing.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 from megalm.engine.deepspeed_patches import decompose_tanh, limit_openmp_spin
 
@@ -20,7 +24,8 @@ decompose_tanh()
 limit_openmp_spin()  # as launch/pretrain.py does, before torch is imported
 
 import pytest  # noqa: E402, F401
-import torch._dynamo  # noqa: E402, F401
+import torch._dynamo  # noqa: E402
+import torch._inductor.config  # noqa: E402
 
 import megalm.engine.zero_engine  # noqa: E402
 import megalm.train.setup  # noqa: E402, F401
@@ -40,5 +45,8 @@ for name in (
 # The base of the MFU alone, and a third of a short run's time. A rank that a launcher starts measures it in full.
 device.measured_peak = functools.partial(device.measured_peak, repeats=1)
 device._SECONDS = 0.0
+
+torch._inductor.config.cpp.simdlen = 1
+torch._inductor.config.cpp_cache_precompile_headers = False
 
 gc.freeze()  # a rank's collections need not look through all of these again

@@ -69,7 +69,7 @@ def command(
     if manifest.status == "bad" and not accept_bad:
         raise CheckpointError(f"{path} is {manifest.mark}; choose another, or add --accept-bad")
     from megalm.checkpoint.checkpoint_reader import CheckpointReader
-    from megalm.huggingface.config_json import model_type
+    from megalm.huggingface.config_json import family_of
     from megalm.huggingface.export_model import export_checkpoint, plan_export, planned_files
     from megalm.huggingface.weight_mapping import hf_tensors
 
@@ -94,7 +94,7 @@ def command(
             exported = export_checkpoint(plan, largest, title, counter.advance)
             size, note = exported.bytes, exported.tokenizer.note
     echo(
-        f"{output}: {plan.shape.parameter_count():,} parameters of {path} as {model_type(plan.shape)} in "
+        f"{output}: {plan.shape.parameter_count():,} parameters of {path} as {family_of(plan.shape).name} in "
         f"{dtype.value}, {format_bytes(size)}"
     )
     if ema:

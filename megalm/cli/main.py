@@ -15,11 +15,11 @@ import typer
 
 import megalm
 from megalm.cli.options import expand_home
-from megalm.errors import EXIT_FAILED, EXIT_REFUSED, MegalmError, message_of
+from megalm.errors import EXIT_REFUSED
 from megalm.utils.did_you_mean import did_you_mean
 from megalm.utils.formatting import PrintableFormatter
 from megalm.utils.process_setup import keep_standard_streams
-from megalm.utils.terminal import echo
+from megalm.utils.terminal import echo, leave, one_line_errors
 
 # Command -> (module with a Typer `app` or a function `command`, or module:function; line of the overview).
 COMMANDS: dict[str, tuple[str, str]] = {
@@ -50,27 +50,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("megalm: %(levelname)s: %(message)s"))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
-    try:
+    with one_line_errors():
         chosen = next((word for word in words if not word.startswith("-")), None)
         known = available_commands()
         if chosen is not None and chosen not in known:
             message = f"no such command {chosen!r}{did_you_mean(chosen, known)}; `megalm --help` lists all commands"
-            _leave(message, EXIT_REFUSED)
+            leave(message, EXIT_REFUSED)
         try:
             build_app(chosen)(args=words, prog_name="megalm")
         finally:
             sys.stdout.flush()  # here, where an error has one line
-    except MegalmError as error:
-        _leave(message_of(error), error.exit_code)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] == "megalm":
-            raise
-        _leave(f"this command needs {error.name}, which is not installed; `make install` installs it", EXIT_FAILED)
-    except OSError as error:
-        if error.strerror is None:  # not from the operating system
-            raise
-        place = f"{error.filename}: " if error.filename is not None else ""
-        _leave(f"{place}{error.strerror}; check the path, its permissions and its disk, then try again", EXIT_REFUSED)
 
 
 def available_commands() -> list[str]:
@@ -121,11 +110,6 @@ def _options(
 
 def _not_chosen() -> None:
     raise AssertionError("only the chosen command runs")
-
-
-def _leave(message: str, exit_code: int) -> None:
-    echo(f"megalm: error: {message}", err=True)
-    sys.exit(exit_code)
 
 
 if __name__ == "__main__":

@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.config.schema import RopeScaling
 from megalm.config.validation import shown
 from megalm.errors import CheckpointError
 from megalm.gguf.gguf_tokenizer import GGUFTokenizer, to_gguf
-from megalm.huggingface.config_json import model_type
+from megalm.huggingface.config_json import family_of
 from megalm.huggingface.export_model import ExportPlan
 from megalm.huggingface.output_folder import complete_folder
 from megalm.model.model_config import ModelConfig
@@ -127,15 +126,14 @@ _ARCHITECTURES = {
 }
 
 
-def gguf_architecture(shape: ModelConfig) -> str:
-    """The name of llama.cpp's class."""
-    return _ARCHITECTURES[model_type(shape)].name
+def _architecture(shape: ModelConfig) -> _Architecture:
+    return _ARCHITECTURES[family_of(shape).name]
 
 
 def gguf_tensors(shape: ModelConfig) -> dict[str, tuple[str, ...]]:
     """llama.cpp's tensor name -> megalm's parameters that it concatenates, in the model's order."""
     found: dict[str, tuple[str, ...]] = {}
-    fused = _ARCHITECTURES[model_type(shape)].fuses_qkv
+    fused = _architecture(shape).fuses_qkv
     for name in shape.parameters():
         whole, _, kind = name.rpartition(".")
         if not whole.startswith("layers."):
@@ -154,7 +152,7 @@ def gguf_tensors(shape: ModelConfig) -> dict[str, tuple[str, ...]]:
 
 def _obstacles(shape: ModelConfig) -> Iterator[str]:
     """The choices of a model that llama.cpp would compute otherwise, without a word."""
-    architecture, layers = _ARCHITECTURES[model_type(shape)], range(shape.num_hidden_layers)
+    architecture, layers = _architecture(shape), range(shape.num_hidden_layers)
     for field, values in architecture.needs.items():
         if getattr(shape, field) not in values:
             yield f"model.{field}={shown(getattr(shape, field))}"
@@ -206,7 +204,7 @@ def check_gguf(plan: ExportPlan) -> GGUFTokenizer:
     require_extra("gguf", "--to gguf")
     if obstacles := list(_obstacles(plan.shape)):
         raise CheckpointError(
-            f"llama.cpp's {gguf_architecture(plan.shape)} does not compute {', '.join(obstacles)}; export the model "
+            f"llama.cpp's {_architecture(plan.shape).name} does not compute {', '.join(obstacles)}; export the model "
             "without --to gguf, for transformers"
         )
     made = to_gguf(plan.tokenizer, plan.shape.vocab_size)
@@ -227,10 +225,11 @@ def export_gguf(plan: ExportPlan, tokenizer: GGUFTokenizer, name: str, advance: 
         DataError: the disk is full.
     """
 
-    def fill(folder: Path) -> int:
-        return write_gguf(plan.reader, plan.shape, tokenizer, folder / GGUF_FILE, plan.dtype, name, advance)
+    def fill(folder: Path) -> None:
+        _write(plan, tokenizer, folder / GGUF_FILE, name, advance)
 
-    return complete_folder(plan.target, plan.bytes, fill)
+    complete_folder(plan.target, plan.bytes, fill)
+    return gguf_bytes(plan)
 
 
 def gguf_bytes(plan: ExportPlan) -> int:
@@ -253,36 +252,17 @@ def _sizes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
     }
 
 
-def write_gguf(
-    reader: CheckpointReader,
-    shape: ModelConfig,
-    tokenizer: GGUFTokenizer,
-    path: Path,
-    dtype: torch.dtype,
-    name: str,
-    advance: Callable[[], None],
-) -> int:
-    """Write the file, one tensor in memory at a time; return the bytes of all tensors.
-
-    Args:
-        dtype: of the matrices, fp32 (exact) or bf16; vectors and routers are always fp32.
-        name: of the model.
-        advance: called after each tensor is written.
-
-    Raises:
-        CheckpointError: parameters are missing or not finite.
-        OSError: the file cannot be written.
-    """
+def _write(plan: ExportPlan, tokenizer: GGUFTokenizer, path: Path, name: str, advance: Callable[[], None]) -> None:
+    """Write the file, one tensor in memory at a time."""
     import gguf
 
-    writer = gguf.GGUFWriter(path, gguf_architecture(shape))
+    reader, shape, dtype = plan.reader, plan.shape, plan.dtype
+    writer = gguf.GGUFWriter(path, _architecture(shape).name)
     _describe_model(writer, gguf, shape, name, dtype)
     _describe_tokenizer(writer, tokenizer)
     sizes = shape.parameters()
-    tensors = gguf_tensors(shape)
     if reader.shapes() != sizes:
         raise CheckpointError(f"{reader.path} does not match the model section of its manifest; use another checkpoint")
-    total = 0
     factors = _rope_factors(shape)
     if factors is not None:
         writer.add_tensor_info(_ROPE_FACTORS, tuple(factors.shape), _as_numpy(factors).dtype, factors.nbytes)
@@ -291,19 +271,17 @@ def write_gguf(
         count = math.prod(size) * stored.itemsize
         kind = gguf.GGMLQuantizationType.BF16 if stored == torch.bfloat16 else gguf.GGMLQuantizationType.F32
         writer.add_tensor_info(target, size, _as_numpy(torch.empty(0, dtype=stored)).dtype, count, raw_dtype=kind)
-        total += count
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     if factors is not None:
         writer.write_tensor_data(_as_numpy(factors))
-    for target, parts in tensors.items():
+    for target, parts in gguf_tensors(shape).items():
         whole = torch.cat([_rows(reader.read_finite(part, sizes[part]), part, shape) for part in parts])
         stored = _stored_dtype(target, tuple(whole.shape), dtype)
         writer.write_tensor_data(_as_numpy(whole.to(stored).contiguous()))
         advance()
     writer.close()
-    return total
 
 
 def _rows(values: Tensor, name: str, shape: ModelConfig) -> Tensor:
@@ -312,7 +290,7 @@ def _rows(values: Tensor, name: str, shape: ModelConfig) -> Tensor:
     if shape.norm_zero_centered and part.endswith("_norm"):
         return values + 1
     heads = {"query": shape.num_attention_heads, "key": shape.num_key_value_heads}.get(part)
-    if heads is None or not _ARCHITECTURES[model_type(shape)].rotates_neighbours:
+    if heads is None or not _architecture(shape).rotates_neighbours:
         return values
     return values.view(heads, 2, shape.head_dim // 2, -1).transpose(1, 2).reshape(values.shape)
 

@@ -8,13 +8,12 @@ Names and numbers: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, ll
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sentencepiece import sentencepiece_model_pb2
-
+from megalm.data.tokenizers.huggingface_tokenizer import byte_alphabet
 from megalm.data.tokenizers.sentencepiece_tokenizer import SPACE
 from megalm.data.tokenizers.tokenizer import BYTES, Tokenizer, token_name
 from megalm.errors import DataError
@@ -22,7 +21,7 @@ from megalm.huggingface.export_tokenizer import own_chat_template, read_tokenize
 from megalm.huggingface.sentencepiece_to_tokenizer_json import NoEquivalentError, SentencePieceModel
 from megalm.utils.atomic_files import read_json
 
-NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's kinds of tokens
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)  # llama.cpp's and SentencePiece's kinds of tokens
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
@@ -39,6 +38,7 @@ _PRE_TOKENIZERS: dict[tuple[str, ...], tuple[str, bool]] = {
 }
 
 _UNIGRAM = "it is a unigram model, whose unknown characters llama.cpp does not write as bytes"
+_UNUSED_SCORE = -1e4
 _SPACE_NOTE = "a U+2581 in a text is read as a space by llama.cpp, as bytes by megalm"
 
 
@@ -97,7 +97,10 @@ def to_gguf(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
     if tokenizer.bos_id is not None:
         made.special["bos"] = tokenizer.bos_id
         made.kinds[tokenizer.bos_id] = CONTROL
-    return replace(made, adds_bos=tokenizer.bos_id is not None)
+    template = own_chat_template(tokenizer)
+    return replace(
+        made, adds_bos=tokenizer.bos_id is not None, template=None if template is None else template.template
+    )
 
 
 def _sentencepiece(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
@@ -105,38 +108,31 @@ def _sentencepiece(tokenizer: Tokenizer, rows: int) -> GGUFTokenizer:
     if converted.is_unigram:
         raise NoEquivalentError(_UNIGRAM)
     converted.to_tokenizer()  # refuses normalization, and pieces that are cut out first
-    model = sentencepiece_model_pb2.ModelProto.FromString(Path(tokenizer.spec).read_bytes())
-    kinds = {
-        "NORMAL": NORMAL,
-        "UNKNOWN": UNKNOWN,
-        "CONTROL": CONTROL,
-        "USER_DEFINED": USER_DEFINED,
-        "UNUSED": UNUSED,
-        "BYTE": BYTE,
-    }
-    names = {number: name for name, number in model.SentencePiece.Type.items()}
-    free = range(len(model.pieces), rows)
-    ids = {piece.piece: token for token, piece in enumerate(model.pieces)}
-    special = {"bos": converted.bos, "unknown": converted.unknown, "padding": converted.pad}
-    template = own_chat_template(tokenizer)
-    return GGUFTokenizer(
-        "llama",
-        [*(piece.piece for piece in model.pieces), *map(_unused, free)],
-        [*(kinds[names[piece.type]] for piece in model.pieces), *(UNUSED for _ in free)],
-        scores=[*(piece.score for piece in model.pieces), *(-1e4 for _ in free)],
-        special={name: ids[token] for name, token in special.items() if token in ids},
-        template=None if template is None else template.template,
-        note=_SPACE_NOTE,
-    )
+    pieces, special = converted.pieces, {"bos": converted.bos, "unknown": converted.unknown, "padding": converted.pad}
+    tokens, kinds = _rows(rows, ((piece.piece, token, piece.type) for token, piece in enumerate(pieces)))
+    scores = [*(piece.score for piece in pieces), *(_UNUSED_SCORE for _ in range(len(pieces), rows))]
+    return GGUFTokenizer("llama", tokens, kinds, scores=scores, special=_ids(tokens, special.items()), note=_SPACE_NOTE)
+
+
+def _rows(rows: int, known: Iterable[tuple[str, int, int]]) -> tuple[list[str], list[int]]:
+    """Return the tokens and kinds of all rows, given token, id and kind of those that are used."""
+    tokens, kinds = [f"[PAD{row}]" for row in range(rows)], [UNUSED] * rows
+    for name, token, kind in known:
+        tokens[token], kinds[token] = name, kind
+    return tokens, kinds
+
+
+def _ids(tokens: Sequence[str], special: Iterable[tuple[str, str | None]]) -> dict[str, int]:
+    ids = {name: token for token, name in enumerate(tokens)}
+    return {name: ids[token] for name, token in special if token in ids}
 
 
 def _bytes(rows: int) -> GGUFTokenizer:
     """Byte-level BPE whose pre-tokenizer is of no effect: nothing is merged."""
-    bytes_ = _byte_names()
-    names = [*bytes_, "<eod>", *map(_unused, range(257, rows))]
-    kinds = [NORMAL] * 256 + [CONTROL] + [UNUSED] * (rows - 257)
+    names = {byte: name for name, byte in byte_alphabet().items()}
+    used = [*((name, byte, NORMAL) for byte, name in names.items()), ("<eod>", 256, CONTROL)]
     # llama.cpp wants at least one merge: of two bytes that UTF-8 never has.
-    return GGUFTokenizer("gpt2", names, kinds, pre="gpt-2", merges=[f"{bytes_[254]} {bytes_[255]}"])
+    return GGUFTokenizer("gpt2", *_rows(rows, used), pre="gpt-2", merges=[f"{names[254]} {names[255]}"])
 
 
 def _converted_pieces(tokenizer: Tokenizer, rows: int, definition: dict[str, Any]) -> GGUFTokenizer:
@@ -164,24 +160,20 @@ def _converted_pieces(tokenizer: Tokenizer, rows: int, definition: dict[str, Any
     }
     if set(pairs) != every or [ranks[name] for name in made] != sorted(ranks[name] for name in made):
         raise NoEquivalentError("its merges are not those of a SentencePiece model")
-    tokens, kinds, scores = list(map(_unused, range(rows))), [UNUSED] * rows, [-1e4] * rows
-    for name, token in model["vocab"].items():
-        tokens[token], kinds[token] = name.replace(" ", SPACE), BYTE if name in bytes_ else NORMAL
+    vocabulary, scores = model["vocab"].items(), [_UNUSED_SCORE] * rows
+    for name, token in vocabulary:
         scores[token] = -float(ranks.get(name, 0))
-    for name, entry in added.items():
-        tokens[entry["id"]], kinds[entry["id"]] = name, CONTROL if entry["special"] else USER_DEFINED
-        if name == model.get("unk_token"):
-            kinds[entry["id"]] = UNKNOWN
-    template = own_chat_template(tokenizer)
+    pieces = ((name.replace(" ", SPACE), token, BYTE if name in bytes_ else NORMAL) for name, token in vocabulary)
+    unknown = ((name, entry["id"], UNKNOWN) for name, entry in added.items() if name == model.get("unk_token"))
+    tokens, kinds = _rows(rows, (*pieces, *_added(definition), *unknown))
     return GGUFTokenizer(
-        "llama",
-        tokens,
-        kinds,
-        scores=scores,
-        special={name: tokens.index(text) for name, text in _special(tokenizer) if text in tokens},
-        template=None if template is None else template.template,
-        note=_SPACE_NOTE,
+        "llama", tokens, kinds, scores=scores, special=_ids(tokens, _special(tokenizer)), note=_SPACE_NOTE
     )
+
+
+def _added(definition: dict[str, Any]) -> Iterator[tuple[str, int, int]]:
+    for entry in definition.get("added_tokens") or ():
+        yield entry["content"], entry["id"], CONTROL if entry["special"] else USER_DEFINED
 
 
 def _byte_level(tokenizer: Tokenizer, rows: int, definition: dict[str, Any]) -> GGUFTokenizer:
@@ -191,37 +183,21 @@ def _byte_level(tokenizer: Tokenizer, rows: int, definition: dict[str, Any]) -> 
     for key in ("continuing_subword_prefix", "end_of_word_suffix", "dropout"):
         if model.get(key):
             raise NoEquivalentError(f"its {key} is {model[key]!r}")
-    pre, takes_words = _pre_tokenizer(definition.get("pre_tokenizer"))
+    steps = tuple(_steps(definition.get("pre_tokenizer") or {}))
+    if steps not in _PRE_TOKENIZERS:
+        raise NoEquivalentError("its pre-tokenizer is none of GPT-2, Llama 3, Qwen 2 and SmolLM")
+    pre, takes_words = _PRE_TOKENIZERS[steps]
     if bool(model.get("ignore_merges")) != takes_words:
         raise NoEquivalentError(
             f"its ignore_merges is {str(not takes_words).lower()}, with this pre-tokenizer llama.cpp's is "
             f"{str(takes_words).lower()}"
         )
     note = _normalization(definition.get("normalizer"))
-    tokens, kinds = list(map(_unused, range(rows))), [UNUSED] * rows
-    for name, token in model["vocab"].items():
-        tokens[token], kinds[token] = name, NORMAL
-    for added in definition.get("added_tokens") or ():
-        tokens[added["id"]], kinds[added["id"]] = added["content"], CONTROL if added["special"] else USER_DEFINED
-    ids = {name: token for token, name in enumerate(tokens)}
-    template = own_chat_template(tokenizer)
-    return GGUFTokenizer(
-        "gpt2",
-        tokens,
-        kinds,
-        pre=pre,
-        merges=[pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]],
-        special={name: ids[token] for name, token in _special(tokenizer) if token in ids},
-        template=None if template is None else template.template,
-        note=note,
-    )
-
-
-def _pre_tokenizer(definition: dict[str, Any] | None) -> tuple[str, bool]:
-    steps = tuple(_steps(definition or {}))
-    if steps not in _PRE_TOKENIZERS:
-        raise NoEquivalentError("its pre-tokenizer is none of GPT-2, Llama 3, Qwen 2 and SmolLM")
-    return _PRE_TOKENIZERS[steps]
+    words = ((name, token, NORMAL) for name, token in model["vocab"].items())
+    tokens, kinds = _rows(rows, (*words, *_added(definition)))
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    special = _ids(tokens, _special(tokenizer))
+    return GGUFTokenizer("gpt2", tokens, kinds, pre=pre, merges=merges, special=special, note=note)
 
 
 def _steps(definition: dict[str, Any]) -> Iterator[str]:
@@ -253,15 +229,3 @@ def _special(tokenizer: Tokenizer) -> Iterator[tuple[str, str]]:
     for name, key in (("bos", "bos_token"), ("unknown", "unk_token"), ("padding", "pad_token")):
         if text := token_name(config.get(key)):
             yield name, text
-
-
-def _unused(token: int) -> str:
-    return f"[PAD{token}]"
-
-
-def _byte_names() -> Sequence[str]:
-    """GPT-2's names of the 256 bytes: printable ones by themselves, the others by the characters from 256 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(ord("\u00a1"), ord("\u00ac") + 1)}
-    printable |= set(range(ord("\u00ae"), ord("\u00ff") + 1))
-    others = iter(range(256, 512))
-    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]

@@ -44,19 +44,9 @@ _DECISIVE = frozenset(_ELSEWHERE.split()).union(*(family.keys for family in FAMI
 _NOT_COMPUTED = ("style", "dropout", "attention_dropout", "initializer_range")
 
 
-def model_type(shape: ModelConfig) -> str:
-    """The `model_type` of config.json."""
-    return family_of(shape).name
-
-
-def require_exportable(shape: ModelConfig) -> None:
-    """Raises: CheckpointError: transformers has no model with this computation."""
-    family_of(shape)
-
-
 @functools.lru_cache
 def family_of(shape: ModelConfig) -> Family:
-    """The first family that computes the model.
+    """The first family that computes the model; its name is the `model_type` of config.json.
 
     Raises:
         CheckpointError: none does; the message names the choices that the nearest one lacks.
@@ -70,7 +60,7 @@ def family_of(shape: ModelConfig) -> Family:
             nearest = family, obstacles
     assert nearest is not None
     raise CheckpointError(
-        f"the model cannot be exported to Hugging Face format: the nearest class, {nearest[0].architecture} "
+        f"the model cannot be exported to Hugging Face format: the nearest class, {nearest[0].classes[0]} "
         f"({nearest[0].name}), does not have {'; '.join(nearest[1])}. `megalm checkpoint convert` writes its weights "
         "as one safetensors file"
     )
@@ -122,7 +112,7 @@ def _without_idle_choices(shape: ModelConfig) -> ModelConfig:
 
 
 def _written(shape: ModelConfig, family: Family) -> Values:
-    written: Values = {"architectures": [family.architecture], "model_type": family.name}
+    written: Values = {"architectures": [family.classes[0]], "model_type": family.name}
     for rule in family.rules:
         written |= rule.write(shape)
     return written
@@ -206,8 +196,8 @@ def _read(config: Config, family: Family) -> tuple[Values, list[str]]:
     values, problems = dict(family.fixed), []
     architectures = config.get("architectures") or []
     named = architectures if isinstance(architectures, list) else [architectures]
-    if named and named[0] not in (family.architecture, family.base):
-        problems.append(f"architectures={named!r} (supported: {family.architecture})")
+    if named and named[0] not in family.classes:
+        problems.append(f"architectures={named!r} (supported: {family.classes[0]})")
     for key, accepts in family.required.items():
         if key in config and not accepts(config[key]):
             problems.append(f"{key}={config[key]!r}")

@@ -162,19 +162,13 @@ class ActivationKey:
         return {self.name: self.tanh if shape.hidden_act == "gelu_pytorch_tanh" else shape.hidden_act}
 
 
-@dataclass(frozen=True)
 class QueryScalar:
     """Gemma's scale of scores, the inverse root of a number."""
 
-    default: int = 256
-
-    @property
-    def keys(self) -> frozenset[str]:
-        return frozenset(("query_pre_attn_scalar",))
+    keys = frozenset(("query_pre_attn_scalar",))
 
     def read(self, config: Config, values: Values, problems: list[str]) -> None:
-        scalar = config.get("query_pre_attn_scalar")
-        scalar = self.default if scalar is None else scalar
+        scalar = _given(config, "query_pre_attn_scalar", 256)
         values["attention_scale"] = computed(lambda _: 1 / math.sqrt(scalar), values)
         if values["attention_scale"] is None:
             problems.append(f"query_pre_attn_scalar={scalar!r}")
@@ -186,22 +180,16 @@ class QueryScalar:
         return {"query_pre_attn_scalar": scalar}
 
 
-@dataclass(frozen=True)
 class NoRopeLayers:
     """SmolLM3: a 0 for each layer without rotation, else a 1; or every n-th."""
 
-    interval: int = 4
-
-    @property
-    def keys(self) -> frozenset[str]:
-        return frozenset(("no_rope_layers", "no_rope_layer_interval"))
+    keys = frozenset(("no_rope_layers", "no_rope_layer_interval"))
 
     def read(self, config: Config, values: Values, problems: list[str]) -> None:
         count, marks = layer_count(values), config.get("no_rope_layers")
-        every = config.get("no_rope_layer_interval")
-        every = self.interval if every is None else every
+        every = _given(config, "no_rope_layer_interval", 4)
         if marks is not None:
-            if not isinstance(marks, list) or len(marks) < count or not {0, 1} >= set(map(_hashable, marks)):
+            if not isinstance(marks, list) or len(marks) < count or any(mark not in (0, 1) for mark in marks):
                 problems.append(f"no_rope_layers={marks!r}")
                 return
             values["no_rope_layers"] = tuple(layer for layer in range(count) if not marks[layer])
@@ -214,8 +202,9 @@ class NoRopeLayers:
         return {"no_rope_layers": [int(shape.rotates(layer)) for layer in range(shape.num_hidden_layers)]}
 
 
-def _hashable(value: Any) -> Any:
-    return value if isinstance(value, int | str) else repr(value)
+def _given(config: Config, key: str, default: Any) -> Any:
+    value = config.get(key)
+    return default if value is None else value
 
 
 def layer_count(values: Values) -> int:
@@ -223,17 +212,13 @@ def layer_count(values: Values) -> int:
     return count if isinstance(count, int) else 0
 
 
-@dataclass(frozen=True)
 class ExpertLayers:
     """Qwen3-MoE: every n-th layer has experts, but for the listed ones."""
 
-    @property
-    def keys(self) -> frozenset[str]:
-        return frozenset(("decoder_sparse_step", "mlp_only_layers"))
+    keys = frozenset(("decoder_sparse_step", "mlp_only_layers"))
 
     def read(self, config: Config, values: Values, problems: list[str]) -> None:
-        every, dense = config.get("decoder_sparse_step"), config.get("mlp_only_layers")
-        every, dense = 1 if every is None else every, dense or []
+        every, dense = _given(config, "decoder_sparse_step", 1), config.get("mlp_only_layers") or []
         if not isinstance(every, int) or every < 1:
             problems.append(f"decoder_sparse_step={every!r}")
         elif not isinstance(dense, list):
@@ -245,27 +230,6 @@ class ExpertLayers:
     def write(self, shape: ModelConfig) -> Values:
         layers = range(shape.num_hidden_layers)
         return {"decoder_sparse_step": 1, "mlp_only_layers": [n for n in layers if n not in shape.moe_layers]}
-
-
-@dataclass(frozen=True)
-class WindowOfAllLayers:
-    """Mistral: one window, null for none.
-
-    Attributes:
-        missing: the window of a file that has no such key.
-    """
-
-    missing: int | None = 4096
-
-    @property
-    def keys(self) -> frozenset[str]:
-        return frozenset(("sliding_window",))
-
-    def read(self, config: Config, values: Values, problems: list[str]) -> None:
-        values["sliding_window"] = config.get("sliding_window", self.missing)
-
-    def write(self, shape: ModelConfig) -> Values:
-        return {"sliding_window": shape.sliding_window}
 
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -307,7 +271,8 @@ class LayerTypes:
             )
             return
         pattern = self._pattern(config, values, count)
-        if pattern is None or (self._states_pattern(config) and types is not None and types != pattern):
+        is_stated = any(config.get(key) is not None for key in self.period_keys)
+        if pattern is None or (is_stated and types is not None and types != pattern):
             problems.extend(f"{key}={config[key]!r}" for key in self.keys if key in config and key != "sliding_window")
             return
         windowed = [kind == SLIDING for kind in types or pattern] if is_on and window is not None else []
@@ -317,9 +282,6 @@ class LayerTypes:
         values["full_attention_layers"] = tuple(
             layer for layer, is_windowed in enumerate(windowed) if any(windowed) and not is_windowed
         )
-
-    def _states_pattern(self, config: Config) -> bool:
-        return any(config.get(key) is not None for key in self.period_keys)
 
     def _pattern(self, config: Config, values: Values, count: int) -> list[str] | None:
         """The kinds of layers of a file without `layer_types`; None: they are not known."""

@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from megalm.data.tokenizers.chat_template import TEMPLATE_FILE, ChatTemplate, load_chat_template
-from megalm.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer
+from megalm.data.tokenizers.huggingface_tokenizer import HuggingFaceTokenizer, byte_alphabet
 from megalm.data.tokenizers.tokenizer import BYTES, TOKENIZER_CONFIG, Tokenizer, token_name
 from megalm.errors import DataError
 from megalm.huggingface.sentencepiece_to_tokenizer_json import NoEquivalentError, SentencePieceModel
@@ -30,17 +30,11 @@ TOKENIZER_MODEL = "tokenizer.model"
 
 PAD = "<|pad|>"
 # Keys of a tokenizer_config.json that hold for another class than PreTrainedTokenizerFast, or would change ids.
-_OF_ANOTHER_CLASS = (
-    *("add_bos_token", "add_eos_token", "add_prefix_space", "auto_map", "backend", "is_local", "legacy"),
-    *(
-        "local_files_only",
-        "name_or_path",
-        "sp_model_kwargs",
-        "split_special_tokens",
-        "tokenizer_file",
-        "use_default_system_prompt",
-    ),
+_OF_ANOTHER_CLASS_WORDS = (
+    "add_bos_token add_eos_token add_prefix_space auto_map backend is_local legacy local_files_only name_or_path "
+    "sp_model_kwargs split_special_tokens tokenizer_file use_default_system_prompt"
 )
+_OF_ANOTHER_CLASS = frozenset(_OF_ANOTHER_CLASS_WORDS.split())
 _EOD = "<eod>"  # the bytes tokenizer has no names
 _TOKENS_PER_TEXT = 500
 _TEXTS = (
@@ -170,12 +164,7 @@ def read_tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """What the files beside a tokenizer.json say of it; {} for other tokenizers."""
     if Path(tokenizer.spec).suffix != ".json":
         return {}
-    found: dict[str, Any] = {}
-    for name in (SPECIAL_TOKENS_MAP, TOKENIZER_CONFIG):
-        path = Path(tokenizer.spec).with_name(name)
-        read = read_json(path) if path.is_file() else {}
-        found |= read if isinstance(read, dict) else {}
-    return found
+    return tokenizer.beside(SPECIAL_TOKENS_MAP) | tokenizer.beside(TOKENIZER_CONFIG)
 
 
 def own_chat_template(tokenizer: Tokenizer) -> ChatTemplate | None:
@@ -262,10 +251,7 @@ def _convert(tokenizer: Tokenizer) -> _Converted:
 
 def _bytes_tokenizer(eod_id: int) -> tokenizers.Tokenizer:
     """Ids are byte values; GPT-2's byte alphabet names unprintable bytes by the characters from 256 on."""
-    printable = [byte for byte in range(256) if chr(byte) in pre_tokenizers.ByteLevel.alphabet()]
-    others = [byte for byte in range(256) if byte not in printable]
-    names = {chr(byte): byte for byte in printable} | {chr(256 + place): byte for place, byte in enumerate(others)}
-    made = tokenizers.Tokenizer(models.BPE(vocab={**names, _EOD: eod_id}, merges=[]))
+    made = tokenizers.Tokenizer(models.BPE(vocab={**byte_alphabet(), _EOD: eod_id}, merges=[]))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     made.decoder = decoders.ByteLevel()
     return made

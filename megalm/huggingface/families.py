@@ -22,7 +22,6 @@ from megalm.huggingface.config_rules import (
     QueryScalar,
     Rope,
     Rule,
-    WindowOfAllLayers,
     divided_heads,
     layer_count,
 )
@@ -65,22 +64,21 @@ class Family:
 
     Attributes:
         name: `model_type` of config.json.
-        architecture: the class with a head; base: the one without.
-        style: of the model section; each choice is given beside it.
+        classes: the class with a head, and the one without.
         fixed: fields of ModelConfig that the class leaves no choice of.
         rules: give all other fields.
+        style: of the model section; each choice is given beside it.
         required: a key that is there must have one of these values.
         ignored: keys that this class does not read, though others do.
         heads_divide_hidden: the class refuses other sizes.
     """
 
     name: str
-    architecture: str
-    base: str
-    style: ModelStyle
+    classes: tuple[str, str]
     fixed: Mapping[str, Any]
     rules: tuple[Rule, ...]
     names: TensorNames
+    style: ModelStyle = "llama"
     required: Mapping[str, Accepts] = field(default_factory=dict)
     ignored: frozenset[str] = frozenset()
     heads_divide_hidden: bool = False
@@ -196,25 +194,15 @@ _NO_BIAS = {"qkv_bias": False, "attention_output_bias": False, "mlp_bias": False
 _NO_MLP_BIAS = {"mlp_bias": False}
 _OLMO = {**_LLAMA, **_NO_MLP_BIAS, "norm_placement": "post", "qk_norm": "whole"}
 _GEMMA = {**_LLAMA, **_NO_MLP_BIAS, "norm_placement": "both", "norm_zero_centered": True}
-_BIASED = {"qkv_bias": True, "attention_output_bias": True, "mlp_bias": True}
+_NEOX = {**_LLAMA, "normalization": "layer_norm", "gated_mlp": False, "mlp_bias": True}
 _GPT2 = {
-    **_PLAIN,
-    **_DENSE,
-    **_BIASED,
-    "normalization": "layer_norm",
+    **_NEOX,
     "position_embedding_type": "learned_absolute",
-    "gated_mlp": False,
+    "qkv_bias": True,
+    "attention_output_bias": True,
     "rope_theta": 10_000.0,
     "rope_scaling": None,
     "partial_rotary_factor": 1.0,
-}
-_NEOX = {
-    **_PLAIN,
-    **_DENSE,
-    "normalization": "layer_norm",
-    "position_embedding_type": "rope",
-    "gated_mlp": False,
-    "mlp_bias": True,
 }
 
 _SIZES = (
@@ -222,6 +210,7 @@ _SIZES = (
     Key("initializer_range", default=0.02),
 )
 _GROUPS = Key("num_key_value_heads", default=lambda values: values["num_attention_heads"])
+_UNGROUPED = Derived("num_key_value_heads", lambda values: values["num_attention_heads"])
 _HEAD_DIM = Key("head_dim", default=divided_heads)
 # Their classes have defaults of their own.
 _OWN_GROUPS, _OWN_HEAD_DIM = Key("num_key_value_heads"), Key("head_dim")
@@ -229,35 +218,49 @@ _DIVIDED_HEADS = Derived("head_dim", divided_heads, key="head_dim")
 _DROPOUT = Key("attention_dropout", default=0.0)
 _RMS_SIZES = (*_SIZES, Key("intermediate_size"), _DROPOUT)
 _ATTENTION_BIAS = Key("attention_bias", ("qkv_bias", "attention_output_bias"), default=False)
+_BIASES = (_ATTENTION_BIAS, Key("mlp_bias", default=False))
 _SILU = ActivationKey("hidden_act", default="silu")
 _EXPERTS = Key("num_experts_per_tok", ("num_experts_per_token",))
-# Of families whose layers all have experts: their size has the name of an MLP's.
-_ONLY_EXPERTS: tuple[Rule, ...] = (
-    Key("intermediate_size", ("moe_intermediate_size", "intermediate_size")),
-    Derived("moe_layers", lambda values: tuple(range(layer_count(values)))),
-    _EXPERTS,
-)
-_UNTIED, _TIED = Key("tie_word_embeddings", default=False), Key("tie_word_embeddings", default=True)
+_NORM_TOPK = Key("norm_topk_prob", default=False)
+
+
+def _expert_sizes(count: Key, *others: Rule) -> tuple[Rule, ...]:
+    """Of families whose layers all have experts: their size has the name of an MLP's."""
+    size = Key("intermediate_size", ("moe_intermediate_size", "intermediate_size"))
+    layers = Derived("moe_layers", lambda values: tuple(range(layer_count(values))))
+    return (*_SIZES, _DROPOUT, count, size, layers, _EXPERTS, *others)
 
 
 def _epsilon(default: float, name: str = "rms_norm_eps") -> Key:
     return Key(name, ("norm_epsilon",), default=default)
 
 
+def _rules(
+    groups: Rule,
+    head_dim: Rule,
+    *others: Rule,
+    sizes: tuple[Rule, ...] = _RMS_SIZES,
+    biases: tuple[Rule, ...] = (_ATTENTION_BIAS,),
+    activation: Rule = _SILU,
+    epsilon: Key = _epsilon(1e-6),  # noqa: B008  a constant
+    tied: bool = False,
+) -> tuple[Rule, ...]:
+    """The rules of a decoder: `others` are read last; `tied` is the class's default."""
+    tie = Key("tie_word_embeddings", default=tied)
+    return (*sizes, groups, head_dim, *biases, activation, epsilon, tie, *others)
+
+
 _DECODER = {"is_encoder_decoder": _is(False), "rope_interleaved": _is(False)}
-_ONE_PART = {"pretraining_tp": _is(1)}
 _CAUSAL = {"use_bidirectional_attention": _is(False, None), **_DECODER}
-_GEMMA_RULES: tuple[Rule, ...] = (
-    *_RMS_SIZES,
-    _OWN_GROUPS,
-    _OWN_HEAD_DIM,
-    _ATTENTION_BIAS,
-    ActivationKey("hidden_activation", default="gelu_pytorch_tanh", also="hidden_act"),
-    _epsilon(1e-6),
-    _TIED,
-    QueryScalar(),
-    Derived("embedding_scale", lambda values: values["hidden_size"] ** 0.5),
-)
+_QWEN_WINDOWS = LayerTypes(missing=4096, switch=True, period=0)
+
+
+def _gemma_rules(*others: Rule) -> tuple[Rule, ...]:
+    activation = ActivationKey("hidden_activation", default="gelu_pytorch_tanh", also="hidden_act")
+    scales = QueryScalar(), Derived("embedding_scale", lambda values: values["hidden_size"] ** 0.5)
+    return _rules(_OWN_GROUPS, _OWN_HEAD_DIM, *scales, *others, activation=activation, tied=True)
+
+
 _GEMMA_IGNORED = frozenset(("cache_implementation",))
 
 # A model is exported as the first family that computes it.
@@ -266,125 +269,69 @@ FAMILIES = {
     for family in (
         Family(
             "llama",
-            "LlamaForCausalLM",
-            "LlamaModel",
-            "llama",
+            ("LlamaForCausalLM", "LlamaModel"),
             fixed=_LLAMA,
-            rules=(
-                *_RMS_SIZES,
-                _GROUPS,
-                _HEAD_DIM,
-                _ATTENTION_BIAS,
-                Key("mlp_bias", default=False),
-                _SILU,
-                _epsilon(1e-6),
-                _UNTIED,
-                Rope(),
-            ),
+            rules=_rules(_GROUPS, _HEAD_DIM, Rope(), biases=_BIASES),
             names=_LLAMA_NAMES,
-            required={**_DECODER, **_ONE_PART},
+            required={**_DECODER, "pretraining_tp": _is(1)},
             heads_divide_hidden=True,
         ),
         Family(
             "mistral",
-            "MistralForCausalLM",
-            "MistralModel",
-            "llama",
+            ("MistralForCausalLM", "MistralModel"),
             fixed={**_LLAMA, **_NO_BIAS},
-            rules=(
-                *_RMS_SIZES,
-                _OWN_GROUPS,
-                _HEAD_DIM,
-                _SILU,
-                _epsilon(1e-6),
-                _UNTIED,
-                WindowOfAllLayers(missing=4096),
-                Rope(),
-            ),
+            rules=_rules(_OWN_GROUPS, _HEAD_DIM, Key("sliding_window", default=4096, nullable=True), Rope(), biases=()),
             names=_LLAMA_NAMES,
             required={**_DECODER, "attention_bias": _is(False), "mlp_bias": _is(False)},
         ),
         Family(
             "qwen2",
-            "Qwen2ForCausalLM",
-            "Qwen2Model",
-            "llama",
+            ("Qwen2ForCausalLM", "Qwen2Model"),
             fixed={**_LLAMA, **_NO_MLP_BIAS, "qkv_bias": True, "attention_output_bias": False},
-            rules=(
-                *_RMS_SIZES,
-                _OWN_GROUPS,
-                _DIVIDED_HEADS,
-                _SILU,
-                _epsilon(1e-6),
-                _UNTIED,
-                LayerTypes(missing=4096, switch=True, period=0),
-                Rope(),
-            ),
+            rules=_rules(_OWN_GROUPS, _DIVIDED_HEADS, _QWEN_WINDOWS, Rope(), biases=()),
             names=_LLAMA_NAMES,
             required={**_DECODER, "mlp_bias": _is(False), "use_mrope": _is(False)},
         ),
         Family(
             "qwen3",
-            "Qwen3ForCausalLM",
-            "Qwen3Model",
-            "llama",
+            ("Qwen3ForCausalLM", "Qwen3Model"),
             fixed={**_LLAMA, **_NO_MLP_BIAS, "qk_norm": True},
-            rules=(
-                *_RMS_SIZES,
-                _OWN_GROUPS,
-                _OWN_HEAD_DIM,
-                _ATTENTION_BIAS,
-                _SILU,
-                _epsilon(1e-6),
-                _UNTIED,
-                LayerTypes(missing=4096, switch=True, period=0),
-                Rope(),
-            ),
+            rules=_rules(_OWN_GROUPS, _OWN_HEAD_DIM, _QWEN_WINDOWS, Rope()),
             names=_LLAMA_NAMES,
             required={**_DECODER, "mlp_bias": _is(False)},
         ),
         Family(
             "mixtral",
-            "MixtralForCausalLM",
-            "MixtralModel",
-            "llama",
+            ("MixtralForCausalLM", "MixtralModel"),
             fixed={**_RMS, **_NO_BIAS, "norm_topk_prob": True},
-            rules=(
-                *_SIZES,
-                _DROPOUT,
-                Key("num_local_experts", ("num_experts",)),
-                *_ONLY_EXPERTS,
+            rules=_rules(
                 _OWN_GROUPS,
                 _HEAD_DIM,
-                _SILU,
-                _epsilon(1e-5),
-                _UNTIED,
-                WindowOfAllLayers(missing=None),
+                Key("sliding_window", default=None),
                 Rope(theta=1_000_000.0),
+                sizes=_expert_sizes(Key("num_local_experts", ("num_experts",))),
+                biases=(),
+                epsilon=_epsilon(1e-5),
             ),
             names=_MIXTRAL_NAMES,
             required={**_DECODER, "attention_bias": _is(False), "router_jitter_noise": _is(0)},
         ),
         Family(
             "qwen3_moe",
-            "Qwen3MoeForCausalLM",
-            "Qwen3MoeModel",
-            "llama",
+            ("Qwen3MoeForCausalLM", "Qwen3MoeModel"),
             fixed={**_RMS, **_NO_MLP_BIAS, "qk_norm": True},
-            rules=(
-                *_RMS_SIZES,
-                Key("num_experts", spelling="num_local_experts"),
-                Key("moe_intermediate_size"),
-                ExpertLayers(),
-                _EXPERTS,
-                Key("norm_topk_prob", default=False),
+            rules=_rules(
                 _OWN_GROUPS,
                 _HEAD_DIM,
-                _ATTENTION_BIAS,
-                _SILU,
-                _epsilon(1e-6),
-                _UNTIED,
                 Rope(),
+                sizes=(
+                    *_RMS_SIZES,
+                    Key("num_experts", spelling="num_local_experts"),
+                    Key("moe_intermediate_size"),
+                    ExpertLayers(),
+                    _EXPERTS,
+                    _NORM_TOPK,
+                ),
             ),
             names=_MOE_NAMES,
             # Versions differ in the layers that have the window.
@@ -393,75 +340,52 @@ FAMILIES = {
         ),
         Family(
             "olmoe",
-            "OlmoeForCausalLM",
-            "OlmoeModel",
-            "llama",
+            ("OlmoeForCausalLM", "OlmoeModel"),
             fixed={**_RMS, **_NO_MLP_BIAS, "qk_norm": "whole"},
-            rules=(
-                *_SIZES,
-                _DROPOUT,
-                Key("num_experts", spelling="num_local_experts"),
-                *_ONLY_EXPERTS,
-                Key("norm_topk_prob", default=False),
+            rules=_rules(
                 _GROUPS,
                 _DIVIDED_HEADS,
-                _ATTENTION_BIAS,
-                _SILU,
-                _epsilon(1e-5),
-                _UNTIED,
                 Rope(),
+                sizes=_expert_sizes(Key("num_experts", spelling="num_local_experts"), _NORM_TOPK),
+                epsilon=_epsilon(1e-5),
             ),
             names=_MOE_NAMES,
             required={**_DECODER, "clip_qkv": _is(None)},
         ),
         Family(
             "olmo2",
-            "Olmo2ForCausalLM",
-            "Olmo2Model",
-            "llama",
+            ("Olmo2ForCausalLM", "Olmo2Model"),
             fixed=_OLMO,
-            rules=(*_RMS_SIZES, _GROUPS, _DIVIDED_HEADS, _ATTENTION_BIAS, _SILU, _epsilon(1e-5), _UNTIED, Rope()),
+            rules=_rules(_GROUPS, _DIVIDED_HEADS, Rope(), epsilon=_epsilon(1e-5)),
             names=_OLMO_NAMES,
             required=_DECODER,
         ),
         Family(
             "olmo3",
-            "Olmo3ForCausalLM",
-            "Olmo3Model",
-            "llama",
+            ("Olmo3ForCausalLM", "Olmo3Model"),
             fixed=_OLMO,
-            rules=(
-                *_RMS_SIZES,
+            rules=_rules(
                 _GROUPS,
                 _DIVIDED_HEADS,
-                _ATTENTION_BIAS,
-                _SILU,
-                _epsilon(1e-5),
-                _UNTIED,
                 LayerTypes(missing=4096, period=4),
                 Rope(theta=REQUIRED, by_layer_type=True),
+                epsilon=_epsilon(1e-5),
             ),
             names=_OLMO_NAMES,
             required=_DECODER,
         ),
         Family(
             "smollm3",
-            "SmolLM3ForCausalLM",
-            "SmolLM3Model",
-            "llama",
+            ("SmolLM3ForCausalLM", "SmolLM3Model"),
             fixed=_LLAMA,
-            rules=(
-                *_RMS_SIZES,
+            rules=_rules(
                 _OWN_GROUPS,
                 _DIVIDED_HEADS,
-                _ATTENTION_BIAS,
-                Key("mlp_bias", default=False),
-                _SILU,
-                _epsilon(1e-6),
-                _TIED,
-                NoRopeLayers(interval=4),
+                NoRopeLayers(),
                 LayerTypes(missing=None, switch=True),
                 Rope(theta=2_000_000.0),
+                biases=_BIASES,
+                tied=True,
             ),
             names=_LLAMA_NAMES,
             required=_DECODER,
@@ -469,12 +393,9 @@ FAMILIES = {
         ),
         Family(
             "gemma2",
-            "Gemma2ForCausalLM",
-            "Gemma2Model",
-            "llama",
+            ("Gemma2ForCausalLM", "Gemma2Model"),
             fixed=_GEMMA,
-            rules=(
-                *_GEMMA_RULES,
+            rules=_gemma_rules(
                 Key("attn_logit_softcapping", default=50.0, nullable=True),
                 Key("final_logit_softcapping", default=30.0, nullable=True),
                 LayerTypes(missing=4096, period=2),
@@ -487,12 +408,9 @@ FAMILIES = {
         ),
         Family(
             "gemma3_text",
-            "Gemma3ForCausalLM",
-            "Gemma3TextModel",
-            "llama",
+            ("Gemma3ForCausalLM", "Gemma3TextModel"),
             fixed={**_GEMMA, "qk_norm": True},
-            rules=(
-                *_GEMMA_RULES,
+            rules=_gemma_rules(
                 Key("final_logit_softcapping", default=None),
                 LayerTypes(missing=4096, period=6, period_keys=("sliding_window_pattern", "_sliding_window_pattern")),
                 Rope(theta=1_000_000.0, by_layer_type=True, local=(10_000.0, "rope_local_base_freq")),
@@ -505,34 +423,27 @@ FAMILIES = {
         ),
         Family(
             "gpt_neox",
-            "GPTNeoXForCausalLM",
-            "GPTNeoXModel",
-            "gpt2",
+            ("GPTNeoXForCausalLM", "GPTNeoXModel"),
             fixed=_NEOX,
-            rules=(
-                *_SIZES,
-                Key("intermediate_size"),
-                Key("hidden_dropout", ("dropout",), default=0.0),
-                Key("attention_dropout", default=0.0),
-                Derived("num_key_value_heads", lambda values: values["num_attention_heads"]),
-                Derived("head_dim", divided_heads, key="head_dim"),
-                Key("attention_bias", ("qkv_bias", "attention_output_bias"), default=True),
-                ActivationKey("hidden_act", default="gelu"),
-                _epsilon(1e-5, "layer_norm_eps"),
-                _UNTIED,
+            rules=_rules(
+                _UNGROUPED,
+                _DIVIDED_HEADS,
                 Key("use_parallel_residual", ("parallel_residual",), default=True),
                 Rope(theta_key="rotary_emb_base", partial=(0.25, "rotary_pct")),
+                sizes=(*_SIZES, Key("intermediate_size"), Key("hidden_dropout", ("dropout",), default=0.0), _DROPOUT),
+                biases=(replace(_ATTENTION_BIAS, default=True),),
+                activation=ActivationKey("hidden_act", default="gelu"),
+                epsilon=_epsilon(1e-5, "layer_norm_eps"),
             ),
             names=_NEOX_NAMES,
+            style="gpt2",
             required=_DECODER,
             ignored=frozenset(("classifier_dropout",)),
             heads_divide_hidden=True,
         ),
         Family(
             "gpt2",
-            "GPT2LMHeadModel",
-            "GPT2Model",
-            "gpt2",
+            ("GPT2LMHeadModel", "GPT2Model"),
             fixed=_GPT2,
             rules=(
                 Key("vocab_size"),
@@ -546,12 +457,13 @@ FAMILIES = {
                 Key("resid_pdrop", ("dropout",), default=0.1, also=("embd_pdrop",)),
                 Key("attn_pdrop", ("attention_dropout",), default=0.1),
                 Key("initializer_range", default=0.02),
-                Derived("num_key_value_heads", lambda values: values["num_attention_heads"]),
+                _UNGROUPED,
                 Derived("head_dim", divided_heads),
                 ActivationKey("activation_function", default="gelu_new", tanh="gelu_new"),
                 _epsilon(1e-5, "layer_norm_epsilon"),
             ),
             names=_GPT2_NAMES,
+            style="gpt2",
             required={
                 "scale_attn_weights": _is(True),
                 "scale_attn_by_inverse_layer_idx": _is(False),

@@ -16,22 +16,16 @@ from torch import Tensor
 
 from megalm.checkpoint.discovery import folder_name
 from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
-from megalm.checkpoint.shard_spec import WEIGHTS, WEIGHTS_AND_MOMENTS, Fragment, FragmentKey, FragmentKind
+from megalm.checkpoint.shard_spec import WEIGHTS, WEIGHTS_AND_MOMENTS, Fragment, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.validation import to_yaml
 from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer
 from megalm.errors import DataError, TrainingError
 from megalm.huggingface.config_json import section_of
-from megalm.huggingface.export_tokenizer import (
-    BESIDE,
-    SENTENCEPIECE,
-    TOKENIZER,
-    TOKENIZER_MODEL,
-    added_around,
-)
+from megalm.huggingface.export_tokenizer import BESIDE, added_around
 from megalm.huggingface.output_folder import complete_folder
-from megalm.huggingface.pretrained_folder import ModelSource
-from megalm.huggingface.universal_checkpoint import MOMENTS, OptimizerFacts, UniversalCheckpoint
+from megalm.huggingface.pretrained_folder import ModelSource, OptimizerFacts
+from megalm.huggingface.universal_checkpoint import UniversalCheckpoint
 from megalm.huggingface.vocabulary_change import NewRows, choose_vocabulary
 from megalm.model.model_config import ModelConfig, model_settings
 
@@ -39,7 +33,6 @@ MODEL_FILE = "model.yaml"
 
 # The largest data.sequence_length to propose: the model's own maximum may need too much memory.
 _LONGEST_SAMPLE = 1024
-_TOKENIZERS = (SENTENCEPIECE, TOKENIZER, TOKENIZER_MODEL)
 _HEADER = (
     "# For --config: the model {source}, its tokenizer and a sequence length. All other keys have their defaults.\n"
 )
@@ -93,33 +86,22 @@ def import_model(
     if isinstance(source, UniversalCheckpoint):
         tokenizer = tokenizer or source.config_folder
     with tempfile.TemporaryDirectory() as scratch:
-        chosen = choose_vocabulary(source, find_tokenizer, tokenizer, (add_tokens, new_rows), Path(scratch))
-        if chosen[0] is not source and _optimizer_of(source) is not None:
+        chosen, found, changes = choose_vocabulary(source, tokenizer, add_tokens, new_rows, Path(scratch))
+        if chosen is not source and source.optimizer is not None:
             raise DataError(
                 "the tokenizer changes the rows of the vocabulary, and new rows have no moments; import the weights "
                 "alone with --weights-only"
             )
-        return _import(*chosen, target, advance)
+        return _import(chosen, found, changes, target, advance)
 
 
 def tensor_count(source: ModelSource) -> int:
     """How often `import_model` calls `advance`."""
-    return len(source.shape.parameters()) * len(_kinds(source))
-
-
-def _optimizer_of(source: ModelSource) -> OptimizerFacts | None:
-    return source.optimizer if isinstance(source, UniversalCheckpoint) else None
-
-
-def _kinds(source: ModelSource) -> tuple[FragmentKind, ...]:
-    return ("master",) if _optimizer_of(source) is None else ("master", *MOMENTS)
+    return len(source.shape.parameters()) * len(source.kinds)
 
 
 def _values(source: ModelSource, key: FragmentKey, advance: Callable[[], None]) -> Tensor:
     advance()
-    if key.kind == "master":
-        return source.read(key.name).reshape(-1)
-    assert isinstance(source, UniversalCheckpoint)
     return source.read(key.name, key.kind).reshape(-1)
 
 
@@ -140,10 +122,10 @@ def _import(
     keys = (
         FragmentKey(name, kind, size, 0, math.prod(size))
         for name, size in shape.parameters().items()
-        for kind in _kinds(source)
+        for kind in source.kinds
     )
     stored = [Fragment(key, partial(_values, source, key, advance)) for key in keys]
-    optimizer = _optimizer_of(source)
+    optimizer = source.optimizer
     step = 0 if optimizer is None else optimizer.step
 
     def fill(folder: Path) -> None:
@@ -169,21 +151,6 @@ def _import(
     checkpoint = target / "checkpoints" / folder_name(step)
     notes = (*changes, *_notes(source, kept), *(() if optimizer is None else _training_notes(optimizer)))
     return Imported(checkpoint, target / MODEL_FILE, kept, notes, shape, optimizer)
-
-
-def find_tokenizer(folder: Path) -> Path:
-    """The file itself, or the folder's tokenizer file; megalm's own SentencePiece export comes first."""
-    if folder.is_file():
-        return folder
-    if not folder.exists():
-        raise DataError(f"{folder}: no such tokenizer; give a tokenizer.json, a .model file, or their folder")
-    for name in _TOKENIZERS:
-        if (folder / name).is_file():
-            return folder / name
-    raise DataError(
-        f"{folder} has none of {', '.join(_TOKENIZERS)}; save the tokenizer with transformers "
-        "(AutoTokenizer.from_pretrained(...).save_pretrained), or name a file with --tokenizer"
-    )
 
 
 def _notes(source: ModelSource, tokenizer: Tokenizer) -> Iterator[str]:

@@ -18,7 +18,7 @@ from megalm.checkpoint.manifest import Manifest
 from megalm.config.deepspeed.json_reader import open_deepspeed_json
 from megalm.config.validation import to_yaml
 from megalm.errors import ConfigError
-from megalm.huggingface.config_json import model_type
+from megalm.huggingface.config_json import family_of
 from megalm.huggingface.export_tokenizer import SENTENCEPIECE, TOKENIZER, ExportedTokenizer
 from megalm.model.model_config import ModelConfig
 from megalm.planning.lr_schedule import ScheduleSegment
@@ -84,7 +84,7 @@ class Card:
         return ", pretrained with megalm. It continues text; it is not tuned to follow instructions."
 
     def _front_matter(self) -> str:
-        tags = ["megalm", *([] if self.manifest.imported_from else ["pretrained"]), model_type(self.shape)]
+        tags = ["megalm", *([] if self.manifest.imported_from else ["pretrained"]), family_of(self.shape).name]
         content: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": tags}
         if results := list(self._results()):
             content["model-index"] = [{"name": self.name, "results": results}]

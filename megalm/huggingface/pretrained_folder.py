@@ -7,9 +7,11 @@ use.
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +19,10 @@ from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import is_finite
 from megalm.checkpoint.manifest import refuse_adapter
+from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.errors import DataError
 from megalm.huggingface.config_json import family_of_config, to_shape
-from megalm.huggingface.export_weights import INDEX, WEIGHTS, read_part
-from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head, tensors_by_part
+from megalm.huggingface.weight_mapping import INDEX, WEIGHTS, HFTensor, hf_tensors, own_head, read_part, tensors_by_part
 from megalm.model.model_config import ModelConfig
 from megalm.utils.atomic_files import read_json
 
@@ -31,25 +33,56 @@ _BUFFER = re.compile(
     r"(.*\.)?(h\.\d+\.attn\.(bias|masked_bias)|layers\.\d+\.(self_attn|attention)\.rotary_emb\.inv_freq"
     r"|layers\.\d+\.attention\.(bias|masked_bias))"
 )
-_SHOWN = 3
+_SHOWN = 5
+MOMENTS: tuple[FragmentKind, ...] = ("exp_avg", "exp_avg_sq")
 
 
-class ModelSource(Protocol):
-    """A model to import: the content of its config.json, its dimensions, and its parameters by canonical name, fp32."""
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """What DeepSpeed's run had done, and with which settings.
+
+    Attributes:
+        step: steps, with those that an overflow skipped.
+        updates: steps that changed the weights; the bias correction counts these.
+        loss_scaler: the state of a dynamic loss scaler; empty without one.
+        settings: learning rate, betas, eps and weight decay of each parameter group.
+    """
+
+    step: int
+    updates: int
+    loss_scaler: dict[str, float]
+    settings: tuple[dict[str, Any], ...]
 
     @property
-    def folder(self) -> Path: ...
+    def counters(self) -> dict[str, Any]:
+        """The `counters` of a manifest."""
+        skipped = self.step - self.updates
+        return {"optimizer_step": self.updates, "skipped_steps": skipped, "loss_scaler": self.loss_scaler}
+
+
+class ModelSource(ABC):
+    """A model to import: the content of its config.json, its dimensions, and its parameters.
+
+    Attributes:
+        optimizer: of a model with moments; None: it has weights alone.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    shape: ModelConfig
+    optimizer: OptimizerFacts | None = None
 
     @property
-    def config(self) -> dict[str, Any]: ...
+    def kinds(self) -> tuple[FragmentKind, ...]:
+        """What it has of each parameter."""
+        return ("master",) if self.optimizer is None else ("master", *MOMENTS)
 
-    @property
-    def shape(self) -> ModelConfig: ...
+    @abstractmethod
+    def read(self, name: str, kind: FragmentKind = "master") -> Tensor:
+        """One of megalm's parameters by canonical name, or a moment of it: fp32 in the parameter's shape."""
 
-    def read(self, name: str) -> Tensor: ...
 
-
-class HuggingFaceFolder:
+class HuggingFaceFolder(ModelSource):
     """A supported model with all its tensors.
 
     Args:
@@ -72,8 +105,8 @@ class HuggingFaceFolder:
         self._owners = tensors_by_part(self._tensors.values())
         self._check_tensors()
 
-    def read(self, name: str) -> Tensor:
-        """One of megalm's parameters by canonical name, in fp32.
+    def read(self, name: str, kind: FragmentKind = "master") -> Tensor:
+        """See `ModelSource.read`.
 
         Raises:
             DataError: the tensor cannot be read, or is not finite.
@@ -105,21 +138,19 @@ class HuggingFaceFolder:
         if self.shape.tie_word_embeddings:
             self._drop_tied_head()
         if missing := [name for name in expected if name not in self._places]:
-            raise DataError(f"{self.folder}: config.json requires {_first(missing)}, which no file holds")
+            raise DataError(f"{self.folder}: config.json requires {first_of(missing)}, which no file holds")
         if unknown := [stored for name, (_, stored) in self._places.items() if name not in expected]:
-            raise DataError(f"{self.folder}: megalm's model has no place for {_first(unknown)}")
+            raise DataError(f"{self.folder}: megalm's model has no place for {first_of(unknown)}")
         for name, tensor in expected.items():
-            self._check_tensor(tensor, *self._places[name])
-
-    def _check_tensor(self, tensor: HFTensor, file: str, stored: str) -> None:
-        found = self._files[file].get_slice(stored)
-        shape, dtype = tuple(found.get_shape()), found.get_dtype()
-        if shape != tensor.shape:
-            raise DataError(
-                f"{self.folder}: {stored} has shape {list(shape)}, but config.json implies {list(tensor.shape)}"
-            )
-        if dtype not in _EXACT:
-            raise DataError(f"{self.folder}: {stored} is {dtype}; megalm reads only {', '.join(_EXACT)}")
+            file, stored = self._places[name]
+            found = self._files[file].get_slice(stored)
+            shape, dtype = tuple(found.get_shape()), found.get_dtype()
+            if shape != tensor.shape:
+                raise DataError(
+                    f"{self.folder}: {stored} has shape {list(shape)}, but config.json implies {list(tensor.shape)}"
+                )
+            if dtype not in _EXACT:
+                raise DataError(f"{self.folder}: {stored} is {dtype}; megalm reads only {', '.join(_EXACT)}")
 
     def _drop_tied_head(self) -> None:
         """A stored head of a model with tied weights must equal the token embedding."""
@@ -203,6 +234,7 @@ def _opened(path: Path) -> Any:
         raise DataError(f"{path} is not a complete safetensors file ({error}); copy the file again") from None
 
 
-def _first(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def first_of(names: list[str], between: str = ", ") -> str:
+    """Return the first names, and how many more there are."""
+    more = f"{between}and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return between.join(names[:_SHOWN]) + more

@@ -27,16 +27,16 @@ class NoEquivalentError(Exception):
 
 
 class SentencePieceModel:
-    """A `.model` file that can be converted for the tokenizers library."""
+    """A `.model` file that can be converted for the tokenizers library; `pieces` are those of its protocol buffer."""
 
     def __init__(self, path: str | Path) -> None:
         model = sentencepiece_model_pb2.ModelProto.FromString(Path(path).read_bytes())
         self._model = model
-        self._pieces: list[Any] = list(model.pieces)
-        self._names = [piece.piece.replace(SPACE, " ") for piece in self._pieces]
+        self.pieces: list[Any] = list(model.pieces)
+        self._names = [piece.piece.replace(SPACE, " ") for piece in self.pieces]
         self._normal = {
             name: piece.score
-            for name, piece in zip(self._names, self._pieces, strict=True)
+            for name, piece in zip(self._names, self.pieces, strict=True)
             if piece.type == piece.NORMAL
         }
         self._user = [name for name, piece in self._each() if piece.type == piece.USER_DEFINED]
@@ -70,13 +70,13 @@ class SentencePieceModel:
         """
         if not self.is_unigram:
             return False
-        sums = [math.fsum(self._pieces[token].score for token in row) for row in (one, other)]
+        sums = [math.fsum(self.pieces[token].score for token in row) for row in (one, other)]
         size = max(map(abs, sums))
         return abs(sums[0] - sums[1]) <= 2 * _FLOAT32_ROUNDING * size * max(len(one), len(other))
 
     def _require_equivalent(self) -> None:
         trained, normalizer = self._model.trainer_spec, self._model.normalizer_spec
-        bytes_known = sum(piece.type == piece.BYTE for piece in self._pieces)
+        bytes_known = sum(piece.type == piece.BYTE for piece in self.pieces)
         characters = set("".join(self._normal))
         known = {name for name in (*self._normal, *self._user) if len(name) == 1}
         reasons = {
@@ -140,8 +140,8 @@ class SentencePieceModel:
         )
 
     def _each(self) -> Iterator[tuple[str, Any]]:
-        return zip(self._names, self._pieces, strict=True)
+        return zip(self._names, self.pieces, strict=True)
 
     def _control(self, name: str, number: int) -> str | None:
-        known = any(piece.piece == name and piece.type == piece.CONTROL for piece in self._pieces)
+        known = any(piece.piece == name and piece.type == piece.CONTROL for piece in self.pieces)
         return name if number >= 0 and known else None

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,18 @@ from megalm.checkpoint.checkpoint_reader import is_finite
 from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.errors import CheckpointError, DataError
 from megalm.huggingface.config_json import family_of_config, to_shape
-from megalm.huggingface.export_weights import read_part
 from megalm.huggingface.families import Family
-from megalm.huggingface.pretrained_folder import is_buffer, read_config
+from megalm.huggingface.pretrained_folder import (
+    MOMENTS,
+    ModelSource,
+    OptimizerFacts,
+    first_of,
+    is_buffer,
+    read_config,
+)
 from megalm.huggingface.torch_file import load_torch_file
-from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head, tensors_by_part
+from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, own_head, read_part, tensors_by_part
 from megalm.model.model_config import ModelConfig
-
-MOMENTS: tuple[FragmentKind, ...] = ("exp_avg", "exp_avg_sq")
 
 LATEST = "latest_universal"
 _STATES = "*_model_states.pt"
@@ -42,30 +46,6 @@ _FOLDER_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
 _ADAM = frozenset({"adam", "adamw", "torch_adam", "fusedadam", "deepspeedcpuadam", "cpuadam"})
 _MEGATRON = re.compile(r"(.*\.)?(query_key_value|dense_h_to_4h|word_embeddings|linear_qkv|linear_fc1)\.(weight|bias)")
 _SCALER = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
-_SHOWN = 5
-
-
-@dataclass(frozen=True)
-class OptimizerFacts:
-    """What DeepSpeed's run had done, and with which settings.
-
-    Attributes:
-        step: steps, with those that an overflow skipped.
-        updates: steps that changed the weights; the bias correction counts these.
-        loss_scaler: the state of a dynamic loss scaler; empty without one.
-        settings: learning rate, betas, eps and weight decay of each parameter group.
-    """
-
-    step: int
-    updates: int
-    loss_scaler: dict[str, float]
-    settings: tuple[dict[str, Any], ...]
-
-    @property
-    def counters(self) -> dict[str, Any]:
-        """The `counters` of a manifest."""
-        skipped = self.step - self.updates
-        return {"optimizer_step": self.updates, "skipped_steps": skipped, "loss_scaler": self.loss_scaler}
 
 
 def is_universal(path: Path) -> bool:
@@ -91,7 +71,7 @@ def refuse_unconverted(path: Path) -> None:
         )
 
 
-class UniversalCheckpoint:
+class UniversalCheckpoint(ModelSource):
     """A supported model with its weights, and with the moments of its optimizer.
 
     Args:
@@ -129,13 +109,13 @@ class UniversalCheckpoint:
         tensors = _tensors(self.shape, self._stored, family)
         self._kinds: tuple[FragmentKind, ...] = ("master",) if weights_only else ("master", *MOMENTS)
         if problems := list(self._problems(tensors)):
-            raise CheckpointError(f"{self.folder} is not the model of {file}: {_first(problems, '; ')}")
+            raise CheckpointError(f"{self.folder} is not the model of {file}: {first_of(problems, '; ')}")
         self._owners = tensors_by_part(tensors)
         folders = [self._stored[tensor.name] for tensor in tensors]
         self.optimizer = None if weights_only else _optimizer(self.folder, folders)
 
     def read(self, name: str, kind: FragmentKind = "master") -> Tensor:
-        """One of megalm's parameters by canonical name, or a moment of it: fp32 in the parameter's shape.
+        """See `ModelSource.read`.
 
         Raises:
             CheckpointError: the file is damaged, or has values that are not finite.
@@ -153,16 +133,16 @@ class UniversalCheckpoint:
     def _problems(self, tensors: list[HFTensor]) -> Iterator[str]:
         expected = {tensor.name: tensor for tensor in tensors}
         if missing := [name for name in expected if name not in self._stored]:
-            yield f"zero has no {_first(missing)}"
+            yield f"zero has no {first_of(missing)}"
         if self.shape.tie_word_embeddings and self._head not in expected:
             yield from self._tied_head(tensors[0])
         if unknown := [name for name in self._stored if name not in expected]:
-            yield f"the model has no place for {_first(unknown)}{_known_names(unknown)}"
+            yield f"the model has no place for {first_of(unknown)}{_known_names(unknown)}"
         untrained = [name for name, folder in self._stored.items() if name in expected and _never_trained(folder)]
         if untrained and len(self._kinds) > 1:
             yield (
-                f"{_first(untrained)} has weights without moments, because it did not train or the copy is incomplete "
-                "(--weights-only imports the weights of all)"
+                f"{first_of(untrained)} has weights without moments, because it did not train or the copy is "
+                "incomplete (--weights-only imports the weights of all)"
             )
         for name, tensor in expected.items():
             folder = self._stored.get(name)
@@ -214,7 +194,7 @@ def _parameters(zero: Path) -> dict[str, Path]:
             twice.append(f"{found[name].name} and {folder.name}")
         found[name] = folder
     if twice:
-        raise CheckpointError(f"{zero} has a parameter twice: {_first(twice)}; remove the wrong one")
+        raise CheckpointError(f"{zero} has a parameter twice: {first_of(twice)}; remove the wrong one")
     if not found:
         raise CheckpointError(f"{zero} has no parameters; run ds_to_universal again")
     return found
@@ -338,8 +318,3 @@ def _count(path: Path, states: Mapping[str, Any], key: str) -> int:
     if not isinstance(value, int) or value < 0:
         raise CheckpointError(f"{path} has {key}={value!r}, which is no number of steps; copy the checkpoint again")
     return value
-
-
-def _first(names: list[str], between: str = ", ") -> str:
-    more = f"{between}and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return between.join(names[:_SHOWN]) + more

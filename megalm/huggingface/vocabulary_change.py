@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,19 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from megalm.checkpoint.shard_spec import FragmentKind
 from megalm.data.tokenizers.tokenizer import AUTO, BYTE, SPECIAL, TEXT, TokenContent, Tokenizer, load_tokenizer
 from megalm.errors import DataError
-from megalm.huggingface.export_tokenizer import BESIDE, GENERATION_CONFIG, TOKENIZER, write_tokenizer
+from megalm.huggingface.export_tokenizer import (
+    BESIDE,
+    GENERATION_CONFIG,
+    SENTENCEPIECE,
+    TOKENIZER,
+    TOKENIZER_MODEL,
+    write_tokenizer,
+)
 from megalm.huggingface.pretrained_folder import ModelSource
+from megalm.model.model_config import ModelConfig
 from megalm.utils.atomic_files import read_json, write_json
 from megalm.utils.did_you_mean import did_you_mean
 
@@ -59,7 +67,7 @@ class NewRows:
 
 
 @dataclass(frozen=True)
-class ChangedVocabulary:
+class ChangedVocabulary(ModelSource):
     """A model as `HuggingFaceFolder` has it, with the rows of another tokenizer.
 
     Attributes:
@@ -69,27 +77,18 @@ class ChangedVocabulary:
     """
 
     source: ModelSource
+    folder: Path
+    config: dict[str, Any]
+    shape: ModelConfig
     rows: npt.NDArray[np.int64]
     known: npt.NDArray[np.bool_]
     new: tuple[int, ...]
     dropped: int
     rule: NewRows
 
-    @cached_property
-    def shape(self) -> Any:
-        return replace(self.source.shape, vocab_size=len(self.rows))
-
-    @property
-    def folder(self) -> Path:
-        return self.source.folder
-
-    @property
-    def config(self) -> dict[str, Any]:
-        return self.source.config
-
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, kind: FragmentKind = "master") -> Tensor:
         """See `ModelSource.read`."""
-        found = self.source.read(name)
+        found = self.source.read(name, kind)
         if name not in _WITH_ROWS:
             return found
         rows = torch.from_numpy(self.rows)
@@ -137,7 +136,8 @@ def change_vocabulary(source: ModelSource, old: Tokenizer, new: Tokenizer, rule:
         rows[token] = begin if row is None else row
     used = {row for row in matched.values() if row is not None}
     missing = tuple(sorted(token for token, row in matched.items() if row is None))
-    return ChangedVocabulary(source, rows, known, missing, len(theirs.keys() - used), rule)
+    shape, dropped = replace(source.shape, vocab_size=size), len(theirs.keys() - used)
+    return ChangedVocabulary(source, source.folder, source.config, shape, rows, known, missing, dropped, rule)
 
 
 def _match(
@@ -244,32 +244,43 @@ def _check_added(made: Tokenizer, before: Tokenizer, added: Sequence[dict[str, A
             )
 
 
+def find_tokenizer(folder: Path) -> Path:
+    """The file itself, or the folder's tokenizer file; megalm's own SentencePiece export comes first."""
+    if folder.is_file():
+        return folder
+    if not folder.exists():
+        raise DataError(f"{folder}: no such tokenizer; give a tokenizer.json, a .model file, or their folder")
+    names = (SENTENCEPIECE, TOKENIZER, TOKENIZER_MODEL)
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    raise DataError(
+        f"{folder} has none of {', '.join(names)}; save the tokenizer with transformers "
+        "(AutoTokenizer.from_pretrained(...).save_pretrained), or name a file with --tokenizer"
+    )
+
+
 def choose_vocabulary(
-    source: ModelSource,
-    find: Callable[[Path], Path],
-    named: Path | None,
-    request: tuple[Path | None, NewRows | None],
-    scratch: Path,
+    source: ModelSource, named: Path | None, tokens: Path | None, rule: NewRows | None, scratch: Path
 ) -> tuple[ModelSource, Tokenizer, tuple[str, ...]]:
     """Return the model, with other rows if its tokenizer changes; the tokenizer; and what to say of the rows.
 
     Args:
-        find: returns the tokenizer file in a folder.
         named: the tokenizer to import with; None: the model's own.
-        request: the file with tokens to add, and how new rows begin.
+        tokens: the file with tokens to add.
+        rule: how new rows begin.
         scratch: folder for a tokenizer with added tokens.
 
     Raises:
-        DataError: there is no tokenizer, or `request` cannot be met.
+        DataError: there is no tokenizer, or `tokens` and `rule` cannot be met.
     """
-    tokens, rule = request
     try:
-        own: Path | None = find(source.folder)
+        own: Path | None = find_tokenizer(source.folder)
     except DataError:
         if named is None:
             raise
         own = None  # the named one is the model's then
-    path = find(named) if named is not None else own
+    path = find_tokenizer(named) if named is not None else own
     assert path is not None
     new = load_tokenizer(path, bos_token=AUTO)
     old = new if own is None else load_tokenizer(own, bos_token=AUTO)

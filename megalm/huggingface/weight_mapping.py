@@ -1,4 +1,4 @@
-"""Names and layouts of Hugging Face's weights, by the tables of `families.py`. It needs no torch.
+"""Names and layouts of Hugging Face's weights, by the tables of `families.py`.
 
 A Hugging Face tensor holds one or more of megalm's parameters, concatenated along their output dimension, as a whole
 (GPT-2 keeps query, key and value in one tensor) or within each head (GPT-NeoX). GPT-2 stores its matrices transposed,
@@ -7,12 +7,18 @@ as [in, out].
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from megalm.huggingface.config_json import family_of
 from megalm.huggingface.families import Family, TensorNames
 from megalm.model.model_config import ModelConfig
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -97,3 +103,37 @@ def _experts(names: TensorNames, shape: ModelConfig) -> Iterator[HFTensor]:
             for expert, own in enumerate([parameters[stacked][1:]] * parameters[stacked][0]):
                 whole = f"{names.prefix}{names.layers}.{layer}.{name.format(expert)}.weight"
                 yield HFTensor(whole, ((stacked, own),), expert=expert)
+
+
+def to_hf(tensor: HFTensor, parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate megalm's parameters to a Hugging Face tensor."""
+    if tensor.heads:
+        whole = torch.cat([part.unflatten(0, (tensor.heads, -1)) for part in parts], dim=1).flatten(0, 1)
+    else:
+        whole = parts[0] if len(parts) == 1 else torch.cat(list(parts))
+    return whole.t() if tensor.transposed else whole
+
+
+def from_hf(tensor: HFTensor, whole: Tensor, part: str) -> Tensor:
+    """One of megalm's parameters of a Hugging Face tensor, as a view of it unless heads are apart there."""
+    straight = whole.t() if tensor.transposed else whole
+    rows = straight.unflatten(0, (tensor.heads or 1, -1))
+    start = 0
+    for name, shape in tensor.parts:
+        size = shape[0] // (tensor.heads or 1)
+        if name == part:
+            return rows[:, start : start + size].flatten(0, 1)
+        start += size
+    raise AssertionError(part)
+
+
+def read_part(tensors: Sequence[HFTensor], part: str, load: Callable[[HFTensor], Tensor]) -> Tensor:
+    """One of megalm's parameters, fp32, of the tensors that hold it; experts are stacked one after the other."""
+    first = from_hf(tensors[0], load(tensors[0]), part).float()
+    if tensors[0].expert is None:
+        return first
+    stacked = first.new_empty(len(tensors), *first.shape)
+    stacked[0] = first
+    for row, tensor in enumerate(tensors[1:], 1):
+        stacked[row] = load(tensor)
+    return stacked

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import SampleSection
-from megalm.data.sampling.scored_sequences import common_prefix
+from megalm.data.sampling.batch_loader import common_prefix
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import CheckpointError
 from megalm.inference.inference_model import COMPUTES_NAN, InferenceModel

@@ -21,8 +21,9 @@ from megalm.data.sampling.batch_loader import MicroBatch
 from megalm.data.sampling.samples import IGNORE_INDEX, PackingKind
 from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer, tokenizer_of
 from megalm.errors import CheckpointError, DataError
-from megalm.huggingface.import_model import find_tokenizer, manifest_facts
+from megalm.huggingface.import_model import manifest_facts
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
+from megalm.huggingface.vocabulary_change import find_tokenizer
 from megalm.model.model_config import ModelConfig
 from megalm.model.moe import routers
 from megalm.model.transformer import LanguageModel
@@ -145,17 +146,6 @@ class InferenceModel:
             reader.close()
         self.shape, self.tokenizer = self.facts.shape, self.facts.tokenizer
         self.network = network
-
-    @torch.inference_mode()
-    def next_token_logits(
-        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        """[B, T] tokens, [B] positions -> fp32 logits [B, V] of the token after each position."""
-        logits = self.network(
-            torch.from_numpy(tokens).to(self.device), positions=torch.from_numpy(positions).to(self.device)
-        )
-        assert isinstance(logits, Tensor)
-        return logits.float().cpu().numpy()
 
     @torch.inference_mode()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:

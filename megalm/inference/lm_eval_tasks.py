@@ -26,7 +26,8 @@ from pydantic import ValidationError
 
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.schema import SampleSection
-from megalm.data.sampling.scored_sequences import ScoredSequence, SequenceBatches, evenly
+from megalm.data.sampling.batch_loader import ScoredSequence, SequenceBatches
+from megalm.data.sampling.samples import evenly
 from megalm.errors import ConfigError, DataError
 from megalm.inference.dataset_eval import Row
 from megalm.inference.generation import CachedModel

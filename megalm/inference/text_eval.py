@@ -17,7 +17,8 @@ import numpy.typing as npt
 from megalm.data.readers.document_reader import Document, iter_documents
 from megalm.data.readers.input_files import ReadReport
 from megalm.data.readers.records import ReadOptions
-from megalm.data.sampling.scored_sequences import ScoredSequence, SequenceBatches, evenly
+from megalm.data.sampling.batch_loader import ScoredSequence, SequenceBatches
+from megalm.data.sampling.samples import evenly
 from megalm.errors import ConfigError, DataError
 from megalm.inference.dataset_eval import Row, evaluate_sets, loss_fields
 from megalm.inference.inference_model import CheckpointFacts, InferenceModel

@@ -20,8 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megalm.data.readers.questions import Question, read_questions
-from megalm.data.sampling.batch_loader import MicroBatch
-from megalm.data.sampling.scored_sequences import ScoredSequence, SequenceBatches, common_prefix, evenly
+from megalm.data.sampling.batch_loader import MicroBatch, ScoredSequence, SequenceBatches, common_prefix
+from megalm.data.sampling.samples import evenly
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 

@@ -20,6 +20,7 @@ from tests.distributed.training import ROOT, Case, make_dataset
 from tests.ranks import run_ranks
 
 DOCUMENT = ROOT / "docs" / "parallelism.md"
+STEPS = 5  # more than in the tests, so that the figures show how roundings grow
 BEGIN, END = "<!-- parity: begin -->", "<!-- parity: end -->"
 _HEADINGS = (
     "layout",
@@ -38,9 +39,10 @@ _HEADINGS = (
 class Matrix:
     """Trains the `wanted` rows, those of a layout at the first call for one, and one rank's run of each model once."""
 
-    def __init__(self, folder: Path, wanted: Sequence[Row]) -> None:
+    def __init__(self, folder: Path, wanted: Sequence[Row], step_count: int) -> None:
         self._folder = folder
         self._wanted = wanted
+        self._step_count = step_count
         self._references: dict[str, Outcome] = {}
         self._differences: dict[Row, Difference] = {}
         self._failures: dict[Row, BaseException] = {}
@@ -74,7 +76,8 @@ class Matrix:
     def _train(self, name: str, ranks: int, cases: Mapping[str, Case]) -> list[dict[str, Outcome]]:
         folder = self._folder / name
         folder.mkdir(exist_ok=True)
-        return run_ranks(ranks, train_rows, cases, self._folder / "data", folder, timeout_seconds=550)
+        arguments = cases, self._folder / "data", folder, self._step_count
+        return run_ranks(ranks, train_rows, *arguments, timeout_seconds=550)
 
 
 def table(layouts: Sequence[str], matrix: Matrix) -> list[str]:
@@ -119,7 +122,7 @@ def main() -> int:
     layouts = arguments.layouts or list(LAYOUTS)
     with tempfile.TemporaryDirectory() as folder:
         wanted = [row for layout in layouts for row in rows(layout)]
-        matrix, start = Matrix(Path(folder), wanted), time.monotonic()
+        matrix, start = Matrix(Path(folder), wanted, STEPS), time.monotonic()
         lines = table(layouts, matrix)
         found = {row: matrix.difference(row) for row in wanted}
     wrong = [f"{row.name}: {'; '.join(each.beyond(row.tolerance))}" for row, each in found.items()]

@@ -72,7 +72,7 @@ CASES = {
 ASKED = ("plain", "sequence", "context", "ring", "gpt2", "gpt2 context")
 # g++ compiles each graph; "compiled sequence" communicates in more places, "compiled context" within a graph
 SLOW = ("compiled", "compiled ring")
-STEPS = 4
+STEPS = 3
 
 
 class _Rows(TorchDispatchMode):

@@ -13,7 +13,8 @@ from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.huggingface.export_tokenizer import write_tokenizer
 from megalm.huggingface.import_model import import_model
-from megalm.huggingface.universal_checkpoint import MOMENTS, UniversalCheckpoint
+from megalm.huggingface.pretrained_folder import MOMENTS
+from megalm.huggingface.universal_checkpoint import UniversalCheckpoint
 from megalm.huggingface.weight_mapping import hf_tensors
 from tests.ranks import run_ranks
 from tests.universal_checkpoints import SAVED, STEPS, train_and_save, write_config

@@ -13,7 +13,8 @@ from filelock import FileLock
 from megalm.data.builder.builder import build_dataset
 from megalm.data.builder.stdlib_corpus import source_files
 from megalm.data.readers.document_reader import Document
-from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.data.tokenizers.training import train_tokenizer
 from tests.e2e.jobs import SMALL, finish, pretrain
 from tests.slurm_cluster import SlurmCluster, slurm_cluster
 

@@ -24,7 +24,8 @@ import torch
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.config.schema import ModelSection
-from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.data.tokenizers.training import train_tokenizer
 from megalm.huggingface.export_model import export_checkpoint, plan_export
 from tests.e2e.cached_packages import cached_packages
 from tests.e2e.conftest import SmallData

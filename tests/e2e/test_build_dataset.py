@@ -19,7 +19,7 @@ import pytest
 from megalm.data.analysis.dataset_info import verify
 from megalm.data.builder.stdlib_corpus import stdlib_documents
 from megalm.data.indexed.dataset import IndexedDataset
-from megalm.data.tokenizers.tokenizer import train_tokenizer
+from megalm.data.tokenizers.training import train_tokenizer
 from megalm.errors import DataError
 from tests.messages import assert_names
 

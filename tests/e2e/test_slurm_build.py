@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from megalm.data.analysis.dataset_info import verify
-from megalm.data.builder.builder import BuildOptions, build_files
+from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.builder import build_files
 from megalm.data.builder.dedup import Dedup
 from megalm.data.builder.stdlib_corpus import stdlib_documents
 from megalm.data.tokenizers.tokenizer import ByteTokenizer

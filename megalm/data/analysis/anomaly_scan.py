@@ -17,9 +17,10 @@ import numpy.typing as npt
 
 from megalm.data.builder.disk_hash_table import hash_runs
 from megalm.data.indexed.dataset import IndexedDataset
-from megalm.data.indexed.document_sources import DocumentSources
+from megalm.data.indexed.metadata import DocumentSources
 from megalm.data.indexed.token_counts import Tell, count_tokens, no_tell
 from megalm.utils.atomic_files import write_bytes_atomically
+from megalm.utils.plotting import new_plots
 
 WINDOW_TOKENS = 512
 BATCH_WINDOWS = 512
@@ -175,22 +176,15 @@ def _distance(values: Floats) -> Floats:
 
 def draw_scan(scanned: Scan, stretches: Sequence[Stretch]) -> bytes:
     """Draw a PNG: the range of each measure along the tokens, with the outlier stretches marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 8), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(len(MEASURES), 1, sharex=True)
+    figure, axes = new_plots("token", list(LABELS.values()))
     count = len(scanned.scores)
     edges = np.linspace(0, count, min(count, MOST_POINTS) + 1).astype(int)[:-1]
     for axis, name in zip(axes, MEASURES, strict=True):
         values = scanned.measures[name]
         low, high = np.minimum.reduceat(values, edges), np.maximum.reduceat(values, edges)
         axis.fill_between(edges * scanned.window_tokens, low, high, step="post", linewidth=0.8, edgecolor="C0")
-        axis.set_ylabel(LABELS[name], fontsize=8)
         for stretch in stretches:
             axis.axvspan(stretch.first, stretch.end, color="C3", alpha=0.35 if stretch.reason == name else 0.12)
-    axes[-1].set_xlabel("token")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
     return picture.getvalue()

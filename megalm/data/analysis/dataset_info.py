@@ -12,11 +12,9 @@ from typing import Any
 import numpy as np
 
 from megalm.data.builder.decontamination import describe_overlap
-from megalm.data.builder.dedup import ExactDeduplicator, exact_signatures
-from megalm.data.builder.minhash_dedup import open_signatures
+from megalm.data.builder.dedup import ExactDeduplicator, exact_signatures, open_signatures
 from megalm.data.indexed.dataset import IndexedDataset, bin_path, idx_path, sidecar_path
-from megalm.data.indexed.document_sources import DocumentSources
-from megalm.data.indexed.metadata import check_trained, read_sidecar
+from megalm.data.indexed.metadata import DocumentSources, check_trained, read_sidecar
 from megalm.data.indexed.token_counts import Tell, count_tokens, no_tell
 from megalm.data.indexed.trained_tokens import trained_share
 from megalm.data.readers.input_files import sha256_of
@@ -115,17 +113,16 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = 
     sidecar = read_sidecar(prefix) or {}
     vocab_size = tokenizer.vocab_size if tokenizer else sidecar.get("tokenizer", {}).get("vocab_size")
     summary = count_tokens(dataset, vocab_size, tell).summary()
-    recorded = sidecar.get("bin_sha256")
-    if recorded is not None and recorded != summary.sha256:
-        raise DataError(
-            f"{bin_path(prefix)}: does not match the hash in {sidecar_path(prefix).name} "
-            f"({summary.sha256[:12]}, not {recorded[:12]}); copy or build it again"
-        )
-    recorded_index = sidecar.get("idx_sha256")
-    if recorded_index is not None and recorded_index != sha256_of(idx_path(prefix)):
-        raise DataError(
-            f"{idx_path(prefix)}: does not match the hash in {sidecar_path(prefix).name}; copy or build it again"
-        )
+    for path, name, found in (
+        (bin_path(prefix), "bin_sha256", summary.sha256),
+        (idx_path(prefix), "idx_sha256", sha256_of(idx_path(prefix))),
+    ):
+        recorded = sidecar.get(name, found)
+        if recorded != found:
+            raise DataError(
+                f"{path}: does not match the hash in {sidecar_path(prefix).name} ({found[:12]}, not {recorded[:12]}); "
+                "copy or build it again"
+            )
     check_trained(dataset, thorough=True)
     DocumentSources(prefix, dataset.document_count)  # refuses a file of another size
     if signed := sidecar.get("minhash"):
@@ -133,7 +130,7 @@ def verify(prefix: str | Path, tokenizer: Tokenizer | None = None, tell: Tell = 
     return {
         "largest token": str(summary.largest_token),
         "distinct tokens": f"{summary.distinct_tokens:,}",
-        "sha256 of .bin": summary.sha256 + (", as recorded" if recorded else ", not recorded"),
+        "sha256 of .bin": summary.sha256 + (", as recorded" if "bin_sha256" in sidecar else ", not recorded"),
         "verified": "index and tokens are complete",
     }
 
@@ -204,19 +201,14 @@ def statistics(
     if tokenizer is not None:
         text_bytes = int((tokenizer.token_bytes().astype(np.int64) * counts).sum())
         fallback = float(counts[tokenizer.fallback_ids()].sum() / total)
+    powers = np.bincount(np.frexp(dataset.sequence_lengths.astype(np.float64))[1].clip(0))
     return Statistics(
-        length_histogram=_histogram(dataset),
+        length_histogram=[(2**power >> 1, 2**power - 1, int(count)) for power, count in enumerate(powers) if count],
         frequent=[(int(token), float(counts[token] / total)) for token in order if counts[token]],
         tokens_per_byte=len(dataset.tokens) / text_bytes if text_bytes else None,
         fallback_share=fallback,
         duplicates=_duplicates(dataset, tell),
     )
-
-
-def _histogram(dataset: IndexedDataset) -> list[tuple[int, int, int]]:
-    lengths = np.asarray(dataset.sequence_lengths)
-    powers = np.bincount(np.frexp(lengths.astype(np.float64))[1].clip(0))
-    return [(2**power >> 1, 2**power - 1, int(count)) for power, count in enumerate(powers) if count]
 
 
 def _duplicates(dataset: IndexedDataset, tell: Tell) -> int:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from megalm.data.indexed.dataset import IndexedDataset
-from megalm.data.indexed.document_sources import DocumentSource, DocumentSources
+from megalm.data.indexed.metadata import DocumentSource, DocumentSources
 from megalm.data.sampling.mixture import BlendedSamples
 from megalm.data.sampling.sample_order import Int64s
 

@@ -21,19 +21,19 @@ from megalm.data.builder.decontamination import (
     overlap_listing,
     overlap_report,
 )
-from megalm.data.builder.dedup import make_deduplicator
+from megalm.data.builder.dedup import MADE, make_deduplicator
 from megalm.data.builder.disk_hash_table import Bools
-from megalm.data.builder.minhash_dedup import MADE
 from megalm.data.builder.shard_files import WorkUnitFiles, WorkUnitSummary
 from megalm.data.indexed.dataset import best_dtype, bin_path, idx_path, sidecar_path
-from megalm.data.indexed.document_sources import SOURCE, sources_path
 from megalm.data.indexed.metadata import (
     AWAITS_MERGE,
     KEPT_NAMES,
+    SOURCE,
     DatasetMetadata,
     dataset_paths,
     overlaps_path,
     signatures_path,
+    sources_path,
 )
 from megalm.data.indexed.token_counts import TokenCounter
 from megalm.data.indexed.trained_tokens import BitPacker, trained_path
@@ -87,25 +87,33 @@ class DatasetWriter:
         self,
         tokens: npt.NDArray[np.generic],
         lengths: npt.NDArray[Any],
-        document_ends: npt.NDArray[np.int64] | None = None,
+        keep: Bools,
+        sequences: npt.NDArray[np.int64] | None = None,
         sources: npt.NDArray[Any] | None = None,
         signatures: npt.NDArray[Any] | None = None,
         trained: Bools | None = None,
     ) -> None:
-        """Append documents, with arguments as for `IndexedDatasetWriter.append_documents`.
+        """Append some of n documents.
 
-        Their SOURCE rows, MinHash values, and which tokens are trained, are written if this dataset has files for them.
+        Args:
+            tokens: of all their sequences, concatenated; lengths: [all sequences] in tokens.
+            keep: [n] whether a document is appended.
+            sequences: [n] number of sequences of each; None: one.
+            sources, signatures: [n] SOURCE rows and MinHash values; trained: of each token. They are written if this
+                dataset has files for them.
         """
-        self.counter.add(tokens)
-        self._tokens.append_documents(tokens, lengths, document_ends)
+        stay = keep if sequences is None else np.repeat(keep, sequences)
+        of_tokens = np.repeat(stay, lengths)
+        chosen = tokens if keep.all() else tokens[of_tokens]
+        self.counter.add(chosen)
+        self._tokens.append_documents(chosen, lengths[stay], None if sequences is None else np.cumsum(sequences[keep]))
         for writer, rows in ((self._sources, sources), (self._signatures, signatures)):
             if writer is not None and rows is not None:
-                writer.add(rows)
+                writer.add(rows[keep])
         if self._trained is not None and trained is not None:
-            assert len(trained) == len(tokens), "each token is trained or not"
-            self._trained.add(self._bits.add(trained))
-            self.trained_tokens += int(trained.sum())
-        self.report.documents += len(lengths if document_ends is None else document_ends)
+            self._trained.add(self._bits.add(trained[of_tokens]))
+            self.trained_tokens += int(trained[of_tokens].sum())
+        self.report.documents += int(keep.sum())
 
     def note_inexact(self, names: Sequence[str], count: int) -> None:
         self.report.inexact_documents += count
@@ -234,10 +242,7 @@ class Assembler:
             main.overlap = overlap_report(self._options.overlap, overlap, counts, len(self._overlaps))
         if self._options.dedup != "none" and not self._deferred:
             main.removed[self._options.dedup] = self._left_out
-        main.near_copies = [
-            {"left_out": self._name(pair.left_out), "copy_of": self._name(pair.copy_of), "alike": pair.alike}
-            for pair in self._seen.pairs
-        ]
+        main.near_copies = [pair.named(self._name) for pair in self._seen.pairs]
         if self._deferred:
             main.minhash[AWAITS_MERGE] = True
         if self._documents == 0:
@@ -346,17 +351,8 @@ class Assembler:
             here = mask & (ordinals >= start) & (ordinals < end)
             if not here.any():
                 continue
-            of_tokens = np.repeat(here, rows["tokens"])
-            chosen = tokens if here.all() else tokens[of_tokens]
-            kept = rows[here]
-            output.add(
-                chosen,
-                kept["tokens"],
-                sources=sources[here],
-                signatures=None if signatures is None else signatures[here],
-                trained=None if trained is None else trained[of_tokens],
-            )
-            output.report.text_bytes += int(kept["text_bytes"].sum())
+            output.add(tokens, rows["tokens"], here, sources=sources, signatures=signatures, trained=trained)
+            output.report.text_bytes += int(rows["text_bytes"][here].sum())
             inexact = np.flatnonzero(here & ~rows["exact"])
             names = [
                 record_name(placed.spans[spans[place]].file, self._options.read, int(sources["line"][place]))

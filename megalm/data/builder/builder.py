@@ -10,13 +10,14 @@ import hashlib
 import logging
 import os
 import shutil
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from megalm.data.builder.assembler import Assembler, DatasetWriter, Placed
 from megalm.data.builder.build_plan import BuildOptions, Group, Plan, make_plan
@@ -34,10 +35,7 @@ from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import json_hash
 
-__all__ = ["BuildOptions", "BuildProgress", "Built", "DatasetMetadata", "build_dataset", "build_files"]
-
 logger = logging.getLogger(__name__)
-PROGRESS_SECONDS = 0.2
 LARGEST_BLOCK = 16 << 20  # sent to a worker through a pipe
 
 
@@ -70,59 +68,16 @@ class Built:
     resumed: int
     reading: ReadReport
 
-    @property
-    def ignored_files(self) -> int:
-        return self.reading.ignored_files
-
 
 @dataclass(frozen=True)
-class _Inputs:
+class BuildInputs:
     """What a build reads and begins with, found and checked."""
 
     files: list[InputFile]
     reading: ReadReport
     reports: list[DatasetMetadata]
-    inputs: list[dict[str, Any]]  # of all reports
     options: BuildOptions
     overlap: OverlapIndex | None
-
-
-def _find(
-    paths: Sequence[str | Path],
-    tokenizer: Tokenizer,
-    output_prefix: str | Path,
-    options: BuildOptions,
-    stdin_kind: str,
-) -> _Inputs:
-    if options.chat is not None and not tokenizer.reads_special_tokens:
-        raise DataError(
-            f"{tokenizer.spec}: reads no special tokens from a text, as chat templates write them; give the same "
-            "tokenizer as a tokenizer.json, which an export to Hugging Face has"
-        )
-    reading = ReadReport()
-    files = find_inputs(paths, reading, stdin_kind, options.read.kind)
-    prefixes = options.output_prefixes(output_prefix)
-    _warn_of_repeated(files)
-    sources: list[str | Path] = [*(file.on_disk for file in files), *tokenizer_files(tokenizer.spec)]
-    overlap = None
-    if options.overlap is not None:
-        overlap = read_evaluation_sets(options.overlap, tokenizer)
-        options = replace(options, overlap=replace(options.overlap, content=overlap.content))
-        _refuse_training_on_evaluation(files, overlap)
-        sources += [path for file in overlap.files for path in file.on_disk]
-    refuse_overwriting(prefixes, Path(f"{output_prefix}{WORK_SUFFIX}"), sources)
-    facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
-    inputs: list[dict[str, Any]] = []
-    # Also refuses a tokenizer without an end-of-document token, before anything is read.
-    reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
-    return _Inputs(files, reading, reports, inputs, options, overlap)
-
-
-def _refuse_training_on_evaluation(files: Sequence[InputFile], overlap: OverlapIndex) -> None:
-    read = {os.path.realpath(file.on_disk) for file in files}
-    for file in overlap.files:
-        if os.path.realpath(file.path) in read:
-            raise DataError(f"{file.path}: is an input and an evaluation set (--exclude-overlap); choose one of them")
 
 
 def check_build(
@@ -131,12 +86,37 @@ def check_build(
     output_prefix: str | Path,
     options: BuildOptions,
     stdin_kind: str = ".jsonl",
-) -> list[InputFile]:
-    """Return the files that a build would read; writes nothing, and reads only evaluation sets.
+) -> BuildInputs:
+    """Return what a build would read; writes nothing, and reads only evaluation sets.
 
     Raises: as `build_files`, before it reads.
     """
-    return _find(paths, tokenizer, output_prefix, options, stdin_kind).files
+    if options.chat is not None and not tokenizer.reads_special_tokens:
+        raise DataError(
+            f"{tokenizer.spec}: reads no special tokens from a text, as chat templates write them; give the same "
+            "tokenizer as a tokenizer.json, which an export to Hugging Face has"
+        )
+    reading = ReadReport()
+    files = find_inputs(paths, reading, stdin_kind, options.read.kind)
+    prefixes = options.output_prefixes(output_prefix)
+    names = Counter(os.path.abspath(file.path) for file in files)
+    if repeated := [name for name, times in names.items() if times > 1]:
+        logger.warning("%s is named more than once, and is read each time (%d such files)", repeated[0], len(repeated))
+    sources: list[str | Path] = [*(file.on_disk for file in files), *tokenizer_files(tokenizer.spec)]
+    overlap = None
+    if options.overlap is not None:
+        overlap = read_evaluation_sets(options.overlap, tokenizer)
+        options = replace(options, overlap=replace(options.overlap, content=overlap.content))
+        read = {os.path.realpath(file.on_disk) for file in files}
+        if both := [file.path for file in overlap.files if os.path.realpath(file.path) in read]:
+            raise DataError(f"{both[0]}: is an input and an evaluation set (--exclude-overlap); choose one of them")
+        sources += [path for file in overlap.files for path in file.on_disk]
+    refuse_overwriting(prefixes, Path(f"{output_prefix}{WORK_SUFFIX}"), sources)
+    facts = options.to_json() | ({"stdin_kind": stdin_kind} if any(file.is_stdin for file in files) else {})
+    inputs: list[dict[str, Any]] = []  # one list for all reports
+    # Also refuses a tokenizer without an end-of-document token, before anything is read.
+    reports = [start_report(prefix, tokenizer, options.append_eod, facts, inputs) for prefix in prefixes]
+    return BuildInputs(files, reading, reports, options, overlap)
 
 
 def build_files(
@@ -166,9 +146,9 @@ def build_files(
         DataError: see `BuildOptions.on_error`; an existing output that was built differently; an input that changes;
             no document left; a full disk. Finished parts stay in PREFIX.building for the next attempt.
     """
-    found = _find(paths, tokenizer, output_prefix, options or BuildOptions(), stdin_kind)
+    found = check_build(paths, tokenizer, output_prefix, options or BuildOptions(), stdin_kind)
     options = found.options
-    files, reading, reports, inputs = found.files, found.reading, found.reports, found.inputs
+    files, reading, reports = found.files, found.reading, found.reports
     prefixes, work = options.output_prefixes(output_prefix), Path(f"{output_prefix}{WORK_SUFFIX}")
     finished = None if again else _finished_reports(prefixes, files, reports[0], overwrite)
     if finished is not None:
@@ -193,7 +173,10 @@ def build_files(
                 assembler.add(placed)
             for file in plan.files:
                 file.check_unchanged()
-            inputs += [_recorded_input(file, hashes.get(file.path, "")) for file in plan.files]
+            for file in plan.files:
+                entry = file.facts() | {"bytes": file.size, "sha256": hashes.get(file.path, "")}
+                del entry["size"]
+                reports[0].inputs.append(entry)
             assembler.losses.input_bytes += plan.streamed_bytes
             assembler.finish(counts.assembling, found.overlap)
         shutil.rmtree(work, ignore_errors=True)  # NFS keeps files that are still mapped
@@ -254,12 +237,11 @@ class _Units:
 
 
 class _Counts:
-    """Sums the counts, and reports progress at most a few times per second."""
+    """Sums the counts, and reports them."""
 
     def __init__(self, plan: Plan, progress: Progress | None) -> None:
-        self._weight, self._progress = plan.weight, progress
-        self._last, self._done = 0.0, 0
-        self._now = BuildProgress(0, 0, 0)
+        self._weight, self._progress = plan.weight, progress or (lambda done: None)
+        self._done, self._now = 0, BuildProgress(0, 0, 0)
 
     def add(self, summary: WorkUnitSummary, weight: int, reused: int) -> None:
         self._done += weight
@@ -270,16 +252,11 @@ class _Counts:
             tokens=self._now.tokens + summary.tokens,
             share=min(1.0, (self._done + reused) / self._weight) if self._weight else None,
         )
-        self._report()
+        self._progress(self._now)
 
     def assembling(self, share: float) -> None:
         self._now = replace(self._now, share=share, stage="writing")
-        self._report(always=share == 1.0)
-
-    def _report(self, always: bool = False) -> None:
-        if self._progress is not None and (always or time.monotonic() - self._last >= PROGRESS_SECONDS):
-            self._last = time.monotonic()
-            self._progress(self._now)
+        self._progress(self._now)
 
 
 def _finished_reports(
@@ -321,21 +298,9 @@ def _same_inputs(report: DatasetMetadata, files: Sequence[InputFile]) -> bool:
     return bool(known)
 
 
-def _warn_of_repeated(files: Sequence[InputFile]) -> None:
-    names = Counter(os.path.abspath(file.path) for file in files)
-    if repeated := [name for name, times in names.items() if times > 1]:
-        logger.warning("%s is named more than once, and is read each time (%d such files)", repeated[0], len(repeated))
-
-
 def _listing(files: Sequence[InputFile]) -> str:
     """Return a hash of all input names and sizes, which determine the content of each shard."""
     return json_hash([[file.path, file.size] for file in files])
-
-
-def _recorded_input(file: InputFile, sha256: str) -> dict[str, Any]:
-    entry = file.facts()
-    entry["bytes"] = entry.pop("size")
-    return entry | {"sha256": sha256}
 
 
 def build_dataset(
@@ -369,7 +334,7 @@ def build_dataset(
             (found,) = encode_documents(tokenizer, [document.text])
             if isinstance(found, DataError):
                 raise DataError(f"{document.source}: {found}")
-            writer.add(*with_ends([tokenizer.begun(found.tokens)], eod_id, dtype))
+            writer.add(*with_ends([tokenizer.begun(found.tokens)], eod_id, dtype), np.ones(1, dtype=np.bool_))
             report.text_bytes += found.text_bytes
             if not found.is_exact:
                 writer.note_inexact([document.source], 1)

@@ -39,6 +39,7 @@ LISTED, SHOWN_CHARACTERS, NAMED, SHOWN_FILES = 5000, 200, 20, 10
 DATASET = "dataset"
 _BITS_PER_KEY, _SECOND_LOOK = 32, 24
 _READ_TOGETHER = 4096
+_ARRAYS = ("words", "text_ends", "text_items", "items")  # of an OverlapIndex, and its files
 _EDGE = 50  # characters in which a part's first whole word begins, if it has spaces
 
 
@@ -178,36 +179,41 @@ def _slots(hashes: UInt64s, low: int, size: int) -> tuple[Int64s, npt.NDArray[np
     return (slots >> np.uint64(3)).view(np.int64), slots.astype(np.uint8) & np.uint8(7)
 
 
+@dataclass(frozen=True)
 class OverlapIndex:
     """The n-grams of all evaluation sets.
 
     Attributes:
+        tables: of the n-grams, and of the first words of texts that are matched as a whole, if there are any.
+        words, text_ends, text_items: all words, where each text ends in them, and its item.
+        items: [I, 2] number of the file and line of each item.
         files: what was read; empty if loaded from a folder.
         unchecked: names of the first items that are too short.
-        items: [I, 2] number of the file and line of each item.
-        ngrams: number of distinct n-grams.
     """
 
-    def __init__(self, tables: Sequence[_Table], words: UInt64s, text_ends: Int64s, text_items: Int64s, items: Int64s):
-        self._tables, self._words, self._text_ends, self._text_items = tables, words, text_ends, text_items
-        self.items = items
-        self.files: list[EvaluationFile] = []
-        self.unchecked: list[str] = []
+    tables: Sequence[_Table]
+    words: UInt64s
+    text_ends: Int64s
+    text_items: Int64s
+    items: Int64s
+    files: Sequence[EvaluationFile] = ()
+    unchecked: Sequence[str] = ()
 
     @property
     def ngrams(self) -> int:
-        return len(self._tables[0].keys)
+        """Number of distinct n-grams."""
+        return len(self.tables[0].keys)
 
     @property
     def content(self) -> str:
         """A hash of all words and of where their texts end."""
-        return hashlib.sha256(self._words.tobytes() + self._text_ends.tobytes()).hexdigest()
+        return hashlib.sha256(self.words.tobytes() + self.text_ends.tobytes()).hexdigest()
 
     def find(self, texts: Sequence[str]) -> dict[int, Overlaps]:
         """Return the overlaps of each text that has any, by its number."""
         found: dict[int, Overlaps] = {}
         for group in grouped_words(texts):
-            parts = [self._find(group, table, whole) for whole, table in zip((False, True), self._tables, strict=False)]
+            parts = [self._find(group, table, whole) for whole, table in zip((False, True), self.tables, strict=False)]
             rows = np.concatenate(parts)  # [m, 4]: text, first, end, item
             if not len(rows):
                 continue
@@ -227,26 +233,25 @@ class OverlapIndex:
         runs, rows = table.find(words.hashes)
         texts = np.searchsorted(group.bounds, runs, side="right") - 1
         places = table.places[rows].astype(np.int64)
-        numbers = np.searchsorted(self._text_ends, places, side="right")
-        lengths = self._text_ends[numbers] - places if whole else np.full(len(runs), table.length)
+        numbers = np.searchsorted(self.text_ends, places, side="right")
+        lengths = self.text_ends[numbers] - places if whole else np.full(len(runs), table.length)
         inside = runs + lengths <= group.bounds[texts + 1]
         if whole:
             for hit in np.flatnonzero(inside):
                 here, there, length = runs[hit], places[hit], lengths[hit]
-                inside[hit] = np.array_equal(words.hashes[here : here + length], self._words[there : there + length])
+                inside[hit] = np.array_equal(words.hashes[here : here + length], self.words[there : there + length])
         runs, texts = runs[inside], texts[inside]
         last = runs + lengths[inside] - 1
         starts = group.starts[texts]
-        items = self._text_items[numbers[inside]]
+        items = self.text_items[numbers[inside]]
         return np.stack((texts, words.first[runs] - starts, words.end[last] - starts, items), axis=1)
 
     def save(self, folder: Path) -> None:
         """Write the arrays to the folder, from which several processes map them. Raises DataError for a full disk."""
-        arrays: dict[str, npt.NDArray[Any]] = {"words": self._words, "text_ends": self._text_ends}
-        arrays |= {"text_items": self._text_items, "items": self.items}
-        for number, table in enumerate(self._tables):
-            arrays |= {f"keys{number}": table.keys, f"places{number}": table.places, f"bits{number}": table.bits}
-        arrays["lengths"] = np.array([table.length for table in self._tables])
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        arrays["lengths"] = np.array([table.length for table in self.tables])
+        for number, table in enumerate(self.tables):
+            arrays |= {f"{name}{number}": array for name, array in table._asdict().items() if name != "length"}
         for name, array in arrays.items():
             path = _array_path(folder, name)
             with writing_to(path):
@@ -260,10 +265,10 @@ class OverlapIndex:
             return np.load(path, mmap_mode="r" if path.stat().st_size > _READ_TOGETHER else None)
 
         tables = [
-            _Table(int(length), array(f"keys{number}"), array(f"places{number}"), array(f"bits{number}"))
+            _Table(int(length), *(array(f"{name}{number}") for name in ("keys", "places", "bits")))
             for number, length in enumerate(array("lengths"))
         ]
-        return cls(tables, array("words"), array("text_ends"), array("text_items"), array("items"))
+        return cls(tables, *map(array, _ARRAYS))
 
 
 def _array_path(folder: Path, name: str) -> Path:
@@ -391,9 +396,8 @@ class _Reader:
         if short.any():
             begins = (ends - sizes)[short]
             tables.append(_Table.of(whole, hash_runs(words, whole)[begins], begins))
-        made = OverlapIndex(tables, words, ends, owners, np.array(self._items, dtype=np.int64))
-        made.files, made.unchecked = self.files, self._unchecked
-        return made
+        items = np.array(self._items, dtype=np.int64)
+        return OverlapIndex(tables, words, ends, owners, items, self.files, self._unchecked)
 
 
 def _tokenizer_of(prefix: str, tokenizer: Tokenizer) -> Tokenizer:
@@ -482,7 +486,7 @@ def merge_overlaps(overlaps: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if not all(overlaps) or any(identity(other) != identity(overlaps[0]) for other in overlaps):
         return {}
     summed = dict(overlaps[0])
-    for name in ("checked", "checked_bytes", "documents", "dropped", "parts", "removed_bytes"):
+    for name in vars(OverlapCounts()).keys() - {"files"}:
         summed[name] = sum(overlap[name] for overlap in overlaps)
     of_files = zip(*(overlap["files"] for overlap in overlaps), strict=True)
     summed["files"] = [{**same[0], "documents": sum(file["documents"] for file in same)} for same in of_files]

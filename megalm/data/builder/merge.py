@@ -18,20 +18,29 @@ import numpy.typing as npt
 
 from megalm.data.builder.assembler import DatasetWriter
 from megalm.data.builder.decontamination import LISTED, merge_overlaps
-from megalm.data.builder.dedup import Dedup, Deduplicator, exact_signatures, make_deduplicator
-from megalm.data.builder.minhash_dedup import KEPT_PAIRS, Pair, check_threshold, open_signatures
+from megalm.data.builder.dedup import (
+    KEPT_PAIRS,
+    Dedup,
+    Deduplicator,
+    Pair,
+    check_threshold,
+    exact_signatures,
+    make_deduplicator,
+    open_signatures,
+)
 from megalm.data.builder.workspace import refuse_overwriting, tokenizer_files, working_in
 from megalm.data.indexed.dataset import IndexedDataset, bin_path
-from megalm.data.indexed.document_sources import DocumentSources
 from megalm.data.indexed.metadata import (
     AWAITS_MERGE,
     KEPT_NAMES,
     DatasetMetadata,
+    DocumentSources,
     check_trained,
     dataset_paths,
     finished_report,
     overlaps_path,
     read_sidecar,
+    recorded_paths,
     versions,
 )
 from megalm.data.indexed.token_counts import Tell, no_tell
@@ -58,8 +67,7 @@ class Input(NamedTuple):
     def files(self) -> Iterator[Path]:
         """Yield the dataset's files, and the recorded files that it was built from."""
         yield from dataset_paths(self.dataset.prefix)
-        for entry in self.sidecar.get("inputs", ()):
-            yield Path(entry["path"] if isinstance(entry, dict) else entry)
+        yield from map(Path, recorded_paths(self.sidecar))
         if spec := self.tokenizer.get("spec"):  # relative to the dataset's folder
             yield from tokenizer_files(Path(self.dataset.prefix).parent / spec)
 
@@ -305,20 +313,13 @@ def _copy(
             new = seen.add(np.empty((end - first, 0)) if signed is None else signed[first:end])
         sequences = np.diff(dataset.document_index[first : end + 1])  # of each document
         lengths = dataset.sequence_lengths[dataset.document_index[first] : dataset.document_index[end]]
-        stay = np.repeat(new, sequences)
         rows = None
         if sources is not None:
-            rows = np.array(sources[0][first:end][new])
+            rows = np.array(sources[0][first:end])
             rows["file"] += sources[1]
-        of_tokens = np.repeat(stay, lengths)
-        writer.add(
-            tokens if new.all() else tokens[of_tokens],
-            lengths[stay],
-            np.cumsum(sequences[new]),
-            rows,
-            None if signed is None else signed[first:end][new],
-            None if dataset.trained is None else dataset.trained.at(range(bounds[first], bounds[end]))[of_tokens],
-        )
+        signatures = None if signed is None else signed[first:end]
+        trained = None if dataset.trained is None else dataset.trained.at(range(bounds[first], bounds[end]))
+        writer.add(tokens, lengths, new, sequences, rows, signatures, trained)
         copies += int((~new).sum())
         first = end
     if sidecar.get("bin_sha256", digest.hexdigest()) != digest.hexdigest():
@@ -338,8 +339,7 @@ def _note_pairs(report: DatasetMetadata, pairs: Sequence[Pair], datasets: Sequen
         source = DocumentSources(dataset.prefix, dataset.document_count)[document]
         return source.name if source else f"{dataset.prefix} document {document}"
 
-    for pair in pairs[: KEPT_PAIRS - len(report.near_copies)]:
-        report.near_copies.append({"left_out": name(pair.left_out), "copy_of": name(pair.copy_of), "alike": pair.alike})
+    report.near_copies += [pair.named(name) for pair in pairs[: KEPT_PAIRS - len(report.near_copies)]]
 
 
 def _sources(inputs: Sequence[Input]) -> list[tuple[npt.NDArray[Any], int]] | None:

@@ -9,11 +9,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
-from megalm.data.builder.build_plan import SPLIT_NAMES
-from megalm.data.builder.builder import BuildOptions, Built, build_files
+from megalm.data.builder.build_plan import SPLIT_NAMES, BuildOptions
+from megalm.data.builder.builder import Built, build_files
 from megalm.data.builder.decontamination import DATASET
 from megalm.data.indexed.dataset import bin_path, idx_path, sidecar_path
-from megalm.data.indexed.metadata import read_sidecar
+from megalm.data.indexed.metadata import read_sidecar, recorded_paths
 from megalm.data.readers.input_files import STDIN, InputFile, ReadReport, find_inputs
 from megalm.data.tokenizers.tokenizer import NONE, Tokenizer
 from megalm.errors import DataError
@@ -95,7 +95,7 @@ def differences(sidecar: dict[str, Any], wanted: Wanted) -> list[str]:
     if built and wanted.append_eod is not None and ended != wanted.append_eod:
         found.append(f"has documents that {'end' if ended else 'do not end'} with the end-of-document token")
     if wanted.inputs:
-        used = {_whole_name(path) for path in _recorded_paths(sidecar)}
+        used = {_whole_name(path) for path in recorded_paths(sidecar)}
         kind = sidecar["options"].get("read", {}).get("kind", "")
         named = {path for entry in wanted.inputs for path in _named_by(entry, kind, used)}
         if other := sorted(named ^ used):
@@ -217,12 +217,8 @@ def _options(sidecar: dict[str, Any], append_eod: bool | None) -> BuildOptions:
     return options if append_eod is None else replace(options, append_eod=append_eod)
 
 
-def _recorded_paths(sidecar: dict[str, Any]) -> list[str]:
-    return [entry["path"] if isinstance(entry, dict) else str(entry) for entry in sidecar["inputs"]]
-
-
 def _inputs(prefix: str | Path, sidecar: dict[str, Any]) -> Sequence[str]:
-    paths = _recorded_paths(sidecar)
+    paths = recorded_paths(sidecar)
     # A shard lists only the files that it read from: the same shard of those files would be a part of a part.
     if not paths or STDIN in paths or sidecar["options"].get("shard") != [0, 1]:
         raise DataError(

@@ -10,8 +10,8 @@ import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -20,8 +20,7 @@ import numpy.typing as npt
 
 from megalm.data.builder.build_plan import BuildOptions
 from megalm.data.builder.decontamination import LISTED, SHOWN_CHARACTERS, OverlapCounts, OverlapIndex, without_overlaps
-from megalm.data.builder.dedup import exact_signatures
-from megalm.data.builder.minhash_dedup import minhash_signatures
+from megalm.data.builder.dedup import exact_signatures, minhash_signatures
 from megalm.data.indexed.dataset import best_dtype
 from megalm.data.readers.document_reader import Span, SpanCount, lines_before, read_span, record_name
 from megalm.data.readers.input_files import KEPT_MESSAGES
@@ -29,7 +28,7 @@ from megalm.data.readers.losses import Losses
 from megalm.data.readers.records import EMPTY, ByteBlock, TextRecord
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
-from megalm.utils.atomic_files import temporary_name, write_json, writing_to
+from megalm.utils.atomic_files import write_atomically, write_json, writing_to
 
 # One row per document. `line` counts within the span; start and size are bytes of the unpacked file.
 DOCUMENT = np.dtype(
@@ -152,21 +151,28 @@ class WorkUnitWriter:
             DataError: an unreadable record, with on_error "fail"; a full disk.
         """
         part = self._part
+
+        def fill(tokens: BinaryIO) -> None:
+            for number, span in enumerate(spans):
+                count = SpanCount()
+                place = _Place(number, span, first_line)
+                for records in read_span(span, self._options.read, count, block):
+                    tokens.write(self._encode(self._kept(records, place), place))
+                self._summary.span_lines.append(count.lines)
+                self._summary.losses.input_bytes += count.disk_bytes
+
+        # Each file gets its name only once complete: workers can outlive a killed build for a moment.
         with writing_to(part.path("tokens")):
             part.path("json").unlink(missing_ok=True)
-            with _complete(part.path("tokens")) as tokens:
-                for number, span in enumerate(spans):
-                    count = SpanCount()
-                    place = _Place(number, span, first_line)
-                    for records in read_span(span, self._options.read, count, block):
-                        tokens.write(self._encode(self._kept(records, place), place))
-                    self._summary.span_lines.append(count.lines)
-                    self._summary.losses.input_bytes += count.disk_bytes
-            with _complete(part.path("npz")) as file:
-                signatures = np.concatenate(self._signatures) if self._signatures else np.zeros((0, 2), "<u8")
-                documents = np.concatenate(self._rows) if self._rows else np.zeros(0, DOCUMENT)
+            write_atomically(part.path("tokens"), fill, durable=False)
+            save = partial(
+                np.savez,
+                documents=np.concatenate(self._rows) if self._rows else np.zeros(0, DOCUMENT),
+                signatures=np.concatenate(self._signatures) if self._signatures else np.zeros((0, 2), "<u8"),
                 # Without conversations, no bit.
-                np.savez(file, documents=documents, signatures=signatures, trained=_packed(self._trained))
+                trained=np.packbits(np.concatenate(self._trained)) if self._trained else np.zeros(0, dtype=np.uint8),
+            )
+            write_atomically(part.path("npz"), save, durable=False)
         self._summary.removed, self._summary.content = dict(self._removed), content_hash
         write_json(part.path("json"), asdict(self._summary), durable=False)
         return self._summary
@@ -189,13 +195,9 @@ class WorkUnitWriter:
                 kept.append(readable)
         if self._overlap_index is not None:
             kept = self._without_overlaps(self._overlap_index, kept, place)
-        return [readable for readable in kept if self._passes_filters(readable)]
-
-    def _passes_filters(self, readable: _Readable) -> bool:
-        removed = self._options.filters.removes(readable.record.text or "")
-        if removed is not None:
-            self._removed[removed] += 1
-        return removed is None
+        broken = [self._options.filters.removes(record.text or "") for record, _ in kept]
+        self._removed.update(bound for bound in broken if bound is not None)
+        return [readable for readable, bound in zip(kept, broken, strict=True) if bound is None]
 
     def _without_overlaps(self, index: OverlapIndex, readable: list[_Readable], place: _Place) -> list[_Readable]:
         """Return the documents without overlap, and the parts of others if these are cut; counts and lists them."""
@@ -228,9 +230,12 @@ class WorkUnitWriter:
     def _leave_out(self, record: TextRecord, place: _Place) -> None:
         """Note a record without a text. Raises DataError if the policy refuses it."""
         summary = self._summary
-        if self._policy.refuses(record):
+
+        def name() -> str:
             line = (place.first_line or lines_before(place.span)) + record.line
-            raise self._policy.refusal(record, record_name(place.span.file, self._options.read, line))
+            return record_name(place.span.file, self._options.read, line)
+
+        self._policy.check(record, name)
         if record.lost_bytes is not None and place.number not in summary.lost_spans:
             summary.lost_spans.append(place.number)
         if record.is_loss and len(summary.messages) < KEPT_MESSAGES:
@@ -320,10 +325,6 @@ def _size_of(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def _packed(rows: Sequence[npt.NDArray[np.bool_]]) -> npt.NDArray[np.uint8]:
-    return np.packbits(np.concatenate(rows)) if rows else np.zeros(0, dtype=np.uint8)
-
-
 def with_ends(
     encoded: Sequence[npt.NDArray[np.int32]], eod_id: int | None, dtype: np.dtype[np.generic]
 ) -> tuple[npt.NDArray[np.generic], npt.NDArray[np.int64]]:
@@ -331,16 +332,3 @@ def with_ends(
     end = np.array([] if eod_id is None else [eod_id], dtype=np.int32)
     tokens = np.concatenate([part for row in encoded for part in (row, end)]).astype(dtype)
     return tokens, np.array([len(row) + len(end) for row in encoded], dtype=np.int64)
-
-
-@contextmanager
-def _complete(path: Path) -> Iterator[BinaryIO]:
-    """Open a file that gets its name only once complete: workers can outlive a killed build for a moment."""
-    temporary = temporary_name(path)
-    try:
-        with temporary.open("wb") as file:
-            yield file
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

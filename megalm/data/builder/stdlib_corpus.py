@@ -26,8 +26,10 @@ import sentencepiece
 
 from megalm.data.builder.builder import build_dataset
 from megalm.data.indexed.metadata import SIDECAR_VERSION
-from megalm.data.readers.document_reader import Document, ReadReport
-from megalm.data.tokenizers.tokenizer import load_tokenizer, train_tokenizer
+from megalm.data.readers.document_reader import Document
+from megalm.data.readers.input_files import ReadReport
+from megalm.data.tokenizers.tokenizer import load_tokenizer
+from megalm.data.tokenizers.training import train_tokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.utils.atomic_files import CACHE_ADVICE, json_hash, read_json, sync_directory, write_json, writing_to
 from megalm.utils.file_lock import take_lock
@@ -118,7 +120,7 @@ def _newlines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-RECIPES = ("python-stdlib",)
+RECIPE = "python-stdlib"  # the only one
 RECIPE_VERSION = 1  # increase when the same inputs give other files
 SPLIT = "95,5"
 MAX_SENTENCES = 80_000
@@ -176,36 +178,37 @@ def prepare_recipe(
         DataError: an unknown recipe, a Python without its sources, a vocabulary too large for the text, or a cache
             that cannot be written.
     """
-    if name not in RECIPES:
-        raise DataError(f"data.recipe: {name!r} is unknown; the known recipes are {', '.join(RECIPES)}")
+    if name != RECIPE:
+        raise DataError(f"data.recipe: {name!r} is unknown; the known recipe is {RECIPE}")
     cache = default_cache_dir() if cache_dir is None else Path(cache_dir)
     say: Progress = progress or (lambda line: None)
-    stamp = cache / "stamps" / f"{json_hash(_cheap_facts(name, vocab_size))}.json"
-    if prepared := _find(cache, name, stamp):
+    stamp = cache / "stamps" / f"{json_hash(_cheap_facts(vocab_size))}.json"
+    if prepared := _find(cache, stamp):
         return prepared
     with writing_to(cache, CACHE_ADVICE):
         cache.mkdir(parents=True, exist_ok=True)
         # Without locks two processes can prepare at once: the first result is read, or replaced.
         lock = take_lock(
-            cache / f"{name}.lock", on_wait=lambda: say("waiting for another process that prepares the same data")
+            cache / f"{RECIPE}.lock", on_wait=lambda: say("waiting for another process that prepares the same data")
         )
     with lock:
-        if prepared := _find(cache, name, stamp):  # another process made it meanwhile
+        if prepared := _find(cache, stamp):  # another process made it meanwhile
             return prepared
         say(f"reading the standard library of Python {platform.python_version()}")
         reading = ReadReport()
         documents = stdlib_documents(reading)
-        facts = _decisive_facts(name, vocab_size, documents)
-        directory = _directory(cache, name, json_hash(facts))
-        if _read_manifest(directory) is None:
+        facts = _decisive_facts(vocab_size, documents)
+        fingerprint = json_hash(facts)
+        directory = _directory(cache, fingerprint)
+        if _prepared(directory) is None:
             _make(directory, documents, reading, vocab_size, facts, say)
-        write_json(stamp, {"fingerprint": json_hash(facts)})
-    prepared = _find(cache, name, stamp)
-    assert prepared is not None, directory
-    return prepared
+        write_json(stamp, {"fingerprint": fingerprint})
+        prepared = _prepared(directory)
+        assert prepared is not None, directory
+        return prepared
 
 
-def _cheap_facts(name: str, vocab_size: int) -> dict[str, Any]:
+def _cheap_facts(vocab_size: int) -> dict[str, Any]:
     """Return facts that change whenever the inputs change, without reading them: 10 ms instead of a second."""
     root = standard_library()
     files = [(relative, path.stat()) for relative, path in source_files(root).items()]
@@ -213,26 +216,26 @@ def _cheap_facts(name: str, vocab_size: int) -> dict[str, Any]:
     if topics.exists():
         files.append(("pydoc_data/topics.py", topics.stat()))
     return {
-        **_options(name, vocab_size),
+        **_options(vocab_size),
         "python": sys.version,
         "root": str(root),
         "files": [[relative, status.st_size, status.st_mtime_ns] for relative, status in files],
     }
 
 
-def _decisive_facts(name: str, vocab_size: int, documents: list[Document]) -> dict[str, Any]:
+def _decisive_facts(vocab_size: int, documents: list[Document]) -> dict[str, Any]:
     """Return all facts that determine the prepared files."""
     contents = hashlib.sha256()
     for document in documents:
         for part in document:
             encoded = part.encode()
             contents.update(len(encoded).to_bytes(8, "little") + encoded)
-    return {**_options(name, vocab_size), "contents": contents.hexdigest()}
+    return {**_options(vocab_size), "contents": contents.hexdigest()}
 
 
-def _options(name: str, vocab_size: int) -> dict[str, Any]:
+def _options(vocab_size: int) -> dict[str, Any]:
     return {
-        "recipe": name,
+        "recipe": RECIPE,
         "recipe_version": RECIPE_VERSION,
         "sidecar_version": SIDECAR_VERSION,
         "vocab_size": vocab_size,
@@ -241,8 +244,8 @@ def _options(name: str, vocab_size: int) -> dict[str, Any]:
     }
 
 
-def _directory(cache: Path, name: str, fingerprint: str) -> Path:
-    return cache / f"{name}-{fingerprint[:16]}"
+def _directory(cache: Path, fingerprint: str) -> Path:
+    return cache / f"{RECIPE}-{fingerprint[:16]}"
 
 
 class _Stamp(pydantic.BaseModel):
@@ -259,28 +262,21 @@ class _Manifest(_Stamp):
     files: dict[str, int]  # name -> size
 
 
-def _find(cache: Path, name: str, stamp: Path) -> PreparedData | None:
+def _find(cache: Path, stamp: Path) -> PreparedData | None:
     """Return the corpus that the stamp points to, if it exists and is complete."""
     pointer = _read_or_none(stamp, _Stamp)
-    if pointer is None:
-        return None
-    directory = _directory(cache, name, pointer.fingerprint)
-    manifest = _read_manifest(directory)
-    if manifest is None:
-        return None
-    return PreparedData(directory, manifest.fingerprint, manifest.documents, manifest.tokens)
+    return None if pointer is None else _prepared(_directory(cache, pointer.fingerprint))
 
 
-def _read_manifest(directory: Path) -> _Manifest | None:
-    """Return the manifest, if every file that it lists has the recorded size."""
+def _prepared(directory: Path) -> PreparedData | None:
+    """Return the corpus in a folder, if every file that its manifest lists has the recorded size."""
     manifest = _read_or_none(directory / MANIFEST, _Manifest)
     if manifest is None or not manifest.files:
         return None
-    for name, size in manifest.files.items():
-        file = directory / name
-        if not file.exists() or file.stat().st_size != size:
-            return None
-    return manifest
+    sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
+    if not manifest.files.items() <= sizes.items():
+        return None
+    return PreparedData(directory, manifest.fingerprint, manifest.documents, manifest.tokens)
 
 
 def _read_or_none(path: Path, model: type[Model]) -> Model | None:

@@ -64,7 +64,7 @@ def _words_of_piece(text: str) -> Words:
         first, end = edges[0::2], edges[1::2]
         return Words(_hashes(values.take(np.frombuffer(raw, dtype=np.uint8)), first), first, end)
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    values, all_kinds = _table()
+    values, all_kinds = _table_of(sys.maxunicode + 1)
     found = all_kinds.take(codes)
     places = np.flatnonzero(found != IGNORED)
     if whole := len(places) == len(codes):
@@ -110,10 +110,6 @@ def _ascii_table() -> tuple[UInt64s, bytes]:
 
 
 @functools.cache
-def _table() -> tuple[UInt64s, Kinds]:
-    return _table_of(sys.maxunicode + 1)
-
-
 def _table_of(count: int) -> tuple[UInt64s, Kinds]:
     """Return [C] a number for each character, equal for those that count as one and 0 if it separates; and its kind."""
     folded, kinds = np.arange(count, dtype=np.uint64), np.zeros(count, dtype=np.uint8)

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +21,7 @@ from megalm.data.readers.records import ByteBlock
 from megalm.data.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from megalm.errors import DataError
 from megalm.utils import child_process
+from megalm.utils.parent_watch import ParentWatch
 
 KEPT_MEMORY_BYTES = 64 << 20
 
@@ -122,16 +122,10 @@ def _start_worker(
     global _work  # noqa: PLW0603  a process pool has no other place for per-worker state
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    # Nothing reads the results of a parent that was killed, and a new build would write the same files.
+    ParentWatch(parent, patience_seconds=0.0, when_late=lambda: None)
     tokenizer = load_tokenizer(tokenizer_spec, *ends)
     _work = lambda unit: _do(unit, directory, options, tokenizer)  # noqa: E731
-
-
-def _leave_with(parent: int) -> None:
-    """Exit when the parent was killed: nothing reads the results, and a new build would write the same files."""
-    while os.getppid() == parent:
-        threading.Event().wait(1.0)
-    os._exit(1)
 
 
 def _do_in_worker(unit: Unit) -> WorkUnitSummary:

@@ -40,27 +40,6 @@ def tokenizer_files(spec: str | Path) -> list[Path]:
 
 
 @contextmanager
-def build_lock(work: Path) -> Iterator[None]:
-    """Hold the lock of PREFIX.building, so that only one process at a time writes the files of PREFIX.
-
-    Raises:
-        DataError: another process holds it.
-    """
-    path = work.with_name(f".{work.name}.lock")
-    with writing_to(work):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = take_lock(path, wait_seconds=0.0)
-        except BlockingIOError:
-            raise DataError(f"{work}: another process builds this dataset now; wait for it") from None
-    with lock:
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-@contextmanager
 def working_in(
     work: Path, identity: Any, prefixes: Sequence[str], overwrite: bool, resume: bool = True
 ) -> Iterator[None]:
@@ -70,8 +49,15 @@ def working_in(
         DataError: another process works there; a dataset of this name exists that is not from such a build; or the
             folder holds other files than a build's.
     """
-    plan = work / "plan.json"
-    with build_lock(work):
+    plan, locked = work / "plan.json", work.with_name(f".{work.name}.lock")
+    with writing_to(work):
+        locked.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = take_lock(locked, wait_seconds=0.0)
+        except BlockingIOError:
+            raise DataError(f"{work}: another process builds this dataset now; wait for it") from None
+    with lock, contextlib.ExitStack() as leave:
+        leave.callback(locked.unlink, missing_ok=True)
         same = False
         with contextlib.suppress(DataError):  # a missing or damaged plan is another one
             same = read_json(plan) == {"identity": identity}
@@ -82,8 +68,10 @@ def working_in(
                 logger.warning("%s is from another input or other options, and is deleted", work)
         if not (same and resume):
             with writing_to(work):
+                for path in sorted(work.iterdir()) if work.exists() else ():
+                    if not (_OF_A_BUILD.fullmatch(path.name) or is_temporary(path)) or path.is_dir():
+                        raise DataError(f"{path}: is not of a build, whose folder is replaced now; move it away")
                 if work.exists():
-                    _refuse_strangers(work)
                     shutil.rmtree(work)
                 work.mkdir()
             write_json(plan, {"identity": identity})
@@ -91,13 +79,6 @@ def working_in(
             for left in path.parent.glob(f".{path.name}.*.tmp"):  # from a killed build: no other process builds here
                 left.unlink(missing_ok=True)
         yield
-
-
-def _refuse_strangers(work: Path) -> None:
-    """Raises DataError if deleting PREFIX.building would delete files that no build has made."""
-    for path in sorted(work.iterdir()):
-        if not (_OF_A_BUILD.fullmatch(path.name) or is_temporary(path)) or path.is_dir():
-            raise DataError(f"{path}: is not of a build, whose folder is replaced now; move it away")
 
 
 @contextmanager

@@ -91,7 +91,11 @@ class IndexedDataset:
         self.sequence_lengths: npt.NDArray[np.int32] = _view(index, "<i4", count, base)
         self.sequence_pointers: npt.NDArray[np.int64] = _view(index, "<i8", count, base + 4 * count)
         self.document_index: npt.NDArray[np.int64] = _view(index, "<i8", documents, base + 12 * count)
-        self._check_ends()
+        if documents == 0 or self.document_index[0] != 0 or self.document_index[-1] != count:
+            raise DataError(
+                f"{idx_path(prefix)}: the documents do not cover sequences 0 to {count}; the index is damaged; "
+                "rebuild it"
+            )
         (check or IndexedDataset.verify)(self)
         raw = _map_bytes(bin_path(prefix))
         size = 0
@@ -135,16 +139,14 @@ class IndexedDataset:
         tokens = self.tokens[chosen].astype(np.int64)
         if len(tokens) and (tokens.min() < 0 or (self.vocab_size is not None and tokens.max() >= self.vocab_size)):
             wrong = (tokens < 0) | (tokens >= (tokens.max() + 1 if self.vocab_size is None else self.vocab_size))
-            raise self._outside(int(np.asarray(positions)[wrong][0]))
+            position = int(np.asarray(positions)[wrong][0])
+            size = "" if self.vocab_size is None else f" of {self.vocab_size:,} ids"
+            raise DataError(
+                f"{bin_path(self.prefix)}: document {self.document_at(position)} has token "
+                f"{int(self.tokens[position])} (at position {position} of the file) outside the vocabulary{size}; the "
+                "dataset was built with another tokenizer, or is damaged"
+            )
         return tokens
-
-    def _outside(self, position: int) -> DataError:
-        size = "" if self.vocab_size is None else f" of {self.vocab_size:,} ids"
-        return DataError(
-            f"{bin_path(self.prefix)}: document {self.document_at(position)} has token {int(self.tokens[position])} "
-            f"(at position {position} of the file) outside the vocabulary{size}; the dataset was built with another "
-            "tokenizer, or is damaged"
-        )
 
     def document_at(self, position: int) -> int:
         """Return the number of the document that holds the token at this position of `tokens`."""
@@ -198,14 +200,6 @@ class IndexedDataset:
         if wrong.any():
             raise DataError(
                 f"{idx_path(self.prefix)}: {problem} {first + int(wrong.argmax())}; the index is damaged; rebuild it"
-            )
-
-    def _check_ends(self) -> None:
-        documents = self.document_index
-        if len(documents) == 0 or documents[0] != 0 or documents[-1] != len(self):
-            raise DataError(
-                f"{idx_path(self.prefix)}: the documents do not cover sequences 0 to {len(self)}; "
-                "the index is damaged; rebuild it"
             )
 
 

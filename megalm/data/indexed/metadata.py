@@ -1,4 +1,4 @@
-"""PREFIX.json: how a dataset was built and what it holds; reading it, writing it, and checks of a build's output."""
+"""PREFIX.json: how a dataset was built and what it holds; checks of a build's output; PREFIX.sources beside it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy
+import numpy as np
 
 import megalm
 from megalm.data.indexed.dataset import IndexedDataset, best_dtype, bin_path, idx_path, sidecar_path
-from megalm.data.indexed.document_sources import sources_path
 from megalm.data.indexed.trained_tokens import trained_path
-from megalm.data.readers.input_files import is_sidecar, sha256_of
+from megalm.data.readers.document_reader import record_name
+from megalm.data.readers.input_files import InputFile, is_sidecar, sha256_of
+from megalm.data.readers.records import ReadOptions
 from megalm.data.tokenizers.tokenizer import Tokenizer
 from megalm.errors import DataError
 from megalm.utils.atomic_files import read_json
 
 AWAITS_MERGE = "awaits_merge"
+# `line` as in records.TextRecord; start and size are bytes of the unpacked file.
+SOURCE = np.dtype([("file", "<u4"), ("size", "<u4"), ("line", "<i8"), ("start", "<i8")])
+
+
+def sources_path(prefix: str | Path) -> Path:
+    return Path(f"{prefix}.sources")
 
 
 def signatures_path(prefix: str | Path) -> Path:
@@ -109,7 +116,7 @@ def versions() -> dict[str, Any]:
         "megalm": megalm.__version__,
         "sidecar": SIDECAR_VERSION,
         "python": platform.python_version(),
-        "numpy": numpy.__version__,
+        "numpy": np.__version__,
     }
 
 
@@ -130,6 +137,11 @@ def read_sidecar(prefix: str | Path) -> dict[str, Any] | None:
     path = sidecar_path(prefix)
     facts = read_json(path) if path.exists() and is_sidecar(path) else None
     return facts if isinstance(facts, dict) and "bin_sha256" in facts else None
+
+
+def recorded_paths(sidecar: Mapping[str, Any]) -> list[str]:
+    """Return the names of the inputs of a PREFIX.json."""
+    return [entry["path"] if isinstance(entry, dict) else str(entry) for entry in sidecar.get("inputs", ())]
 
 
 def finished_report(
@@ -216,3 +228,51 @@ def _is_of_others(prefix: str | Path) -> bool:
         return read_sidecar(prefix) is None
     except DataError:  # damaged: building again replaces it
         return False
+
+
+@dataclass(frozen=True)
+class DocumentSource:
+    """Origin of a document: `name` is "file:line" as in errors; bytes [start, start + size), size 0 for table rows."""
+
+    name: str
+    start: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.name}, bytes {self.start:,} to {self.start + self.size:,}" if self.size else self.name
+
+
+class DocumentSources:
+    """PREFIX.sources, the origin of each document: a 24-byte row, whose `file` indexes the file list in PREFIX.json.
+
+    The file is optional for readers of the dataset; `available` is False if it has none.
+
+    Attributes:
+        rows: SOURCE [documents], if available.
+
+    Raises:
+        DataError: the file does not match the dataset.
+    """
+
+    def __init__(self, prefix: str | Path, documents: int) -> None:
+        path = sources_path(prefix)
+        self.available = path.exists() and documents > 0
+        if not self.available:
+            return
+        size = path.stat().st_size
+        if size != documents * SOURCE.itemsize:
+            raise DataError(
+                f"{path}: {documents * SOURCE.itemsize:,} bytes expected for {documents:,} documents, {size:,} found; "
+                "copy or build it again"
+            )
+        self.rows = np.memmap(path, dtype=SOURCE, mode="r")
+        sidecar = read_json(sidecar_path(prefix))
+        self._files = [InputFile(file["path"], file["kind"]) for file in sidecar["inputs"]]
+        self._options = ReadOptions(documents=sidecar["options"]["read"]["documents"])
+
+    def __getitem__(self, document: int) -> DocumentSource | None:
+        if not self.available:
+            return None
+        row = self.rows[document]
+        name = record_name(self._files[row["file"]], self._options, int(row["line"]))
+        return DocumentSource(name, int(row["start"]), int(row["size"]))

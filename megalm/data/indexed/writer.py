@@ -30,7 +30,10 @@ class IndexedDatasetWriter:
     def __init__(self, prefix: str | Path, dtype: np.dtype[np.generic] | type[np.generic]) -> None:
         self.prefix = str(prefix)
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self._code = _dtype_code(self.dtype)
+        codes = [code for code, known in DTYPES.items() if known == self.dtype]
+        if not codes:
+            raise DataError(f"{self.dtype} is not an integer type of the indexed format; use best_dtype(vocab_size)")
+        self._code = codes[0]
         self._count = 0  # sequences
         self._bin_temporary = temporary_name(bin_path(prefix))
         self._idx_temporary = temporary_name(idx_path(prefix))
@@ -73,11 +76,11 @@ class IndexedDatasetWriter:
         """Write the index and give both files their final names, each atomically."""
         with writing_to(idx_path(self.prefix)):
             try:
-                _sync_and_close(self._file)
-                with self._idx_temporary.open("wb") as index:
+                with self._file, self._idx_temporary.open("wb") as index:
                     self._write_index(index)
-                    index.flush()
-                    os.fsync(index.fileno())
+                    for file in (self._file, index):
+                        file.flush()
+                        os.fsync(file.fileno())
                 # An old dataset without its index counts as absent; a new .bin beside an old .idx could look valid.
                 idx_path(self.prefix).unlink(missing_ok=True)
                 self._bin_temporary.replace(bin_path(self.prefix))
@@ -163,16 +166,3 @@ def _pieces(file: tempfile.SpooledTemporaryFile[bytes], dtype: str) -> Iterator[
     file.seek(0)
     while piece := file.read(SPOOLED_BYTES):
         yield np.frombuffer(piece, dtype=dtype)
-
-
-def _dtype_code(dtype: np.dtype[np.generic]) -> int:
-    for code, known in DTYPES.items():
-        if known == dtype and known.kind in "iu":
-            return code
-    raise DataError(f"{dtype} is not an integer type of the indexed format; use best_dtype(vocab_size)")
-
-
-def _sync_and_close(file: BinaryIO) -> None:
-    with file:
-        file.flush()
-        os.fsync(file.fileno())

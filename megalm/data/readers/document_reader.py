@@ -8,7 +8,7 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple
@@ -243,8 +243,6 @@ def lines_before(span: Span) -> int:
 
 # Documents from many files
 
-__all__ = ["Document", "OnError", "ReadReport", "iter_documents", "read_documents"]
-
 OnError = Literal["fail", "skip"]
 
 
@@ -269,13 +267,12 @@ class LossPolicy:
     empty_documents: OnError = "skip"
     max_loss: float | None = None
 
-    def refuses(self, record: TextRecord) -> bool:
-        return (record.is_empty and self.empty_documents == "fail") or (record.is_loss and self.on_error == "fail")
-
-    def refusal(self, record: TextRecord, name: str) -> DataError:
-        option = "--empty-documents" if record.is_empty else "--on-error"
-        rest = "the rest of such files" if record.lost_bytes is not None else "such documents"
-        return DataError(f"{name}: {record.problem}; correct it, or skip {rest} ({option} skip)")
+    def check(self, record: TextRecord, name: Callable[[], str]) -> None:
+        """Raises DataError for a record, named by `name`, that is not to be skipped."""
+        if (record.is_empty and self.empty_documents == "fail") or (record.is_loss and self.on_error == "fail"):
+            option = "--empty-documents" if record.is_empty else "--on-error"
+            rest = "the rest of such files" if record.lost_bytes is not None else "such documents"
+            raise DataError(f"{name()}: {record.problem}; correct it, or skip {rest} ({option} skip)")
 
 
 def iter_documents(
@@ -316,13 +313,12 @@ def read_documents(
         for records in read_span(Span(file), options, count):
             for record in records:
                 losses.count(record)
+                name = record_name(file, options, record.line)
                 if record.text is not None:
                     report.documents += 1
-                    yield Document(record.text, record_name(file, options, record.line))
+                    yield Document(record.text, name)
                     continue
-                name = record_name(file, options, record.line)
-                if policy.refuses(record):
-                    raise policy.refusal(record, name)
+                policy.check(record, lambda: name)  # noqa: B023  called at once
                 is_lost |= record.lost_bytes is not None
                 if record.is_loss:
                     report.note(f"{name}: {record.problem}")

@@ -49,14 +49,6 @@ def _without_bom(content: bytes, start: int) -> tuple[bytes, int]:
     return (content[len(BOM) :], start + len(BOM)) if start == 0 and content.startswith(BOM) else (content, start)
 
 
-def _last_line_end(buffer: bytearray, start: int) -> int:
-    return buffer.rfind(b"\n") + 1
-
-
-def _count_lines(content: bytes, start: int) -> int:
-    return content.count(b"\n")
-
-
 def _parse_lines(content: bytes, start: int, options: ReadOptions) -> Iterator[TextRecord]:
     content, start = _without_bom(content, start)
     for line, raw in enumerate(content.split(b"\n")):
@@ -165,35 +157,16 @@ def _unfinished_array(content: bytes, start: int) -> str:
     )
 
 
-def _finished(content: bytes, start: int) -> str:
-    return ""
-
-
-def _never(buffer: bytearray, start: int = 0) -> int:
-    return 0
-
-
-def _line_name(path: str, number: int) -> str:
-    return f"{path}:{number + 1}"
-
-
 LINES = RecordLayout(
-    _last_line_end, lambda buffer: buffer.find(b"\n") + 1, _parse_lines, _count_lines, _finished, _line_name
+    _parse_lines,
+    cut=lambda buffer, start: buffer.rfind(b"\n") + 1,
+    first_end=lambda buffer: buffer.find(b"\n") + 1,
 )
-PARTS = RecordLayout(_last_blank_line, _first_blank_line, _parse_parts, _count_lines, _finished, _line_name)
-WHOLE = RecordLayout(
-    cut=_never,
-    first_end=_never,
-    parse=_parse_whole,
-    count=lambda content, start: 0,
-    unfinished=_finished,
-    name=lambda path, number: path,
-    whole_file=True,
-)
+PARTS = RecordLayout(_parse_parts, cut=_last_blank_line, first_end=_first_blank_line)
+WHOLE = RecordLayout(_parse_whole, count=lambda content, start: 0, name=lambda path, number: path, whole_file=True)
 ARRAY = RecordLayout(
+    _parse_array,
     cut=_last_element_end,
-    first_end=_never,
-    parse=_parse_array,
     count=_count_elements,
     unfinished=_unfinished_array,
     name=lambda path, number: f"{path}[{number}]",

@@ -51,8 +51,8 @@ HASH_BYTES = 1 << 20
 PIECE_BYTES = 1 << 13
 SNIFFED_BYTES = 1 << 14
 LONGEST_FIRST_LINE = 4 << 20  # an object over several lines has a shorter one
-POINTER = b"version https://git-lfs.github.com/spec/"
-LARGEST_POINTER = 1024
+_POINTER = b"version https://git-lfs.github.com/spec/"
+_LARGEST_POINTER = 1024
 _ZSTD_WINDOW = 31  # log2 of the largest window, 2 GiB: what `zstd --ultra --long=31` writes
 
 
@@ -89,24 +89,23 @@ class InputFile:
     tag: str = ""  # of a file at an address, in place of a time; see `RemoteVersion`
 
     @classmethod
-    def at_address(cls, address: str, version: RemoteVersion, kind: str = "") -> InputFile:
-        """As `found_at`, of a file at an address."""
-        file = cls(address, kind or kind_of(Path(address)), packing_of(Path(address)), version.bytes, tag=version.tag)
-        if file.kind == ".json" and not kind and json_kind(address, file.packing) == ".jsonl":
-            return replace(file, kind=".jsonl")
-        return file
-
-    @classmethod
-    def found_at(cls, path: Path, kind: str = "") -> InputFile:
+    def found_at(cls, path: str | Path, kind: str = "", version: RemoteVersion | None = None) -> InputFile:
         """Return the file at `path`, of the given kind, or of the kind that its name and its content say.
+
+        Args:
+            version: of a file at an address.
 
         Raises:
             DataError: it is a pointer of Git LFS.
         """
-        status = path.stat()
-        file = cls(str(path), kind or kind_of(path), packing_of(path), status.st_size, status.st_mtime_ns)
-        if len(POINTER) <= file.size <= LARGEST_POINTER and _begins_as_pointer(path):
-            raise DataError(f"{path}: is a pointer of Git LFS, not the file itself; run git lfs pull in its repository")
+        named = Path(path)
+        file = cls(str(path), kind or kind_of(named), packing_of(named))
+        if version is not None:
+            file = replace(file, size=version.bytes, tag=version.tag)
+        else:
+            refuse_pointer(named)
+            status = named.stat()
+            file = replace(file, size=status.st_size, mtime_ns=status.st_mtime_ns)
         if file.kind == ".json" and not kind and json_kind(path, file.packing) == ".jsonl":
             return replace(file, kind=".jsonl")
         return file
@@ -236,10 +235,15 @@ class _PackedStreams(io.RawIOBase):
         return bool(rest)
 
 
-def _begins_as_pointer(path: Path) -> bool:
-    with contextlib.suppress(OSError), path.open("rb") as file:  # reported where it is read
-        return file.read(len(POINTER)) == POINTER
-    return False
+def refuse_pointer(path: Path) -> None:
+    """Raises DataError if the file is a pointer of Git LFS."""
+    start = b""
+    with contextlib.suppress(OSError):  # reported where it is read
+        if path.stat().st_size <= _LARGEST_POINTER:
+            with path.open("rb") as file:
+                start = file.read(len(_POINTER))
+    if start == _POINTER:
+        raise DataError(f"{path}: is a pointer of Git LFS, not the file itself; run git lfs pull in its repository")
 
 
 def json_kind(path: str | Path, packing: str = "") -> str:
@@ -322,7 +326,9 @@ def _find_files(given: str, report: ReadReport, input_kind: str) -> list[Path]:
         raise DataError("an input has an empty name; give files, folders or globs")
     path, left_out = Path(given), list[str]()
     if path.is_dir():
-        found, left_out = _below(path, input_kind)
+        reasons = {file: _left_out_because(file, path, input_kind) for file in sorted(_walk(path))}
+        found = [file for file, reason in reasons.items() if not reason]
+        left_out = [f"{file}: {reason}" for file, reason in reasons.items() if reason]
     elif path.is_file():
         found = [path]
     else:
@@ -363,7 +369,7 @@ def _find_remote(given: str, report: ReadReport, input_kind: str) -> list[InputF
         else:
             left_out.append(f"{address}: unknown file type")
     _check_found(given, found, left_out, report, input_kind)
-    return [InputFile.at_address(address, versions[address], input_kind) for address in found]
+    return [InputFile.found_at(address, input_kind, versions[address]) for address in found]
 
 
 def sha256_of(path: str | Path, stop: Callable[[], bool] = lambda: False) -> str:
@@ -373,18 +379,6 @@ def sha256_of(path: str | Path, stop: Callable[[], bool] = lambda: False) -> str
         while (block := file.read(HASH_BYTES)) and not stop():
             digest.update(block)
     return "" if block else digest.hexdigest()
-
-
-def _below(folder: Path, input_kind: str) -> tuple[list[Path], list[str]]:
-    """Return (a folder's files to read, sorted; the others, each with the reason why it is left out)."""
-    found: list[Path] = []
-    left_out: list[str] = []
-    for file in sorted(_walk(folder)):
-        if reason := _left_out_because(file, folder, input_kind):
-            left_out.append(f"{file}: {reason}")
-        else:
-            found.append(file)
-    return found, left_out
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -419,14 +413,11 @@ def _left_out_because(file: Path, folder: Path, input_kind: str) -> str:
         return "unknown file type"
     if not file.is_file():
         return "a link that leads nowhere" if file.is_symlink() else "not a regular file"
-    if file.suffix == ".json" and ((file.with_suffix(".idx").exists() and is_sidecar(file)) or _is_of_tokenizer(file)):
+    described = file.with_suffix("")  # such as my.model, of a tokenizer's report my.model.json
+    is_report = described.suffix == ".model" and described.exists()
+    if file.suffix == ".json" and (is_report or (file.with_suffix(".idx").exists() and is_sidecar(file))):
         return "of a dataset or tokenizer"
     return ""
-
-
-def _is_of_tokenizer(file: Path) -> bool:
-    """Whether it is a tokenizer's report, such as my.model.json beside my.model."""
-    return file.with_suffix("").suffix == ".model" and file.with_suffix("").exists()
 
 
 def _known_kinds() -> str:

@@ -91,7 +91,7 @@ class Losses:
             first = f", the first: {messages[0]}" if messages else ""
             raise DataError(
                 f"{name}: {'; '.join(self.lines())}{first}; that is more than --max-loss {100 * limit:g}% "
-                f"allows: repair the input, or accept the loss (--max-loss {_percent_above(share)})"
+                f"allows: repair the input, or accept the loss (--max-loss {min(100, int(100 * share) + 1)}%)"
             )
 
     def _share(self, few_are_allowed: bool) -> float:
@@ -116,10 +116,6 @@ def share_of_text(text: str, option: str) -> float:
 
 def _share_of(part: int, whole: int) -> float:
     return min(1.0, part / whole) if whole else 0.0
-
-
-def _percent_above(share: float) -> str:
-    return f"{min(100, int(100 * share) + 1)}%"
 
 
 def _plural(noun: str, count: int) -> str:

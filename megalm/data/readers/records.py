@@ -84,10 +84,10 @@ class RecordLayout:
     """How to split one kind of file into records. Functions that take a `start` get the bytes' offset in the file.
 
     Attributes:
+        parse: returns the records of a block.
         cut: number of leading bytes that are complete records, 0 if there are none.
         first_end: end of the first record, 0 if it does not end in the buffer.
-        parse: returns the records of a block.
-        count: number of units of `TextRecord.line` in a block.
+        count: number of units of `TextRecord.line` in a block; default: of lines.
         unfinished: the problem of a file that ends with these bytes, "" if they are a valid record.
         name: display name of a record, from its path and number.
         mismatch: the problem of a file whose content is of another layout; "" if it is not.
@@ -95,12 +95,12 @@ class RecordLayout:
         behind_too_long: appended to the message about an oversized record if nothing after it can be read.
     """
 
-    cut: Callable[[bytearray, int], int]
-    first_end: Callable[[bytearray], int]
     parse: Callable[[bytes, int, ReadOptions], Iterator[TextRecord]]
-    count: Callable[[bytes, int], int]
-    unfinished: Callable[[bytes, int], str]
-    name: Callable[[str, int], str]
+    cut: Callable[[bytearray, int], int] = lambda buffer, start: 0
+    first_end: Callable[[bytearray], int] = lambda buffer: 0
+    count: Callable[[bytes, int], int] = lambda content, start: content.count(b"\n")
+    unfinished: Callable[[bytes, int], str] = lambda content, start: ""
+    name: Callable[[str, int], str] = lambda path, number: f"{path}:{number + 1}"
     mismatch: Callable[[bytearray, int], str] = lambda buffer, start: ""
     whole_file: bool = False
     behind_too_long: str = ""
@@ -193,7 +193,7 @@ def too_long(largest: int) -> str:
 def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:
     """Return (text, "") of a JSON value or a table row, or (None, problem). A key whose value is null has no text."""
     if options.messages_key or options.every_text:
-        return _every_text(value, options.columns) if options.every_text else _conversation(value, options.messages_key)
+        return _every_text(value, options) if options.every_text else _conversation(value, options)
     if isinstance(value, str):
         return (value, "") if value else (None, EMPTY)
     if not isinstance(value, dict):
@@ -201,8 +201,7 @@ def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:
     texts = []
     for key in options.keys:
         if key not in value:
-            keys = ", ".join(map(repr, list(value)[:8])) or "none"
-            return None, f"has no {key!r} (its keys: {keys}; --text-key chooses one)"
+            return _without(value, key, options)
         if value[key] is None:  # as tables and exports of tables mark what is missing
             continue
         if not isinstance(value[key], str):
@@ -211,11 +210,16 @@ def text_of(value: object, options: ReadOptions) -> tuple[str | None, str]:
     return (JOINED_BY.join(texts), "") if any(texts) else (None, EMPTY)
 
 
-def _conversation(value: object, key: str) -> tuple[str | None, str]:
+def _without(value: object, key: str, options: ReadOptions) -> tuple[None, str]:
+    keys = ", ".join(map(repr, list(value)[:8])) or "none" if isinstance(value, dict) else type(value).__name__
+    return None, f"has no {key!r} (its keys: {keys}; {options.key_option} chooses one)"
+
+
+def _conversation(value: object, options: ReadOptions) -> tuple[str | None, str]:
     """Return the messages and tools of a JSON value or a table row, as `text_of` does."""
+    key = options.messages_key
     if not isinstance(value, dict) or key not in value:
-        keys = ", ".join(map(repr, list(value)[:8])) if isinstance(value, dict) else type(value).__name__
-        return None, f"has no {key!r} (its keys: {keys}; --messages-key chooses one)"
+        return _without(value, key, options)
     messages, tools = value[key], value.get(TOOLS)
     if isinstance(messages, list) and not messages:
         return None, EMPTY
@@ -227,13 +231,12 @@ def _conversation(value: object, key: str) -> tuple[str | None, str]:
     return json.dumps({"messages": messages, "tools": tools or None}, ensure_ascii=False), ""
 
 
-def _every_text(value: object, keys: tuple[str, ...]) -> tuple[str | None, str]:
+def _every_text(value: object, options: ReadOptions) -> tuple[str | None, str]:
     """Return the strings in a JSON value or a table row, also in lists and objects in it, as `text_of` does."""
-    if isinstance(value, dict) and keys:
-        if missing := [key for key in keys if key not in value]:
-            found = ", ".join(map(repr, list(value)[:8])) or "none"
-            return None, f"has no {missing[0]!r} (its keys: {found}; --overlap-key chooses others)"
-        value = [value[key] for key in keys]
+    if isinstance(value, dict) and options.columns:
+        if missing := [key for key in options.columns if key not in value]:
+            return _without(value, missing[0], options)
+        value = [value[key] for key in options.columns]
     return json.dumps(list(_strings(value))), ""
 
 

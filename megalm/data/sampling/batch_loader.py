@@ -174,18 +174,72 @@ class ValidationLoader:
         return _assemble(self._samples, self._layout, first, end)
 
 
+@dataclass(frozen=True)
+class ScoredSequence:
+    """A sequence whose last tokens are scored.
+
+    Attributes:
+        tokens: [n], n at least 2; the last token is a target only.
+        first: index of the first scored token, at least 1.
+    """
+
+    tokens: npt.NDArray[np.integer]
+    first: int
+
+    @property
+    def targets(self) -> int:
+        return len(self.tokens) - self.first
+
+
+class SequenceBatches:
+    """Sequences of different lengths for evaluation: similar ones together, which takes little padding.
+
+    The longest come first, so that a lack of memory shows at once.
+    """
+
+    def __init__(self, sequences: Sequence[ScoredSequence], batch_size: int) -> None:
+        self._sequences, self._size = sequences, batch_size
+        self._order = sorted(range(len(sequences)), key=lambda index: -len(sequences[index].tokens))
+
+    def __len__(self) -> int:
+        return (len(self._order) + self._size - 1) // self._size
+
+    def __iter__(self) -> Iterator[GlobalBatch]:
+        return map(self.batch, range(len(self)))
+
+    def indices(self, index: int) -> list[int]:
+        """The sequence in each row of batch `index`."""
+        return self._order[index * self._size : (index + 1) * self._size]
+
+    def batch(self, index: int) -> GlobalBatch:
+        rows = [self._sequences[number] for number in self.indices(index)]
+        shape = len(rows), len(rows[0].tokens) - 1
+        tokens, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORE_INDEX, dtype=np.int64)
+        for row, sequence in enumerate(rows):
+            length = len(sequence.tokens) - 1
+            tokens[row, :length] = sequence.tokens[:-1]
+            labels[row, sequence.first - 1 : length] = sequence.tokens[sequence.first :]
+        first = index * self._size
+        targets = sum(sequence.targets for sequence in rows)
+        return GlobalBatch((MicroBatch(tokens, labels, None),), targets, (first, first + len(rows)))
+
+
+def common_prefix(first: Sequence[object], second: Sequence[object]) -> int:
+    """The length of the longest common prefix."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
 def _assemble(samples: Samples, layout: BatchLayout, first: int, end: int, parts: int = 1) -> GlobalBatch:
     """Return the rank's part of samples [first, end), padded to the layout's size with samples without targets.
 
     Args:
         parts: equal ones, that each sample is cut into.
     """
-
-    def sample_and_part(offset: int) -> tuple[int, int]:
-        return first + offset // parts, offset % parts
-
     micro_batches = tuple(
-        _micro_batch(samples, [sample_and_part(offset) for offset in layout.offsets(micro)], end, parts)
+        _micro_batch(
+            samples, [(first + offset // parts, offset % parts) for offset in layout.offsets(micro)], end, parts
+        )
         for micro in range(layout.micro_batches)
     )
     targets = [samples.target_count(index) for index in range(first, end)]

@@ -18,7 +18,14 @@ import numpy.typing as npt
 
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.sampling.index_cache import ArrayCache, Arrays
-from megalm.data.sampling.sample_order import ORDER_VERSION, Int64s, Place, Range, permutation, random_state
+from megalm.data.sampling.sample_order import (
+    Int64s,
+    Place,
+    Range,
+    permutation,
+    random_state,
+    shuffled_samples,
+)
 from megalm.errors import DataError
 
 PACKING_VERSION = 1
@@ -35,11 +42,6 @@ class Pieces(NamedTuple):
     firsts: Int64s
     lengths: Ints
     unit: int = 1
-
-    @staticmethod
-    def of_documents(dataset: IndexedDataset, documents: Range) -> Pieces:
-        where = slice(*documents)
-        return Pieces(dataset.sequence_pointers[where], dataset.sequence_lengths[where], dataset.dtype.itemsize)
 
 
 class Packing:
@@ -110,7 +112,7 @@ def pack(lengths: Ints, sequence_length: int, order: Callable[[], Ints]) -> Arra
         pieces of the other samples, sample by sample; bounds [S - F + 1], where each sample begins there; sizes
         [S - F] of these samples in tokens.
     """
-    full_ends = np.cumsum(_full_samples(lengths, sequence_length), dtype=np.int64)
+    full_ends = np.cumsum(np.maximum(lengths.astype(np.int32) - 1, 0) // sequence_length, dtype=np.int64)
     if not len(full_ends) or not full_ends[-1]:
         full_ends = full_ends[:0]
     taken = order()
@@ -222,9 +224,7 @@ class PackedStream:
     def _shuffled(self, epoch: int) -> Ints:
         if self._rest is not None and epoch < self._epoch:
             return permutation(random_state(self._seed, epoch, _PURPOSE_REST), self._read_first)
-        facts = (ORDER_VERSION, "samples", len(self.whole), self._seed, epoch)
-        make = lambda: {"samples": permutation(random_state(self._seed, epoch, 1), len(self.whole))}  # noqa: E731
-        return self._cache.get(facts, make)["samples"]
+        return shuffled_samples(self._cache, len(self.whole), self._seed, epoch)
 
 
 def pack_documents(
@@ -235,7 +235,8 @@ def pack_documents(
     Raises:
         DataError: no document has two tokens.
     """
-    pieces = Pieces.of_documents(dataset, documents)
+    where = slice(*documents)
+    pieces = Pieces(dataset.sequence_pointers[where], dataset.sequence_lengths[where], dataset.dtype.itemsize)
     count = len(pieces.lengths)
 
     def order() -> Ints:
@@ -258,11 +259,6 @@ def expected_padding(lengths: Ints, sequence_length: int) -> float:
     some = lengths[:: -(-max(1, len(lengths)) // WINDOW_PIECES)]
     arrays = pack(some, sequence_length, lambda: np.arange(len(some)))
     return Packing(Pieces(np.zeros(len(some), dtype=np.int64), some), sequence_length, arrays).padding_share
-
-
-def _full_samples(lengths: Ints, sequence_length: int) -> Ints:
-    """Return [P] the number of full samples of each piece."""
-    return np.asarray(np.maximum(lengths.astype(np.int32) - 1, 0) // sequence_length)
 
 
 def _joined(firsts: Int64s, lengths: Int64s) -> Pieces:

@@ -38,10 +38,6 @@ class DocumentTable:
         # Stream position of each document's first token, and of the end: [D + 1].
         self.starts = document_starts(dataset, documents) if starts is None else starts
 
-    @property
-    def token_count(self) -> int:
-        return int(self.starts[-1])
-
     def find(self, position: npt.NDArray[np.int64] | int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.int64]]:
         """Return (index in `documents`, token inside that document) of stream positions; skips empty documents."""
         entry = np.asarray(np.searchsorted(self.starts, position, side="right") - 1)
@@ -49,7 +45,7 @@ class DocumentTable:
 
     def locate(self, first: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Map stream positions [first, first + count) to places in the dataset's tokens [n] and in `documents` [n]."""
-        assert 0 <= first <= first + count <= self.token_count
+        assert 0 <= first <= first + count <= self.starts[-1]
         entry, offset = self.find(np.arange(first, first + count, dtype=np.int64))
         base = self._dataset.sequence_pointers[self.documents[entry]] // self._dataset.dtype.itemsize
         return base + offset, entry.astype(np.int64)
@@ -215,9 +211,7 @@ class PrefixStableStream:
 
     def _shuffled_samples(self, epoch: int) -> npt.NDArray[np.integer]:
         count = self.first_sample(epoch + 1) - self.first_sample(epoch)
-        facts = (ORDER_VERSION, "samples", count, self._seed, epoch)
-        state = random_state(self._seed, epoch, 1)
-        return self._cache.get(facts, lambda: {"samples": permutation(state, count)})["samples"]
+        return shuffled_samples(self._cache, count, self._seed, epoch)
 
 
 class RecutStream:
@@ -296,6 +290,13 @@ def permutation(state: np.random.RandomState, count: int) -> npt.NDArray[np.inte
     order: npt.NDArray[np.integer] = np.arange(count, dtype=np.int32 if count < 2**31 else np.int64)
     state.shuffle(order)
     return order
+
+
+def shuffled_samples(cache: ArrayCache, count: int, seed: int, epoch: int) -> npt.NDArray[np.integer]:
+    """Return [count] the order of an epoch's samples."""
+    facts = (ORDER_VERSION, "samples", count, seed, epoch)
+    state = random_state(seed, epoch, 1)
+    return cache.get(facts, lambda: {"samples": permutation(state, count)})["samples"]
 
 
 def random_state(seed: int, epoch: int, purpose: int) -> np.random.RandomState:

@@ -106,7 +106,10 @@ class _Windows(Samples, ABC):
                 f"{self.tokens_per_epoch} tokens, but a sample needs two; give more text or another data.split"
             )
         check_trained(dataset)
-        self.trained_per_epoch = self.tokens_per_epoch if dataset.trained is None else self._count_trained()
+        self.trained_per_epoch = self.tokens_per_epoch
+        if dataset.trained is not None:
+            first, last = (dataset.sequence_positions(at) for at in (document_range[0], document_range[1] - 1))
+            self.trained_per_epoch = dataset.trained.count(first.start, last.stop)
         if not self.trained_per_epoch:
             raise DataError(
                 f"{dataset.prefix}: no token of documents {document_range[0]} to {document_range[1]} is trained; "
@@ -154,12 +157,6 @@ class _Windows(Samples, ABC):
             joints = np.flatnonzero(_starts(place))
             targets[joints] &= self.dataset.begins_sequence(place.positions[joints + 1])
         return targets
-
-    def _count_trained(self) -> int:
-        start, end = self.document_range
-        first = self.dataset.sequence_positions(start).start
-        assert self.dataset.trained is not None
-        return self.dataset.trained.count(first, self.dataset.sequence_positions(end - 1).stop)
 
     def _label_count(self, index: int) -> int:
         """Return how many of the sample's positions hold a token."""
@@ -298,10 +295,6 @@ class TrainingSamples(_Windows):
         """The packing of an epoch."""
         return self._stream.whole if isinstance(self._stream, PackedStream) else None
 
-    def epoch_of(self, index: int) -> int:
-        """Return the number of complete epochs that the samples before `index` have used."""
-        return index * self.stride // self.tokens_per_epoch if self.whole is None else index // len(self.whole)
-
     def place(self, index: int) -> Place:
         return self._stream.place(index)
 
@@ -351,7 +344,7 @@ class ValidationSamples(_Windows):
         if count >= len(self):
             return self
         part = copy.copy(self)
-        part._choose(self._windows[(2 * np.arange(count) + 1) * len(self) // (2 * count)])
+        part._choose(self._windows[evenly(len(self), count)])
         if self.dataset.trained is not None and not any(map(part.target_count, range(count))):
             raise DataError(
                 f"{self.dataset.prefix}: no token of the {count} samples that evaluate.max_samples chooses is trained; "
@@ -379,6 +372,13 @@ class ValidationSamples(_Windows):
 def _starts(place: Place) -> npt.NDArray[np.bool_]:
     """Return [n - 1] whether the label is the first token of a new document."""
     return place.instances[1:] != place.instances[:-1]
+
+
+def evenly(count: int, limit: int | None) -> list[int]:
+    """Up to `limit` of `count` indices, evenly spaced and always the same."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return [(2 * index + 1) * count // (2 * limit) for index in range(limit)]
 
 
 def hash_of(*facts: object) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -18,11 +18,12 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from megalm.data.tokenizers.tokenizer import BYTES, TOKENIZER_CONFIG, token_name
 from megalm.errors import DataError
 from megalm.utils.atomic_files import read_json
 
 ASSISTANT = "assistant"
-CONFIG, TEMPLATE_FILE = "tokenizer_config.json", "chat_template.jinja"
+TEMPLATE_FILE = "chat_template.jinja"
 # Noncharacters, which Unicode keeps free for marks such as these.
 BEGIN, END = "\ufdd0", "\ufdd1"
 
@@ -132,13 +133,9 @@ def _environment() -> ImmutableSandboxedEnvironment:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
-    environment.filters["tojson"] = _to_json
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     environment.globals["raise_exception"] = _refuse
     return environment
-
-
-def _to_json(value: Any, **options: Any) -> str:
-    return json.dumps(value, **{"ensure_ascii": False, **options})
 
 
 def _refuse(message: str) -> NoReturn:
@@ -169,19 +166,21 @@ def load_chat_template(file: str | Path | None, tokenizer: str) -> ChatTemplate:
         DataError: there is no template, or it is no valid one.
     """
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
-    config = read_json(folder / CONFIG) if (folder / CONFIG).is_file() and tokenizer != "bytes" else {}
+    path = folder / TOKENIZER_CONFIG
+    config = read_json(path) if path.is_file() and tokenizer != BYTES else {}
     config = config if isinstance(config, dict) else {}
     source = Path(file) if file is not None else folder / TEMPLATE_FILE
-    if file is not None or (tokenizer != "bytes" and source.is_file()):
+    if file is not None or (tokenizer != BYTES and source.is_file()):
         template = _template_in(source)
     else:
         template = _named(config)
         if not template:
             raise DataError(
-                f"{tokenizer}: has no chat template, neither {TEMPLATE_FILE} nor in {CONFIG}; give one "
+                f"{tokenizer}: has no chat template, neither {TEMPLATE_FILE} nor in {TOKENIZER_CONFIG}; give one "
                 "(--chat-template FILE)"
             )
-    found = ChatTemplate(template, dict(_special_tokens(config)))
+    named = {name: token_name(token) for name, token in config.items() if name.endswith("_token")}
+    found = ChatTemplate(template, {name: text for name, text in named.items() if text is not None})
     found.check()
     return found
 
@@ -211,10 +210,3 @@ def _named(config: dict[str, Any]) -> str:
     if isinstance(found, list):
         found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}.get("default")
     return found if isinstance(found, str) else ""
-
-
-def _special_tokens(config: dict[str, Any]) -> Any:
-    for name, token in config.items():
-        text = token.get("content") if isinstance(token, dict) else token
-        if name.endswith("_token") and isinstance(text, str):
-            yield name, text

@@ -76,7 +76,7 @@ class HuggingFaceTokenizer(Tokenizer):
 
     @property
     def eod_source(self) -> str:
-        named = not self.eod_is_chosen and self._fitting_eod[0] in self._configured_eos()
+        named = not self.eod_is_chosen and self._fitting_eod[0] in self._configured_eos
         return f"the eos_token of {TOKENIZER_CONFIG}" if named else ""
 
     @functools.cached_property
@@ -105,7 +105,7 @@ class HuggingFaceTokenizer(Tokenizer):
     @functools.cached_property
     def _fitting_eod(self) -> tuple[str, int]:
         """The name and the id of the file's own end-of-document token; warns if others fit as well."""
-        configured = tuple(self._configured_eos())
+        configured = self._configured_eos
         found = {name: self._tokenizer.token_to_id(name) for name in (*configured, *EOD_TOKENS)}
         fitting = {name: int(token) for name, token in found.items() if token is not None}
         if not fitting:
@@ -177,9 +177,10 @@ class HuggingFaceTokenizer(Tokenizer):
             fallback[token] = piece == unknown or BYTE_TOKEN.fullmatch(piece) is not None
         return fallback
 
-    def _configured_eos(self) -> Iterator[str]:
-        if name := token_name(self.beside(TOKENIZER_CONFIG).get("eos_token")):
-            yield name
+    @property
+    def _configured_eos(self) -> list[str]:
+        name = token_name(self.beside(TOKENIZER_CONFIG).get("eos_token"))
+        return [name] if name else []
 
 
 def _definition_of(path: Path) -> dict[str, Any]:
@@ -208,7 +209,7 @@ def _decoder_types(decoder: dict[str, Any] | None) -> Iterator[str]:
 def _piece_content(piece: str, decoders: set[str]) -> TokenContent:
     """Return a piece's bytes inside a text. Decoding a single id would be wrong: decoders strip the start of a text."""
     if "ByteLevel" in decoders:
-        alphabet = _byte_alphabet()
+        alphabet = byte_alphabet()
         spelled = all(character in alphabet for character in piece)
         return TokenContent(TEXT, bytes(map(alphabet.__getitem__, piece)) if spelled else piece.encode())
     if "ByteFallback" in decoders and BYTE_TOKEN.fullmatch(piece):
@@ -219,7 +220,7 @@ def _piece_content(piece: str, decoders: set[str]) -> TokenContent:
 
 
 @functools.cache
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """Return the byte that each character of a byte-level piece is: printable ones as Latin-1, others from 256 on."""
     printable = [byte for byte in range(256) if chr(byte) in tokenizers.pre_tokenizers.ByteLevel.alphabet()]
     others = [byte for byte in range(256) if byte not in printable]

@@ -17,8 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from megalm.data.readers.input_files import POINTER
-from megalm.data.tokenizers.training import TokenizerReport, train_tokenizer
+from megalm.data.readers.input_files import refuse_pointer
 from megalm.errors import CheckpointError, DataError
 from megalm.utils.atomic_files import read_json
 from megalm.utils.did_you_mean import did_you_mean
@@ -26,8 +25,6 @@ from megalm.utils.did_you_mean import did_you_mean
 Integer = TypeVar("Integer", bound=np.integer)
 
 log = logging.getLogger(__name__)
-
-__all__ = ["ByteTokenizer", "Tokenizer", "TokenizerReport", "load_tokenizer", "train_tokenizer"]
 
 BYTES = "bytes"
 TEXT, BYTE, SPECIAL = "text", "byte", "special"  # kinds of tokens
@@ -386,7 +383,12 @@ def _load(spec: str | Path) -> Tokenizer:
             f"{spec}: no such tokenizer file; give a SentencePiece .model, a tokenizer.json, or 'bytes' "
             "(data_tools/train_tokenizer.py makes one)"
         )
-    _refuse_other_files(path)
+    refuse_pointer(path)
+    if path.suffix == ".tiktoken":
+        raise DataError(
+            f"{path}: is of tiktoken; save it as a tokenizer.json: AutoTokenizer.from_pretrained(FOLDER)"
+            ".save_pretrained(NEW_FOLDER) of transformers"
+        )
     # Each library is imported only when used: both together take a third of a second.
     try:
         if path.suffix == ".json":
@@ -398,18 +400,6 @@ def _load(spec: str | Path) -> Tokenizer:
         return SentencePieceTokenizer(path)
     except OSError as error:
         raise DataError(f"{spec}: cannot be read ({error.strerror}); check the file and its permissions") from error
-
-
-def _refuse_other_files(path: Path) -> None:
-    """Say what a file is that people take for a tokenizer."""
-    with contextlib.suppress(OSError), path.open("rb") as file:
-        if file.read(len(POINTER)) == POINTER:
-            raise DataError(f"{path}: is a pointer of Git LFS, not the file itself; run git lfs pull in its repository")
-    if path.suffix == ".tiktoken":
-        raise DataError(
-            f"{path}: is of tiktoken; save it as a tokenizer.json: AutoTokenizer.from_pretrained(FOLDER)"
-            ".save_pretrained(NEW_FOLDER) of transformers"
-        )
 
 
 def tokenizer_of(

@@ -11,7 +11,7 @@ from config_cases import CPU
 from megalm.cli.plan import planned
 from megalm.config.deepspeed.json_reader import DeviceFacts
 from megalm.config.loading import load_run_config, preset_paths
-from megalm.huggingface.config_json import model_type
+from megalm.huggingface.config_json import family_of
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.parity.miniature import ParityCase, make_case
 from megalm.parity.miniature_training import SyntheticSamples
@@ -64,7 +64,7 @@ def test_a_preset_is_the_published_model(name: str) -> None:
     plan, (parameters, family) = plan_of(name), PUBLISHED[name]
     run = plan.resolved
     assert plan.shape.parameter_count() == parameters
-    assert model_type(plan.shape) == family
+    assert family_of(plan.shape).name == family
     assert run.config.data.sequence_length <= plan.shape.max_position_embeddings
     assert run.config.train.steps * run.batch.global_batch * run.config.data.sequence_length >= 20 * parameters
     assert run.config.schedule.warmup_steps < run.config.train.steps

@@ -11,7 +11,7 @@ import pytest
 from megalm.data.builder.stdlib_corpus import source_files
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.writer import IndexedDatasetWriter
-from megalm.data.tokenizers.tokenizer import train_tokenizer
+from megalm.data.tokenizers.training import train_tokenizer
 
 MakeDataset = Callable[[Sequence[int]], IndexedDataset]
 

@@ -13,8 +13,8 @@ import sentencepiece
 import tokenizers
 
 from megalm.data.analysis.dataset_info import describe
-from megalm.data.builder.build_plan import make_plan
-from megalm.data.builder.builder import BuildOptions, build_dataset, build_files
+from megalm.data.builder.build_plan import BuildOptions, make_plan
+from megalm.data.builder.builder import build_dataset, build_files
 from megalm.data.builder.merge import merge_datasets
 from megalm.data.builder.rebuild import Wanted, ensure_dataset
 from megalm.data.indexed.dataset import IndexedDataset

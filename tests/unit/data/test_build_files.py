@@ -24,11 +24,11 @@ from megalm.data.analysis.dataset_info import describe, verify
 from megalm.data.builder import assembler as assembly_module
 from megalm.data.builder import build_plan as plan_module
 from megalm.data.builder import builder as builder_module
-from megalm.data.builder.builder import BuildOptions, BuildProgress, Built, build_files
+from megalm.data.builder.build_plan import BuildOptions, Filters
+from megalm.data.builder.builder import BuildProgress, Built, build_files
 from megalm.data.builder.merge import merge_datasets
-from megalm.data.builder.quality_filters import Filters
 from megalm.data.indexed.dataset import IndexedDataset, sidecar_path
-from megalm.data.indexed.document_sources import DocumentSources
+from megalm.data.indexed.metadata import DocumentSources
 from megalm.data.readers.input_files import InputFile
 from megalm.data.readers.losses import Losses
 from megalm.data.readers.records import ReadOptions
@@ -517,7 +517,7 @@ def test_documents_too_long_are_refused(tmp_path: Path) -> None:
         losses = build_files([packed], ByteTokenizer(), prefix, limited, workers).reports[0].losses
         assert (losses["read"], losses["skipped"], losses["lost_files"]) == (3, 1, 0)
         assert losses["skipped_bytes"] == pytest.approx(len(lines[1]), abs=1)
-    assert again.ignored_files == 4
+    assert again.reading.ignored_files == 4
 
 
 def test_text_named_like_the_dataset_is_not_replaced_by_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

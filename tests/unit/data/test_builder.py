@@ -16,7 +16,8 @@ import tokenizers
 from megalm.data.analysis.dataset_info import describe, document_text, verify
 from megalm.data.builder import assembler as assembly_module
 from megalm.data.builder import merge as merge_module
-from megalm.data.builder.builder import BuildOptions, build_dataset, build_files
+from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.builder import build_dataset, build_files
 from megalm.data.builder.dedup import Dedup
 from megalm.data.builder.merge import merge_datasets
 from megalm.data.indexed.dataset import IndexedDataset, bin_path

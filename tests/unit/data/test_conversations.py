@@ -16,7 +16,8 @@ import tokenizers
 
 from megalm.data.analysis.dataset_info import describe, document_text, verify
 from megalm.data.analysis.sample_sources import spans_of
-from megalm.data.builder.builder import BuildOptions, build_files
+from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.builder import build_files
 from megalm.data.builder.merge import merge_datasets
 from megalm.data.builder.rebuild import Wanted, rebuild_command
 from megalm.data.indexed.dataset import IndexedDataset

@@ -19,15 +19,8 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 
-from megalm.data.readers.document_reader import (
-    Document,
-    LossPolicy,
-    OnError,
-    ReadReport,
-    iter_documents,
-    read_documents,
-)
-from megalm.data.readers.input_files import find_inputs
+from megalm.data.readers.document_reader import Document, LossPolicy, OnError, iter_documents, read_documents
+from megalm.data.readers.input_files import ReadReport, find_inputs
 from megalm.data.readers.records import ReadOptions
 from megalm.errors import DataError
 from tests.messages import assert_names

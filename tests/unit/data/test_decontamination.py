@@ -19,7 +19,8 @@ import pytest
 from megalm.data.analysis.dataset_info import describe, verify
 from megalm.data.builder import builder as builder_module
 from megalm.data.builder import word_hashes
-from megalm.data.builder.builder import BuildOptions, build_files, check_build
+from megalm.data.builder.build_plan import BuildOptions, Filters
+from megalm.data.builder.builder import build_files, check_build
 from megalm.data.builder.decontamination import (
     CUT_MARGIN,
     MOST_PARTS,
@@ -30,7 +31,6 @@ from megalm.data.builder.decontamination import (
     without_overlaps,
 )
 from megalm.data.builder.merge import merge_datasets
-from megalm.data.builder.quality_filters import Filters
 from megalm.data.builder.rebuild import Wanted, ensure_dataset, rebuild_command
 from megalm.data.builder.word_hashes import words_of
 from megalm.data.indexed.dataset import IndexedDataset

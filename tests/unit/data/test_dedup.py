@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megalm.data.builder.dedup import ExactDeduplicator, exact_signatures
-from megalm.data.builder.minhash_dedup import MinHashDeduplicator, minhash_signatures
+from megalm.data.builder.dedup import ExactDeduplicator, MinHashDeduplicator, exact_signatures, minhash_signatures
 
 
 @pytest.mark.parametrize("spread", [1, 1 << 20])

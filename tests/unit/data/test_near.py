@@ -16,12 +16,13 @@ import pytest
 
 from megalm.data.analysis.dataset_info import verify
 from megalm.data.builder import builder as builder_module
-from megalm.data.builder import minhash_dedup as near_module
-from megalm.data.builder.builder import BuildOptions, Built, build_files
+from megalm.data.builder import dedup as near_module
+from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.builder import Built, build_files
+from megalm.data.builder.dedup import PERMUTATIONS, MinHashDeduplicator, Pair, Values, bands_of
 from megalm.data.builder.merge import merge_datasets
-from megalm.data.builder.minhash_dedup import PERMUTATIONS, MinHashDeduplicator, Pair, Values, bands_of
 from megalm.data.indexed.dataset import IndexedDataset, sidecar_path
-from megalm.data.indexed.document_sources import DocumentSources
+from megalm.data.indexed.metadata import DocumentSources
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import DataError
 from tests.messages import assert_names

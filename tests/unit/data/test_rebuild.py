@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from megalm.data.analysis.dataset_info import describe
-from megalm.data.builder.builder import BuildOptions, build_dataset, build_files
-from megalm.data.builder.quality_filters import Filters
+from megalm.data.builder.build_plan import BuildOptions, Filters
+from megalm.data.builder.builder import build_dataset, build_files
 from megalm.data.builder.rebuild import Rebuild, Wanted, ensure_dataset, rebuild_command
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.metadata import read_sidecar

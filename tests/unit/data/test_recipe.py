@@ -27,7 +27,8 @@ from megalm.data.builder.stdlib_corpus import (
     stdlib_documents,
 )
 from megalm.data.indexed.dataset import IndexedDataset
-from megalm.data.readers.document_reader import Document, ReadReport
+from megalm.data.readers.document_reader import Document
+from megalm.data.readers.input_files import ReadReport
 from megalm.data.sampling.index_cache import ArrayCache
 from megalm.data.tokenizers.tokenizer import load_tokenizer
 from megalm.errors import DataError

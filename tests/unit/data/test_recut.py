@@ -40,8 +40,8 @@ def labels(samples: TrainingSamples, first: int, end: int) -> Counter[Label]:
 def test_every_token_is_a_label_once(dataset: IndexedDataset, before: int, after: int, consumed: int) -> None:
     old = TrainingSamples(dataset, (0, len(dataset)), before, seed=3)
     new = old.recut(consumed, after)
-    epoch = old.epoch_of(consumed)
-    first = next(index for index in range(consumed + 1) if old.epoch_of(index) == epoch)
+    epoch = consumed * before // TOKENS
+    first = -(-epoch * TOKENS // before)
     rest = new._stream._starts.size  # type: ignore[union-attr]
     read = labels(old, first, consumed)
     again = labels(new, 0, rest)

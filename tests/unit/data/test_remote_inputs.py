@@ -16,7 +16,8 @@ import pytest
 from backports import zstd
 
 from megalm.data.builder import workers as workers_module
-from megalm.data.builder.builder import BuildOptions, build_files
+from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.builder import build_files
 from megalm.data.indexed.metadata import read_sidecar
 from megalm.data.readers.input_files import ReadReport, find_inputs, sha256_of
 from megalm.data.tokenizers.tokenizer import load_tokenizer

@@ -16,8 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megalm.data.tokenizers import sentencepiece_tokenizer
-from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, describe_ends, load_tokenizer, train_tokenizer
-from megalm.data.tokenizers.training import SENTENCE_CHARACTERS, TokenizerReport, draw_sentences, split_sentences
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, describe_ends, load_tokenizer
+from megalm.data.tokenizers.training import (
+    SENTENCE_CHARACTERS,
+    TokenizerReport,
+    draw_sentences,
+    split_sentences,
+    train_tokenizer,
+)
 from megalm.errors import DataError
 from tests.messages import assert_names
 

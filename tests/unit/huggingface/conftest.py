@@ -9,7 +9,7 @@ import sentencepiece
 import tokenizers
 
 from megalm.data.builder.stdlib_corpus import source_files
-from megalm.data.tokenizers.tokenizer import train_tokenizer
+from megalm.data.tokenizers.training import train_tokenizer
 
 
 @pytest.fixture(scope="session")

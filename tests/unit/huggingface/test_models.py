@@ -25,6 +25,7 @@ from megalm.huggingface.export_model import Exported, export_checkpoint, plan_ex
 from megalm.huggingface.export_tokenizer import write_tokenizer
 from megalm.huggingface.import_model import Imported, import_model
 from megalm.huggingface.pretrained_folder import HuggingFaceFolder
+from megalm.inference.generation import CachedModel
 from megalm.inference.inference_model import InferenceModel
 from megalm.model.model_config import ModelConfig
 from megalm.model.transformer import LanguageModel
@@ -191,7 +192,7 @@ def test_a_model_that_transformers_saved_has_its_loss_here(name: str, tmp_path: 
         total, count = model(tokens[:, :-1], tokens[:, 1:])
         torch.testing.assert_close(total / count, theirs(tokens, labels=tokens).loss, rtol=1e-5, atol=1e-5)
     row = np.array([[1, 2, 3]])
-    offline = InferenceModel(imported.checkpoint).next_token_logits(row, np.array([2]))
+    offline = CachedModel(InferenceModel(imported.checkpoint)).next_token_logits(row, np.array([2]))
     np.testing.assert_allclose(offline, theirs(torch.from_numpy(row)).logits[:, -1].detach(), rtol=1e-5, atol=1e-5)
 
 

@@ -23,11 +23,10 @@ from megalm.errors import CheckpointError, ConfigError, DataError
 from megalm.huggingface import torch_file
 from megalm.huggingface.config_json import to_config
 from megalm.huggingface.export_tokenizer import write_tokenizer
-from megalm.huggingface.export_weights import to_hf
 from megalm.huggingface.import_model import import_model
 from megalm.huggingface.torch_file import load_torch_file
 from megalm.huggingface.universal_checkpoint import UniversalCheckpoint
-from megalm.huggingface.weight_mapping import HFTensor, hf_tensors
+from megalm.huggingface.weight_mapping import HFTensor, hf_tensors, to_hf
 from megalm.utils.atomic_files import write_json
 from tests.huggingface_models import FAMILIES, SECTIONS, random_model
 from tests.messages import assert_names

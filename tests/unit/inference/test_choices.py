@@ -17,8 +17,9 @@ import torch
 
 from megalm.data.builder.stdlib_corpus import source_files
 from megalm.data.readers.questions import Question, read_questions
-from megalm.data.sampling.scored_sequences import SequenceBatches
-from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from megalm.data.sampling.batch_loader import SequenceBatches
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from megalm.data.tokenizers.training import train_tokenizer
 from megalm.errors import CheckpointError, DataError
 from megalm.inference.inference_model import InferenceModel, read_facts
 from megalm.train.multiple_choice import ChoiceTask, encode_question, log_likelihoods, read_choices

@@ -10,7 +10,8 @@ import pytest
 from megalm.checkpoint.average import WeightAverage
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.data.readers.questions import Question
-from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer, train_tokenizer
+from megalm.data.tokenizers.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from megalm.data.tokenizers.training import train_tokenizer
 from megalm.inference.inference_model import read_facts
 from megalm.inference.text_eval import read_text
 from megalm.train.multiple_choice import encode_question

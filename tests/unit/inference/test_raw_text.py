@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from megalm.data.sampling.samples import IGNORE_INDEX
-from megalm.data.sampling.scored_sequences import ScoredSequence, SequenceBatches, evenly
+from megalm.data.sampling.batch_loader import ScoredSequence, SequenceBatches
+from megalm.data.sampling.samples import IGNORE_INDEX, evenly
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
 from megalm.errors import ConfigError, DataError
 from megalm.inference.inference_model import InferenceModel

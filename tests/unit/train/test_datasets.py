@@ -14,7 +14,8 @@ import pytest
 from megalm.checkpoint.manifest import Manifest
 from megalm.config.deepspeed.json_reader import DS_CONFIGS_FOLDER, DeviceFacts, read_deepspeed_json
 from megalm.config.loading import SAVED_CONFIG, config_to_yaml, load_run_config
-from megalm.data.builder.builder import BuildOptions, build_files
+from megalm.data.builder.build_plan import BuildOptions
+from megalm.data.builder.builder import build_files
 from megalm.data.indexed.dataset import IndexedDataset
 from megalm.data.indexed.trained_tokens import trained_path
 from megalm.data.indexed.writer import IndexedDatasetWriter

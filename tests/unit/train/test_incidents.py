@@ -11,7 +11,7 @@ import pytest
 
 from megalm.data.builder.builder import build_files
 from megalm.data.indexed.dataset import IndexedDataset
-from megalm.data.indexed.document_sources import sources_path
+from megalm.data.indexed.metadata import sources_path
 from megalm.data.sampling.mixture import BlendedSamples, MixtureStage
 from megalm.data.sampling.samples import TrainingSamples
 from megalm.data.tokenizers.tokenizer import ByteTokenizer
