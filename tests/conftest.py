@@ -104,6 +104,15 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> None:
+    """For the small tensors of tests, of two threads one waits awake for the other: twenty times the processor's time
+    on a busy machine.
+    """
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
 def _no_thread_is_left() -> Iterator[None]:
     """A thread of megalm that outlives its tests meets what others replace, and may end the process of all."""
     before = set(threading.enumerate())

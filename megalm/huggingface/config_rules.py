@@ -273,7 +273,8 @@ class LayerTypes:
         pattern = self._pattern(config, values, count)
         is_stated = any(config.get(key) is not None for key in self.period_keys)
         if pattern is None or (is_stated and types is not None and types != pattern):
-            problems.extend(f"{key}={config[key]!r}" for key in self.keys if key in config and key != "sliding_window")
+            stated = [key for key in sorted(self.keys) if key in config and key != "sliding_window"]
+            problems.extend(f"{key}={config[key]!r}" for key in stated)
             return
         windowed = [kind == SLIDING for kind in types or pattern] if is_on and window is not None else []
         if is_on and window is None and SLIDING in (types or ()):

@@ -96,7 +96,7 @@ def test_keys_without_effect_are_said(write_json: Write) -> None:
     found = translate({"optimizer": muon(muon_lr=0.02), "scheduler": scheduler})
     assert found.settings.optimizer is not None
     assert found.settings.optimizer.params.muon_lr is None
-    assert any("optimizer.params.muon_lr=0.02" in note for note in found.notes)
+    assert any("optimizer.params.muon_lr=0.02" in note for note in found.notices)
 
 
 @pytest.mark.parametrize(
