@@ -1,8 +1,8 @@
 """How fast datasets are built, against the tokenizer's own ceiling in the same run.
 
-    python benchmarks/build_dataset.py [--megabytes 300] [--workers 2] [--rounds 3]
-    python benchmarks/build_dataset.py --tokenizers      a table: speed and compression of each kind, 8192 pieces
-    python benchmarks/build_dataset.py --samples         opening, sample orders, reading random samples
+    python -m benchmarks build_dataset [--megabytes 300] [--workers 2] [--rounds 3]
+    python -m benchmarks build_dataset --tokenizers      a table: speed and compression of each kind, 8192 pieces
+    python -m benchmarks build_dataset --samples         opening, sample orders, reading random samples
 
 The text is the Python standard library's, as often as it takes, one JSON object a document. The ceiling is
 SentencePiece called in a bare loop over texts that are in memory already, in as many processes: once as people call it
@@ -248,7 +248,3 @@ def main() -> None:
     for name in ("bare loop, lists", "bare loop, arrays"):
         clock, core = (ours / theirs for ours, theirs in zip(best["build"], best[name], strict=True))
         print(f"build / {name}: {clock:.0%} by the clock, {core:.0%} by processor time (best of {arguments.rounds})")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,7 +1,7 @@
 """Times saving and loading a checkpoint against what the disk does with the same bytes, within one run.
 
-    python benchmarks/checkpoint.py [--megabytes 1024] [--folder .] [--repeat 3] [--parameters 300]
-    torchrun --nproc_per_node 2 benchmarks/checkpoint.py ...
+    python -m benchmarks checkpoint [--megabytes 1024] [--folder .] [--repeat 3] [--parameters 300]
+    torchrun --nproc_per_node 2 -m benchmarks checkpoint ...
 
 Every rank's part is as large as --megabytes. The disk is measured by files of the same sizes, written in 16 MB blocks
 and fsynced, by all ranks at once, in turn with the saves, so that both meet the same machine; the page cache is dropped
@@ -14,32 +14,20 @@ import argparse
 import os
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-from megalm.engine.deepspeed_patches import (  # noqa: E402
-    limit_openmp_spin,
-    silence,
-)
-
-limit_openmp_spin()
-silence()
-
-import torch  # noqa: E402
-
-from megalm.checkpoint.checkpoint_reader import CheckpointReader  # noqa: E402
-from megalm.checkpoint.checkpointer import CheckpointWriter  # noqa: E402
-from megalm.checkpoint.retention import Retention  # noqa: E402
-from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind  # noqa: E402
-from megalm.engine.device import claim_device  # noqa: E402
-from megalm.engine.distributed import DistributedCommunicator, start_distributed  # noqa: E402
-from megalm.rank_environment import rank_facts  # noqa: E402
-from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
+from megalm.checkpoint.checkpoint_reader import CheckpointReader
+from megalm.checkpoint.checkpointer import CheckpointWriter
+from megalm.checkpoint.retention import Retention
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind
+from megalm.engine.device import claim_device
+from megalm.engine.distributed import DistributedCommunicator, start_distributed
+from megalm.rank_environment import rank_facts
+from megalm.train.lifecycle.shutdown import exit_process
 
 _KINDS: tuple[FragmentKind, ...] = ("master", "exp_avg", "exp_avg_sq")
 _BLOCK_BYTES = 16 << 20
@@ -165,7 +153,3 @@ def _report(seconds: dict[str, list[float]], total: int, ranks: int) -> None:
     ]
     for name, value, note in rows:
         print(f"  {name:<42}{value:8.3f} s   {note}")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Times what reads a long metrics.jsonl: the page of a run, a comparison, and what a resume needs of it.
 
-    python benchmarks/long_run.py [--rows 1000000] [--folder .]
+    python -m benchmarks long_run [--rows 1000000] [--folder .]
 
 The run has a row for each step, a validation and a checkpoint event every thousand steps, and an attempt every tenth of
 its length that goes back a hundred steps.
@@ -14,24 +14,20 @@ import io
 import math
 import random
 import shutil
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import orjson
 
-import orjson  # noqa: E402
+from megalm.cli.compare import command
+from megalm.config.schema import GuardSection
+from megalm.runs.metrics_log import read_newest_first
+from megalm.runs.run_folder import RunFolder
+from megalm.tracking.report.page import write_report
+from megalm.train.spikes.spike_guard import SpikeGuard
 
-from megalm.cli.compare import command  # noqa: E402
-from megalm.config.schema import GuardSection  # noqa: E402
-from megalm.runs.metrics_log import read_newest_first  # noqa: E402
-from megalm.runs.run_folder import RunFolder  # noqa: E402
-from megalm.tracking.report.page import write_report  # noqa: E402
-from megalm.train.spikes.spike_guard import SpikeGuard  # noqa: E402
-
-CONFIG = ROOT / "tests" / "fixtures" / "run-0.1.0" / "small"
+CONFIG = Path(__file__).resolve().parents[1] / "tests" / "fixtures" / "run-0.1.0" / "small"
 
 
 def main() -> None:
@@ -105,7 +101,3 @@ def write_run(folder: RunFolder, count: int) -> int:
                 saved = {"path": f"step-{step:08d}", "saved_step": step, "bytes": 10**10, "pruned": []}
                 row("event", event="checkpoint", step=step, attempt=attempt, seconds=9.0, stall_seconds=0.2, **saved)
     return step
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """The longest sequence of a 1.3 B model on one card, by the plan, and its memory beside a rehearsal's.
 
-    python -m benchmarks.long_sequences [--gpus RTX-5090 A100-80GB] [--ways WAY ...] [--tile 4096] [--json zero2.json]
+    python -m benchmarks long_sequences [--gpus RTX-5090 A100-80GB] [--ways WAY ...] [--tile 4096] [--json zero2.json]
         [--ranks 1] [--plan-only] [KEY=VALUE ...]
 
 For each card and each way to keep activations: the longest multiple of 1,024 tokens, one sequence at a time, of which
@@ -104,7 +104,3 @@ class _Search:
 
     def _fits(self, steps: int) -> bool:
         return self.plan(steps * _STEP).fit.level == "fits"
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Which learning rate is the best at each width, with and without the maximal-update parametrisation.
 
-    python -m benchmarks.mup_transfer [--widths 64,128,256] [--rates 2.5e-4,...] [--steps 200]
+    python -m benchmarks mup_transfer [--widths 64,128,256] [--rates 2.5e-4,...] [--steps 200]
 
 Trains the coordinate check's small model (two layers, four heads) on the bytes of Python's standard library, the same
 batches at every width and rate, and prints the mean loss per byte of the last tenth of the steps as Markdown.
@@ -90,7 +90,3 @@ def main() -> None:
     for line in table([int(width) for width in widths], [float(rate) for rate in rates], arguments.steps):
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()

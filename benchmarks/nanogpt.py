@@ -17,7 +17,7 @@ import json
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,16 +27,23 @@ from torch.nn import functional
 
 
 @dataclass(frozen=True)
-class Architecture:
+class Shape:
+    """The size of a model and of its batch.
+
+    Attributes:
+        batch: sequences of a step.
+    """
+
     layers: int
     hidden: int
     heads: int
     vocabulary: int
     sequence: int
+    batch: int
 
 
 class _Attention(nn.Module):
-    def __init__(self, shape: Architecture) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.heads = shape.heads
         self.qkv = nn.Linear(shape.hidden, 3 * shape.hidden)
@@ -53,7 +60,7 @@ class _Attention(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, shape: Architecture) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(shape.hidden)
         self.attention = _Attention(shape)
@@ -69,7 +76,7 @@ class _Block(nn.Module):
 class NanoGPT(nn.Module):
     """[B, T] tokens and [B, T] labels -> the mean loss."""
 
-    def __init__(self, shape: Architecture) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__()
         self.tokens = nn.Embedding(shape.vocabulary, shape.hidden)
         self.positions = nn.Embedding(shape.sequence, shape.hidden)
@@ -103,7 +110,8 @@ def nanogpt_optimizer(model: nn.Module, rate: float) -> torch.optim.AdamW:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokens", type=Path, required=True, help="token ids as uint16, one after another")
-    for name in ("layers", "hidden", "heads", "vocabulary", "sequence", "batch", "steps"):
+    sizes = [field.name for field in fields(Shape)]
+    for name in (*sizes, "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
@@ -112,14 +120,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(1337)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    shape = Architecture(arguments.layers, arguments.hidden, arguments.heads, arguments.vocabulary, arguments.sequence)
+    shape = Shape(**{name: getattr(arguments, name) for name in sizes})
     model = NanoGPT(shape).to(device)
     optimizer = nanogpt_optimizer(model, 1e-3)
     forward = model if arguments.no_compile else torch.compile(model)
 
     def next_batch() -> tuple[Tensor, Tensor]:
         data = np.memmap(arguments.tokens, dtype=np.uint16, mode="r")  # anew each time: nanoGPT's cure for a leak
-        places = torch.randint(len(data) - shape.sequence, (arguments.batch,))
+        places = torch.randint(len(data) - shape.sequence, (shape.batch,))
         rows = [torch.from_numpy(data[at : at + shape.sequence + 1].astype(np.int64)) for at in places.tolist()]
         whole = torch.stack(rows).to(device)
         return whole[:, :-1].contiguous(), whole[:, 1:].contiguous()

@@ -1,6 +1,6 @@
 """megalm's real command against a compiled loop in nanoGPT's way: whole loops, in turn, within one run.
 
-    python benchmarks/paired_loops.py [--shapes 34m quickstart] [--precisions bf16 fp32] [--rounds 6] [--seconds 8]
+    python -m benchmarks paired_loops [--shapes 34m quickstart] [--precisions bf16 fp32] [--rounds 6] [--seconds 8]
 
 Both programs are started and compiled once. Then one of them runs for some seconds while all processes of the other are
 stopped, and so on in turn; a step that a stop interrupts does not count. So both meet the same machine, and the ratio
@@ -27,14 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import psutil
 
-import psutil  # noqa: E402
+from benchmarks.bench_runs import ROOT, ZERO1, keys_of, words_of, write_random_tokens
+from benchmarks.nanogpt import Shape
 
-from benchmarks.random_data import write_random_tokens  # noqa: E402
-from benchmarks.shapes import Shape  # noqa: E402
-
+_WITHOUT_OURS = {"TORCHINDUCTOR_CPP_USE_DECOMPOSE_TANH": "0"}  # torch's default; megalm's command sets its own
 _BYTES = 256  # ids of the byte tokenizer; more entries of the vocabulary cost the same whether they occur or not
 _START_SECONDS = 600.0
 _FEWEST_STEPS = 4  # of a round, however busy the machine is
@@ -149,30 +147,26 @@ def _pair(name: str, precision: str, arguments: argparse.Namespace, cores: int, 
 
 
 def _megalm(shape: Shape, precision: str, words: list[str], folder: Path) -> Program:
-    content = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    content = json.loads(ZERO1.with_name("zero2.json").read_text())
     content |= {"train_batch_size": shape.batch, "bf16": {"enabled": precision == "bf16"}}
     (folder / "deepspeed.json").write_text(json.dumps(content))
     settings = {
-        "model.style": "gpt2",
-        "model.num_hidden_layers": shape.layers,
-        "model.hidden_size": shape.hidden,
-        "model.num_attention_heads": shape.heads,
+        **keys_of(shape, "gpt2"),
         "model.vocab_size": shape.vocabulary,
-        "model.tie_word_embeddings": "true",
+        "model.tie_word_embeddings": True,
         "data.train": folder / "data",
         "data.tokenizer": "bytes",
-        "data.sequence_length": shape.sequence,
         "data.split": "95,5",
         "train.steps": 100_000,
         "schedule.peak_learning_rate": 1e-4,  # random tokens teach nothing, and higher rates diverge on them
         "evaluate.interval_steps": "null",
         "checkpoint.interval_steps": "null",
-        "compile": "true",
+        "compile": True,
         "run.name": "paired",
         "run.root": folder,
     }
-    overrides = [*(f"{key}={value}" for key, value in settings.items()), *words]
-    command = [str(ROOT / "launch" / "pretrain.py"), "--deepspeed_config", str(folder / "deepspeed.json"), *overrides]
+    command = [str(ROOT / "launch" / "pretrain.py"), "--deepspeed_config", str(folder / "deepspeed.json")]
+    command += [*words_of(settings), *words]
     return _start(command, folder / "paired" / "metrics.jsonl", folder / "megalm.log", folder, {})
 
 
@@ -180,9 +174,8 @@ def _nanogpt(shape: Shape, precision: str, cores: int, folder: Path) -> Program:
     sizes = vars(shape) | {"steps": 100_000, "threads": cores}
     options = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
     command = [str(ROOT / "benchmarks" / "nanogpt.py"), "--tokens", str(folder / "data.bin"), *options]
-    spin = {"GOMP_SPINCOUNT": "10000"}  # as megalm sets it
     rows = folder / "nanogpt.jsonl"
-    return _start([*command, "--precision", precision], rows, rows, folder, spin)
+    return _start([*command, "--precision", precision], rows, rows, folder, _WITHOUT_OURS)
 
 
 def _start(command: list[str], rows: Path, log: Path, folder: Path, more: dict[str, str]) -> Program:
@@ -194,7 +187,3 @@ def _start(command: list[str], rows: Path, log: Path, folder: Path, more: dict[s
     started = Program(process, rows, output)
     started.signal(signal.SIGSTOP)  # until it is its turn
     return started
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Every layout against one rank on the same global batch: step time, communication, memory of activations and states.
 
-    python benchmarks/parallel.py [--shape quickstart|34m|124m|1.3b] [--layouts one dp2 tp2 ...] [--steps 8] [--zero 1]
+    python -m benchmarks parallel [--shape quickstart|34m|124m|1.3b] [--layouts one dp2 tp2 ...] [--steps 8] [--zero 1]
 
 Each layout is started by itself, as several processes of this file, one a GPU or, on a CPU, sharing the cores: there
 layouts cannot be faster than one rank, and what the table shows is what they cost and what they save. Columns:
@@ -18,39 +18,24 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-from megalm.engine.deepspeed_patches import (  # noqa: E402
-    limit_openmp_spin,
-    silence,
-)
-
-limit_openmp_spin()
-silence()
-
-import torch  # noqa: E402
-
-from benchmarks.launch_ranks import launch_ranks  # noqa: E402
-from benchmarks.random_data import random_batches, write_random_tokens  # noqa: E402
-from benchmarks.shapes import Shape  # noqa: E402
-from megalm.config.deepspeed.json_reader import read_deepspeed_json  # noqa: E402
-from megalm.config.loading import load_run_config  # noqa: E402
-from megalm.cost_model.memory import estimate_memory  # noqa: E402
-from megalm.engine.build import build_engine  # noqa: E402
-from megalm.engine.device import claim_device, device_facts, device_name  # noqa: E402
-from megalm.engine.distributed import DistributedCommunicator, start_distributed  # noqa: E402
-from megalm.model.model_config import ModelConfig, build_model_config  # noqa: E402
-from megalm.planning.resolve import ResolvedRun, resolve  # noqa: E402
-from megalm.rank_environment import rank_facts  # noqa: E402
-from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
+from benchmarks.bench_runs import engine_steps, keys_of, launch_ranks, resolved_run, write_random_tokens
+from benchmarks.nanogpt import Shape
+from megalm.cost_model.memory import estimate_memory
+from megalm.engine.device import claim_device, device_name, wait_for
+from megalm.engine.distributed import DistributedCommunicator, start_distributed
+from megalm.model.model_config import ModelConfig, build_model_config
+from megalm.planning.resolve import ResolvedRun
+from megalm.rank_environment import rank_facts
+from megalm.train.lifecycle.shutdown import exit_process
+from megalm.train.step_diagnostics import step_profiler
 
 _WARM_UP = 3
 
@@ -67,19 +52,19 @@ SHAPES = {
     "1.3b": Bench(24, 2048, 16, 50304, 2048, 16, 1),
 }
 # Name -> ranks, and what the run configuration states.
-LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "one": (1, ()),
-    "dp2": (2, ()),
-    "tp2": (2, ("parallel.tensor=2",)),
-    "sp2": (2, ("parallel.tensor=2", "parallel.sequence=true")),
-    "pp2": (2, ("parallel.pipeline=2",)),
-    "cp2": (2, ("parallel.context=2",)),
-    "ring2": (2, ("parallel.context=2", "parallel.context_method=ring")),
-    "tp2xdp2": (4, ("parallel.tensor=2",)),
-    "tp2xpp2": (4, ("parallel.tensor=2", "parallel.pipeline=2")),
-    "pp2xdp2": (4, ("parallel.pipeline=2",)),
-    "tp4": (4, ("parallel.tensor=4",)),
-    "pp4": (4, ("parallel.pipeline=4",)),
+LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "one": (1, {}),
+    "dp2": (2, {}),
+    "tp2": (2, {"parallel.tensor": 2}),
+    "sp2": (2, {"parallel.tensor": 2, "parallel.sequence": True}),
+    "pp2": (2, {"parallel.pipeline": 2}),
+    "cp2": (2, {"parallel.context": 2}),
+    "ring2": (2, {"parallel.context": 2, "parallel.context_method": "ring"}),
+    "tp2xdp2": (4, {"parallel.tensor": 2}),
+    "tp2xpp2": (4, {"parallel.tensor": 2, "parallel.pipeline": 2}),
+    "pp2xdp2": (4, {"parallel.pipeline": 2}),
+    "tp4": (4, {"parallel.tensor": 4}),
+    "pp4": (4, {"parallel.pipeline": 4}),
 }
 
 
@@ -128,16 +113,13 @@ def _rank(arguments: argparse.Namespace) -> None:
     run = _resolve(arguments, bench)
     shape = build_model_config(run.config.model, bench.vocabulary, bench.sequence)
     before = _tensor_bytes(device)
-    engine = build_engine(run, shape, device, comm)
-    loader = random_batches(run, arguments.folder / "data", comm.rank)
+    engine, train = engine_steps(run, bench.vocabulary, device, comm, arguments.folder / "data")
 
     def step(number: int) -> float:
-        batch = loader.batch((number - 1) * run.batch.global_batch)
         comm.barrier()
         start = time.perf_counter()
-        engine.train_step(batch, number, 1e-4)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        train(number)
+        wait_for(device)
         return time.perf_counter() - start
 
     seconds = [step(number) for number in range(1, _WARM_UP + arguments.steps + 1)][_WARM_UP:]
@@ -145,7 +127,6 @@ def _rank(arguments: argparse.Namespace) -> None:
     states = _tensor_bytes(device) - before
     communicating = _communicating(lambda: step(following))
     activations = _activations(engine, lambda: step(following + 1))
-    loader.close()
     found = _fullest(comm, run, shape, communicating, activations, states)
     if comm.is_main:
         print(json.dumps({"seconds": statistics.median(seconds), **found}))
@@ -175,9 +156,7 @@ def _fullest(
 
 def _communicating(step: Any) -> float:
     """The part of a step's time in which a collective was under way, by torch's profiler."""
-    cuda = torch.cuda.is_available()
-    activities = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if cuda else [])]
-    with torch.profiler.profile(activities=activities) as profile:
+    with step_profiler() as profile:
         seconds = step()
     spans = sorted(
         (event.time_range.start, event.time_range.end)
@@ -247,29 +226,11 @@ def _tensor_bytes(device: torch.device) -> int:
 
 
 def _resolve(arguments: argparse.Namespace, bench: Bench) -> ResolvedRun:
-    content = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
-    content |= {
+    changes = {
         "train_batch_size": bench.batch,
         "train_micro_batch_size_per_gpu": bench.micro_batch,
         "bf16": {"enabled": arguments.precision == "bf16"},
         "zero_optimization": {"stage": arguments.zero},
     }
-    ranks = rank_facts()
-    ours = arguments.folder / f"{arguments.one_of}-{ranks.rank}.json"
-    ours.write_text(json.dumps(content))
-    sizes = {
-        "model.style": "llama",
-        "model.num_hidden_layers": bench.layers,
-        "model.hidden_size": bench.hidden,
-        "model.num_attention_heads": bench.heads,
-        "data.sequence_length": bench.sequence,
-    }
-    overrides = [*(f"{key}={value}" for key, value in sizes.items()), *LAYOUTS[arguments.one_of][1]]
-    device = device_facts(ranks.local_world_size)
-    return resolve(
-        load_run_config(None, overrides), read_deepspeed_json(str(ours)), ranks.world_size, device, bench.vocabulary
-    )
-
-
-if __name__ == "__main__":
-    main()
+    path = arguments.folder / f"{arguments.one_of}-{rank_facts().rank}.json"
+    return resolved_run(path, changes, keys_of(bench, "llama") | LAYOUTS[arguments.one_of][1], bench.vocabulary)

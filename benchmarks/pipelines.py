@@ -1,6 +1,6 @@
 """Schedules of a pipeline: the time of a step, and the share of it that ranks wait, beside what the simulation says.
 
-    python benchmarks/pipelines.py [--ranks 2 4] [--blocks 8] [--micro-batches 8] [--milliseconds 5] [--rounds 5]
+    python -m benchmarks pipelines [--ranks 2 4] [--blocks 8] [--micro-batches 8] [--milliseconds 5] [--rounds 5]
 
 What a block computes is tiny; beside it, it sleeps some milliseconds in the forward pass, and as many for the
 gradient of its input and for those of its weights. So ranks do not take cores from each other, as they would on a CPU,
@@ -18,43 +18,26 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-from megalm.engine.deepspeed_patches import (  # noqa: E402
-    limit_openmp_spin,
-    silence,
-)
-
-limit_openmp_spin()
-silence()
-
-import torch  # noqa: E402
-
-from benchmarks.launch_ranks import launch_ranks  # noqa: E402
-from benchmarks.random_data import random_batches, write_random_tokens  # noqa: E402
-from megalm.config.deepspeed.json_reader import read_deepspeed_json  # noqa: E402
-from megalm.config.loading import load_run_config  # noqa: E402
-from megalm.cost_model.pipeline_simulation import ActionCosts, simulate  # noqa: E402
-from megalm.engine.build import build_engine  # noqa: E402
-from megalm.engine.device import claim_device, device_facts  # noqa: E402
-from megalm.engine.distributed import start_distributed  # noqa: E402
-from megalm.model.float8 import Products  # noqa: E402
-from megalm.model.model_config import build_model_config  # noqa: E402
-from megalm.model.transformer import Block  # noqa: E402
-from megalm.model.weight_gradients import SplitLinear  # noqa: E402
-from megalm.parallel.pipeline_schedules import PipelineSchedule  # noqa: E402
-from megalm.planning.resolve import resolve  # noqa: E402
-from megalm.rank_environment import rank_facts  # noqa: E402
-from megalm.topology import PipelineScheduleName  # noqa: E402
-from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
+from benchmarks.bench_runs import engine_steps, keys_of, launch_ranks, resolved_run, write_random_tokens
+from benchmarks.nanogpt import Shape
+from megalm.cost_model.pipeline_simulation import ActionCosts, simulate
+from megalm.engine.device import claim_device
+from megalm.engine.distributed import DistributedCommunicator, start_distributed
+from megalm.model.float8 import Products
+from megalm.model.transformer import Block
+from megalm.model.weight_gradients import SplitLinear
+from megalm.parallel.pipeline_schedules import PipelineSchedule
+from megalm.rank_environment import rank_facts
+from megalm.topology import PipelineScheduleName
+from megalm.train.lifecycle.shutdown import exit_process
 
 _VOCABULARY, _SEQUENCE = 64, 16
 _WARM_UP = 2
@@ -132,37 +115,21 @@ def _rank(arguments: argparse.Namespace) -> None:
     exit_process(0)
 
 
-def _step(arguments: argparse.Namespace, comm: Any, device: torch.device, kind: str) -> Callable[[int], None]:
+def _step(
+    arguments: argparse.Namespace, comm: DistributedCommunicator, device: torch.device, kind: str
+) -> Callable[[int], object]:
     """Build an engine; return what takes a step with it."""
     name, virtual = _KINDS[kind]
-    content = json.loads((ROOT / "ds_configs" / "zero1.json").read_text())
-    content |= {
-        "train_batch_size": arguments.micro_batches,
-        "train_micro_batch_size_per_gpu": 1,
-        "bf16": {"enabled": False},
+    shape = Shape(arguments.blocks, 32, 2, _VOCABULARY, _SEQUENCE, arguments.micro_batches)
+    changes = {"train_batch_size": shape.batch, "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": False}}
+    keys = {
+        **keys_of(shape, "llama"),
+        "parallel.pipeline": comm.size,
+        "parallel.virtual_stages": virtual,
+        "parallel.pipeline_schedule": name,
     }
-    path = arguments.folder / f"{name}-{virtual}-{comm.rank}.json"
-    path.write_text(json.dumps(content))
-    overrides = [
-        "model.style=llama",
-        f"model.num_hidden_layers={arguments.blocks}",
-        "model.hidden_size=32",
-        "model.num_attention_heads=2",
-        f"data.sequence_length={_SEQUENCE}",
-        f"parallel.pipeline={comm.size}",
-        f"parallel.virtual_stages={virtual}",
-        f"parallel.pipeline_schedule={name}",
-    ]
-    facts = device_facts(comm.size)
-    run = resolve(load_run_config(None, overrides), read_deepspeed_json(str(path)), comm.size, facts, _VOCABULARY)
-    shape = build_model_config(run.config.model, _VOCABULARY, _SEQUENCE)
-    engine = build_engine(run, shape, device, comm)
-    loader = random_batches(run, arguments.folder / "data", comm.rank)
-
-    def step(number: int) -> None:
-        engine.train_step(loader.batch((number - 1) * run.batch.global_batch), number, 1e-4)
-
-    return step
+    run = resolved_run(arguments.folder / f"{name}-{virtual}-{comm.rank}.json", changes, keys, _VOCABULARY)
+    return engine_steps(run, _VOCABULARY, device, comm, arguments.folder / "data")[1]
 
 
 class _Sleep(torch.autograd.Function):
@@ -197,7 +164,3 @@ def _slower(function: Callable[..., torch.Tensor], seconds: float) -> Callable[.
         return function(*args)
 
     return slower
-
-
-if __name__ == "__main__":
-    main()

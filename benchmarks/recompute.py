@@ -1,6 +1,6 @@
 """Activation checkpointing: what each mode costs in time and saves in memory.
 
-    python benchmarks/recompute.py [--layers 8] [--hidden 512] [--sequence 512] [--batch 8] [--repeats 5]
+    python -m benchmarks recompute [--layers 8] [--hidden 512] [--sequence 512] [--batch 8] [--repeats 5]
 
 Forward and backward of the plain model in bf16, the modes in turn within one run. Beside each other stand what is alive
 after the forward pass and what the plan says; and the operations of the backward pass beyond those without
@@ -11,12 +11,8 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
-from pathlib import Path
 from typing import get_args
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,7 +21,7 @@ from megalm.config.deepspeed.json_schema import ZeroSection
 from megalm.config.schema import ModelSection, Recompute
 from megalm.cost_model.memory import MemoryCase, shares
 from megalm.cost_model.moments import kept_bytes
-from megalm.engine.device import tune_malloc
+from megalm.engine.device import tune_malloc, wait_for
 from megalm.model.model_config import ModelConfig, build_model_config, recomputed_flops_per_token
 from megalm.model.recomputation import Recomputation
 from megalm.model.transformer import LanguageModel, initialize
@@ -59,8 +55,7 @@ def main() -> None:
             start = time.perf_counter()
             loss, _ = model(tokens, tokens)
             loss.backward()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            wait_for(device)
             if repeat:  # the first one warms up
                 seconds[name].append(time.perf_counter() - start)
     print(
@@ -121,7 +116,3 @@ def _kept_bytes(model: LanguageModel, tokens: torch.Tensor) -> int:
     del loss
     weight = model.head.weight
     return kept - 4 * weight.numel() - tokens.numel() * weight.shape[1] * weight.element_size()
-
-
-if __name__ == "__main__":
-    main()

@@ -7,40 +7,28 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from benchmarks.nanogpt import Architecture, NanoGPT, nanogpt_optimizer
-from benchmarks.random_data import random_batches, write_random_tokens
-from benchmarks.shapes import Shape
-from megalm.config.deepspeed.json_reader import read_deepspeed_json
-from megalm.config.loading import load_run_config
-from megalm.engine.build import build_engine
-from megalm.engine.device import device_facts
+from benchmarks.bench_runs import ZERO1, engine_steps, keys_of, random_batches, resolved_run, write_random_tokens
+from benchmarks.nanogpt import NanoGPT, Shape, nanogpt_optimizer
+from megalm.engine.device import wait_for
 from megalm.engine.distributed import DistributedCommunicator
 from megalm.engine.optimizer.build_optimizer import parameter_groups
-from megalm.model import transformer
 from megalm.model.layer_factory import LayerFactory
 from megalm.model.model_config import ModelConfig, build_model_config
 from megalm.model.modules import DropoutClock
 from megalm.model.recomputation import Recomputation
-from megalm.model.transformer import LanguageModel, initialize
+from megalm.model.transformer import LanguageModel, ParameterInit
 from megalm.planning.memory_fit import loss_chunk_tokens
-from megalm.planning.resolve import ResolvedRun, resolve
-from megalm.rank_environment import rank_facts
+from megalm.planning.resolve import ResolvedRun
 
-ROOT = Path(__file__).resolve().parent.parent
 Step = Callable[[int], None]
-_LARGE = 200_000_000  # parameters; drawing more of them on the CPU takes longer than the steps
 
 
 @dataclass(frozen=True)
@@ -70,7 +58,7 @@ class Setting:
     comm: DistributedCommunicator
     folder: Path
     style: str = "gpt2"
-    json: str = str(ROOT / "ds_configs" / "zero1.json")
+    json: Path = ZERO1
 
     def write_tokens(self) -> None:
         write_random_tokens(self.prefix, self.bench.vocabulary, self.bench.sequence)
@@ -86,38 +74,25 @@ class Setting:
     def resolve(self, compiled: bool) -> ResolvedRun:
         """megalm's run of the bench."""
         bench = self.bench
-        content = json.loads(Path(self.json).read_text()) | {"train_batch_size": bench.batch}
-        ours = self.folder / "deepspeed.json"
-        ours.write_text(json.dumps(content))
-        loaded = load_run_config(
-            None,
-            [
-                f"model.style={self.style}",
-                f"model.num_hidden_layers={bench.layers}",
-                f"model.hidden_size={bench.hidden}",
-                f"model.num_attention_heads={bench.heads}",
-                "model.qk_norm=false",
-                f"data.sequence_length={bench.sequence}",
-                f"train.loss_chunk_tokens={bench.chunk}",
-                f"train.checkpoint_activations_every={bench.recompute}",
-                f"compile={str(compiled).lower()}",
-            ],
-        )
-        ranks = rank_facts()
-        device = device_facts(ranks.local_world_size)
-        return resolve(loaded, read_deepspeed_json(str(ours)), ranks.world_size, device, bench.vocabulary)
+        keys = {
+            **keys_of(bench, self.style),
+            "model.qk_norm": False,
+            "train.loss_chunk_tokens": bench.chunk,
+            "train.checkpoint_activations_every": bench.recompute,
+            "compile": compiled,
+        }
+        batch = {"train_batch_size": bench.batch}
+        return resolved_run(self.folder / "deepspeed.json", batch, keys, bench.vocabulary, self.json)
 
 
 def engine_step(setting: Setting, compiled: bool) -> Step:
     """The whole of `train_step`: reading the batch, forward, backward, reduction, clipping, update."""
-    run = setting.resolve(compiled)
-    with _drawn_where_it_is_fast(setting):
-        engine = build_engine(run, setting.shape, setting.device, setting.comm)
-    loader = random_batches(run, setting.prefix, setting.comm.rank)
+    run, vocabulary = setting.resolve(compiled), setting.bench.vocabulary
+    _, train = engine_steps(run, vocabulary, setting.device, setting.comm, setting.prefix)
 
     def step(number: int) -> None:
-        engine.train_step(loader.batch((number - 1) * run.batch.global_batch), number, 1e-4)
-        _wait(setting.device)
+        train(number)
+        wait_for(setting.device)
 
     return step
 
@@ -126,16 +101,20 @@ def bare_step(setting: Setting, compiled: bool) -> Step:
     """The same model without DeepSpeed: bf16 weights, AdamW on them, clipping. What nothing costs less than."""
     run, shape, device = setting.resolve(compiled), setting.shape, setting.device
     clock, train = DropoutClock(0), setting.resolve(compiled).config.train
-    with _drawn_where_it_is_fast(setting):
-        model = LanguageModel(
-            shape,
-            LayerFactory(clock, compiled),
-            clock,
-            loss_chunk_tokens(run.config, shape, run.device),
-            recomputation=Recomputation(every=train.checkpoint_activations_every),
-        )
-        initialize(model, shape, 1)
-    model = model.to(device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
+    model = LanguageModel(
+        shape,
+        LayerFactory(clock, compiled),
+        clock,
+        loss_chunk_tokens(run.config, shape, run.device),
+        ParameterInit(device, torch.bfloat16 if run.precision == "bf16" else torch.float32),
+        Recomputation(every=train.checkpoint_activations_every),
+    )
+    with torch.no_grad():  # on the device, which draws the weights of a large model faster than a CPU
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(std=shape.initializer_range)
     if compiled:
         model.compile_blocks()
     optimizer = torch.optim.AdamW(parameter_groups(model, run, 1.0), lr=1e-4, betas=(0.9, 0.95), fused=True)
@@ -151,16 +130,14 @@ def bare_step(setting: Setting, compiled: bool) -> Step:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        _wait(device)
+        wait_for(device)
 
     return step
 
 
 def nanogpt_step(setting: Setting, compiled: bool) -> Step:
     """nanoGPT's way: fp32 weights under autocast, whole logits, the whole model compiled as one graph."""
-    bench = setting.bench
-    model = NanoGPT(Architecture(bench.layers, bench.hidden, bench.heads, bench.vocabulary, bench.sequence))
-    model = model.to(setting.device)
+    model = NanoGPT(setting.bench).to(setting.device)
     forward = torch.compile(model) if compiled else model
     return _foreign_step(setting, nanogpt_optimizer(model, 1e-4), forward)
 
@@ -212,7 +189,7 @@ def _foreign_step(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         loss.item()
-        _wait(device)
+        wait_for(device)
 
     return step
 
@@ -223,13 +200,11 @@ LOOPS: dict[str, Callable[[Setting, bool], Step]] = {
     "nanoGPT's way": nanogpt_step,
     "transformers": transformers_step,
 }
-_PACKAGES = {"transformers": "transformers"}
 
 
 def missing_package(loop: str) -> str | None:
     """The package that a loop needs and this machine lacks."""
-    package = _PACKAGES.get(loop)
-    return package if package is not None and importlib.util.find_spec(package) is None else None
+    return loop if loop == "transformers" and importlib.util.find_spec(loop) is None else None
 
 
 def free_memory() -> None:
@@ -245,25 +220,3 @@ def free_memory() -> None:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-@contextmanager
-def _drawn_where_it_is_fast(setting: Setting) -> Iterator[None]:
-    """Draw the weights of a large model on the GPU: the time of a step does not depend on their values."""
-    if setting.device.type != "cuda" or setting.shape.parameter_count() < _LARGE:
-        yield
-        return
-
-    def drawn(name: str, size: tuple[int, ...], shape: ModelConfig, seed: int) -> Tensor:
-        weight = torch.empty(size, device=setting.device)
-        return weight.fill_(1.0) if "norm" in name else weight.normal_(std=shape.initializer_range)
-
-    def undrawn(self: Any) -> None:
-        del self
-
-    with (
-        mock.patch.object(transformer, "initial_weight", drawn),
-        mock.patch.object(nn.Linear, "reset_parameters", undrawn),
-        mock.patch.object(nn.Embedding, "reset_parameters", undrawn),
-    ):
-        yield

@@ -1,6 +1,6 @@
 """Times the training step: megalm's engine, a bare PyTorch loop of the same model, and the machine's own peak.
 
-    python benchmarks/train_step.py [--shape quickstart|34m|124m|354m|1.3b] [--steps 12] [--no-compile] [--json ds.json]
+    python -m benchmarks train_step [--shape quickstart|34m|124m|354m|1.3b] [--steps 12] [--no-compile] [--json ds.json]
                                     [--loops megalm "bare PyTorch" "nanoGPT's way" transformers]
 
 All parts are timed in turn within one run, so that they meet the same machine; the medians of single steps are printed.
@@ -11,32 +11,19 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+import torch
 
-from megalm.engine.deepspeed_patches import (  # noqa: E402
-    decompose_tanh,
-    limit_openmp_spin,
-    silence,
-)
-
-limit_openmp_spin()
-decompose_tanh()
-silence()
-
-import torch  # noqa: E402
-
-from benchmarks.step_loops import LOOPS, SHAPES, Setting, Step  # noqa: E402
-from megalm.engine.device import claim_device, device_name, measured_peak, peak_flops  # noqa: E402
-from megalm.engine.distributed import start_distributed  # noqa: E402
-from megalm.model.model_config import flops_per_token  # noqa: E402
-from megalm.rank_environment import rank_facts  # noqa: E402
-from megalm.train.lifecycle.shutdown import exit_process  # noqa: E402
+from benchmarks.bench_runs import ZERO1
+from benchmarks.step_loops import LOOPS, SHAPES, Setting, Step
+from megalm.engine.device import claim_device, device_name, measured_peak, peak_flops
+from megalm.engine.distributed import start_distributed
+from megalm.model.model_config import flops_per_token
+from megalm.rank_environment import rank_facts
+from megalm.train.lifecycle.shutdown import exit_process
 
 
 def main() -> None:
@@ -45,7 +32,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--no-compile", action="store_true")
     parser.add_argument("--style", choices=["llama", "gpt2"], default="gpt2")
-    parser.add_argument("--json", default=str(ROOT / "ds_configs" / "zero1.json"))
+    parser.add_argument("--json", type=Path, default=ZERO1)
     parser.add_argument("--loops", nargs="+", choices=LOOPS, default=["megalm", "bare PyTorch"])
     arguments = parser.parse_args()
     bench = SHAPES[arguments.shape]
@@ -69,7 +56,7 @@ def main() -> None:
             f"{arguments.shape}, {arguments.style}: {shape.parameter_count():,} parameters, "
             f"{bench.batch} x {bench.sequence} tokens"
         )
-        _report(work, arguments.steps, bench.tokens, flops_per_token(shape, bench.sequence), peak)
+        _report(work, arguments.steps, bench.batch * bench.sequence, flops_per_token(shape, bench.sequence), peak)
     exit_process(0)
 
 
@@ -99,7 +86,3 @@ def _now_peak(fallback: float) -> float:
     if torch.cuda.is_available():
         return fallback
     return measured_peak(torch.device("cpu"), low_precision=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -27,7 +27,6 @@ from xml.etree import ElementTree
 from benchmarks.gpu_check.report import Report
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
     from megalm.engine.distributed import DistributedCommunicator
@@ -232,8 +231,7 @@ def overlap(task: Task) -> None:
 
 
 def _overlap_run(setting: Any, is_on: bool, steps: int) -> Any:
-    from benchmarks.random_data import random_batches
-    from megalm.engine.build import build_engine
+    from benchmarks.bench_runs import engine_steps
     from megalm.parity.miniature_training import snapshot
     from megalm.parity.state_comparison import Trace
 
@@ -243,38 +241,19 @@ def _overlap_run(setting: Any, is_on: bool, steps: int) -> Any:
     content["zero_optimization"] |= {"overlap_comm": is_on, "reduce_bucket_size": 1_000_000}
     own = setting.folder / f"overlap-{is_on}.json"
     own.write_text(json.dumps(content))
-    run = replace(setting, json=str(own)).resolve(False)
-    engine = build_engine(run, setting.shape, setting.device, setting.comm)
-    loader = random_batches(run, setting.prefix, 0)
-    losses, norms = [], []
-    for step in range(1, steps + 1):
-        found = engine.train_step(loader.batch((step - 1) * run.batch.global_batch), step, 1e-3)
-        losses.append(found.loss)
-        norms.append(found.grad_norm)
-    loader.close()
-    return Trace(losses, norms, snapshot(engine))
+    run = replace(setting, json=own).resolve(False)
+    engine, step = engine_steps(run, setting.bench.vocabulary, setting.device, setting.comm, setting.prefix)
+    found = [step(number) for number in range(1, steps + 1)]
+    return Trace([each.loss for each in found], [each.grad_norm for each in found], snapshot(engine))
 
 
 def _trace_differences(found: Any, expected: Any) -> tuple[float, float, float]:
     """Losses and norms relative, states relative to each one's L2 norm: the largest each."""
-    import numpy as np
-
-    from megalm.parity.state_comparison import whole_state
-
-    def relative(own: Sequence[float], other: Sequence[float]) -> float:
-        return float(np.max(np.abs(np.array(own) / np.array(other) - 1)))
+    from megalm.parity.state_comparison import relative, state_difference, whole_state
 
     state, reference = whole_state([found]), whole_state([expected])
-    weights = max(_l2_difference(state[place], values) for place, values in reference.items())
-    return relative(found.losses, expected.losses), relative(found.norms, expected.norms), weights
-
-
-def _l2_difference(own: np.ndarray[Any, Any], other: np.ndarray[Any, Any]) -> float:
-    import numpy as np
-
-    norm = float(np.linalg.norm(other.astype(np.float64)))
-    difference = float(np.linalg.norm(own.astype(np.float64) - other))
-    return difference / norm if norm else difference
+    states = max(state_difference(state, reference, kind) for kind in {kind for _, kind in reference})
+    return relative(found.losses, expected.losses), relative(found.norms, expected.norms), states
 
 
 # --- parity -----------------------------------------------------------------------------------------------------------

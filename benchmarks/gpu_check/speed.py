@@ -57,6 +57,7 @@ def speed(task: Task, size: str) -> None:
         peak, source = peak_flops(device, run.precision != "fp32")
         flops = flops_per_token(shape, setting.bench.sequence)
         bench = setting.bench
+        tokens = bench.batch * bench.sequence
         task.report.fact("parameters", f"{shape.parameter_count():,}")
         task.report.fact("model", f"{bench.layers} layers x {bench.hidden}, vocabulary of {bench.vocabulary:,}")
         batch = f"{bench.batch} x {bench.sequence} tokens in micro-batches of {run.batch.micro_batch}"
@@ -69,8 +70,8 @@ def speed(task: Task, size: str) -> None:
                 [
                     each.name,
                     f"{each.seconds:.4f}",
-                    f"{bench.tokens / each.seconds:,.0f}",
-                    f"{flops * bench.tokens / each.seconds / peak:.1%}",
+                    f"{tokens / each.seconds:,.0f}",
+                    f"{flops * tokens / each.seconds / peak:.1%}",
                     f"{each.peak_bytes / 2**30:.2f}" if each.peak_bytes else "-",
                     f"{each.first_seconds:.1f}",
                 ]

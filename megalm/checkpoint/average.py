@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +14,13 @@ from torch import Tensor
 
 from megalm.checkpoint.checkpoint_reader import CheckpointReader
 from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
-from megalm.checkpoint.shard_spec import WEIGHTS, FragmentKey
+from megalm.checkpoint.shard_spec import WEIGHTS, Fragment, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.errors import CheckpointError
 
 # Of the last checkpoint's manifest; the state of its training is left out.
 _KEPT = ("step", "tokens", "parameters", "model", "data", "tokenizer", "eod_id", "bos_id")
 _CHANGE_NO_RESULT = ("dropout", "attention_dropout", "initializer_range")
-
-
-@dataclass(frozen=True)
-class _Mean:
-    """A whole parameter, averaged only when it is written."""
-
-    key: FragmentKey
-    readers: Sequence[CheckpointReader]
-    advance: Callable[[], None]
-
-    @property
-    def tensor(self) -> Tensor:
-        total = torch.zeros(self.key.shape, dtype=torch.float64)
-        for reader in self.readers:
-            total += reader.read_finite(self.key.name, self.key.shape)
-        self.advance()
-        return (total / len(self.readers)).float().reshape(-1)
 
 
 class WeightAverage:
@@ -64,10 +47,18 @@ class WeightAverage:
         """The checkpoint of the latest step, whose step and settings the average has."""
         return self._readers[-1]
 
-    def _means(self, advance: Callable[[], None]) -> list[_Mean]:
+    def _means(self, advance: Callable[[], None]) -> list[Fragment]:
+        """Return the whole parameters, each averaged only when it is written."""
         shapes = self._last.shapes().items()
         keys = (FragmentKey(name, "master", shape, 0, math.prod(shape)) for name, shape in shapes)
-        return [_Mean(key, self._readers, advance) for key in keys]
+        return [Fragment(key, partial(self._mean, key, advance)) for key in keys]
+
+    def _mean(self, key: FragmentKey, advance: Callable[[], None]) -> Tensor:
+        total = torch.zeros(key.shape, dtype=torch.float64)
+        for reader in self._readers:
+            total += reader.read_finite(key.name, key.shape)
+        advance()
+        return (total / len(self._readers)).float().reshape(-1)
 
     def write(self, checkpoints: Path, name: str, advance: Callable[[], None]) -> Path:
         """Write the checkpoint `checkpoints/step-N`, with the configuration files of the last one; return its path.

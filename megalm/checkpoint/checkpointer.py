@@ -19,7 +19,7 @@ import torch
 from megalm.checkpoint.discovery import BEST
 from megalm.checkpoint.retention import Retention, prune
 from megalm.checkpoint.save_transaction import CheckpointWrite
-from megalm.checkpoint.shard_spec import Fragment, HasFragment
+from megalm.checkpoint.shard_spec import Fragment
 from megalm.communicator import Communicator
 from megalm.errors import TrainingError
 from megalm.utils.atomic_files import write_durably
@@ -39,12 +39,12 @@ class HostStaging:
     def __init__(self) -> None:
         self._buffer = torch.empty(0)
 
-    def take(self, fragments: Iterable[HasFragment]) -> list[Fragment]:
+    def take(self, fragments: Iterable[Fragment]) -> list[Fragment]:
         """Return fp32 copies of `fragments`; overwrites the copies of earlier calls."""
         sources = list(fragments)
         total = sum(fragment.key.count for fragment in sources)
-        # Other kinds read their tensor from disk on access, so each is accessed only once.
-        on_device = any(fragment.tensor.is_cuda for fragment in sources if isinstance(fragment, Fragment))
+        # Others may read their tensor from a disk, so each is accessed only once.
+        on_device = any(fragment.tensor.is_cuda for fragment in sources if isinstance(fragment.values, torch.Tensor))
         if self._buffer.numel() < total:
             self._buffer = torch.empty(total)
             if on_device:
@@ -125,7 +125,7 @@ class CheckpointWriter:
         self._pruned: tuple[str, ...] = ()
         self._notice = ""
 
-    def begin(self, step: int, fragments: Iterable[HasFragment], facts: dict[str, Any], copies: Sequence[Path]) -> Path:
+    def begin(self, step: int, fragments: Iterable[Fragment], facts: dict[str, Any], copies: Sequence[Path]) -> Path:
         """Write a checkpoint, or start writing it; return its path. Waits for a save that is still in progress.
 
         Raises:
@@ -177,7 +177,7 @@ class CheckpointWriter:
         elif self._ranks.is_main:
             write_durably(path.with_name(BEST), f"{path.name}\n".encode())
 
-    def preflight(self, folder: Path, fragments: Iterable[HasFragment], facts: dict[str, Any]) -> None:
+    def preflight(self, folder: Path, fragments: Iterable[Fragment], facts: dict[str, Any]) -> None:
         """For preflight: write a checkpoint to `folder` the same way as a real save, then remove it."""
         write = CheckpointWrite(
             folder, 0, self._held(fragments), facts, [], self._ranks, asynchronous=self._host is not None
@@ -187,7 +187,7 @@ class CheckpointWriter:
             shutil.rmtree(folder)
         self._ranks.barrier()
 
-    def _held(self, fragments: Iterable[HasFragment]) -> Sequence[HasFragment]:
+    def _held(self, fragments: Iterable[Fragment]) -> Sequence[Fragment]:
         return list(fragments) if self._host is None else self._host.take(fragments)
 
     def _advance(self, wait: bool) -> None:

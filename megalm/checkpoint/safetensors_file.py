@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from megalm.checkpoint.shard_spec import FragmentKey, HasFragment
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 
 Buffer = bytes | memoryview
 
@@ -53,7 +53,7 @@ class TensorEntry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_shard(path: Path, fragments: Sequence[HasFragment]) -> ShardSummary:
+def write_shard(path: Path, fragments: Sequence[Fragment]) -> ShardSummary:
     """Write fp32 fragments to `path` and make them durable.
 
     A fragment that is a full parameter is stored in its shape, so that a one-rank checkpoint loads as the model;

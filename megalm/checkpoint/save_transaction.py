@@ -25,7 +25,7 @@ from megalm.checkpoint.discovery import LATEST, PARTIAL_SUFFIX, folder_name
 from megalm.checkpoint.manifest import Manifest, write_manifest
 from megalm.checkpoint.retention import put_in_place
 from megalm.checkpoint.safetensors_file import ShardSummary, write_shard
-from megalm.checkpoint.shard_spec import HasFragment
+from megalm.checkpoint.shard_spec import Fragment
 from megalm.communicator import Communicator
 from megalm.errors import MegalmError, TrainingError
 from megalm.utils.atomic_files import clear_away, make_directory, write_atomically, write_durably
@@ -39,7 +39,7 @@ _FRAGMENT_BYTES = 600
 _RANK_BYTES = 64 << 10
 
 
-def bytes_needed(fragments: Sequence[HasFragment]) -> int:
+def bytes_needed(fragments: Sequence[Fragment]) -> int:
     """Return the estimated size of this rank's part of a checkpoint, from shapes alone."""
     return _RANK_BYTES + sum(4 * fragment.key.count + _FRAGMENT_BYTES for fragment in fragments)
 
@@ -72,7 +72,7 @@ T = TypeVar("T")
 def save_checkpoint(
     checkpoints: Path,
     step: int,
-    fragments: Iterable[HasFragment],
+    fragments: Iterable[Fragment],
     facts: dict[str, Any],
     copies: Sequence[Path],
     ranks: Communicator,
@@ -104,7 +104,7 @@ class CheckpointWrite:
         self,
         checkpoints: Path,
         step: int,
-        fragments: Sequence[HasFragment],
+        fragments: Sequence[Fragment],
         facts: dict[str, Any],
         copies: Sequence[Path],
         ranks: Communicator,

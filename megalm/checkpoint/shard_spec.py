@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # planning reads checkpoints without torch
     from collections.abc import Callable
@@ -45,29 +45,18 @@ class FragmentKey:
         return self.stop - self.start
 
 
-class HasFragment(Protocol):
-    """A `Fragment`, or an object that reads its tensor on access."""
-
-    @property
-    def key(self) -> FragmentKey: ...
-
-    @property
-    def tensor(self) -> Tensor: ...
-
-
 @dataclass(frozen=True)
-class FragmentOnAccess:
-    """A fragment that is read when its tensor is asked for, so that a checkpoint does not hold them all in memory."""
+class Fragment:
+    """The values of a key, fp32 [stop - start].
+
+    Args:
+        values: a tensor, or what reads one, so that a checkpoint does not hold them all in memory.
+    """
 
     key: FragmentKey
-    read: Callable[[], Tensor]
+    values: Tensor | Callable[[], Tensor]
 
     @property
     def tensor(self) -> Tensor:
-        return self.read()
-
-
-@dataclass(frozen=True)
-class Fragment:
-    key: FragmentKey
-    tensor: Tensor  # fp32, [stop - start]
+        """The values; what is read, is read at each access."""
+        return self.values() if callable(self.values) else self.values

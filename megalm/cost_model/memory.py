@@ -7,7 +7,7 @@ Buckets are formulas, and so is what moments.py adds: activations and the loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate, chain, groupby
@@ -501,23 +501,20 @@ def _states(
     low = case.element_bytes
     groups = list(by_key.values())
     moments = _moments(case, by_key)
-    average = _own_elements(case, groups) if case.ema else 0
     own = _own_elements(case, groups)
-    if stage == 0:
-        device = {"weights": low * (own + sum(frozen)), "gradients": low * own, "master": 0}
-        device |= {"moments": _moment_bytes(case, groups, moments), "ema": 4 * average}
-        return device, _checkpoint_copy(case, own + moments + average, frozen)
-    gradients, host_gradients = _gradients(case, groups, own)
-    optimizer = {"master": 4 * own, "moments": _moment_bytes(case, groups, moments), "ema": 4 * average}
-    weights = low * (sum(frozen) + (own if stage == 3 else sum(group.padded for group in groups)))
+    average = own if case.ema else 0
+    gradients, host_gradients = _gradients(case, groups, own) if stage else (low * own, 0)
+    master = 4 * own if stage else 0  # without ZeRO the weights themselves
+    optimizer = {"master": master, "moments": _moment_bytes(case, groups, moments), "ema": 4 * average}
+    weights = low * (sum(frozen) + (own if stage in (0, 3) else sum(group.padded for group in groups)))
     device = {"weights": weights, "gradients": gradients, **optimizer}
     host = _checkpoint_copy(case, own + moments + average, frozen)
-    if case.offloads_optimizer:
+    if case.offloads_optimizer and stage:
         device |= dict.fromkeys(optimizer, 0)
         host |= {"gradients": host_gradients, **optimizer} if not case.swaps else _swap_buffers(case, groups)
         if stage < 3:
             host["buckets"] = low * own  # updated weights on their way back
-    if case.offloads_parameters:
+    if case.offloads_parameters and stage:
         device["weights"], host["weights"] = 0, weights
     return device, host
 
@@ -548,8 +545,9 @@ def _gradients(case: MemoryCase, groups: Groups, own: int) -> tuple[int, int]:
         # With offload the accumulated gradients are beside the fp32 ones that the optimizer reads.
         return (0, (accumulated + 4) * own) if offload else (accumulated * own, 0)
     if case.uses_bf16_optimizer:
-        # Whole fp32 gradients, and autograd's own, which DeepSpeed zeroes but never frees.
-        return accumulated * sum(group.padded for group in groups) + low * elements, 0
+        # Whole fp32 gradients, and autograd's own, which DeepSpeed zeroes but never frees; a pipeline keeps none.
+        kept = low * elements if case.topology.pipeline == 1 else 0
+        return accumulated * sum(group.padded for group in groups) + kept, 0
     if offload and same_type:
         return 0, 4 * own + (low * _touched_elements(groups, case) if case.accumulation > 1 else 0)
     if case.reduces_nothing:
@@ -590,17 +588,22 @@ def _own_blocks(case: MemoryCase, groups: Groups) -> int:
             sum(_blocks(rank % of * part, min(rank % of * part + part, count)) for part, count, of in parts)
             for rank in range(min(ranks, _RANKS_LOOKED_AT))
         )
-    totals = [0] * ranks
-    for group in groups:
-        for _, rank, start, stop in _cut(group):
-            for same in range(rank, ranks, group.ranks):
-                totals[same] += _blocks(start, stop)
-    return max(totals)
+    return _fullest(case, groups, lambda _, start, stop: _blocks(start, stop))
 
 
 def _blocks(start: int, stop: int) -> int:
     """Blocks that elements [start, stop) of a parameter lie in."""
     return math.ceil(stop / _BLOCK) - start // _BLOCK if start < stop else 0
+
+
+def _fullest(case: MemoryCase, groups: Groups, size: Callable[[int, int, int], int]) -> int:
+    """The sum of `size`(elements of a parameter, start and stop of its part) on the rank where it is the largest."""
+    totals = [0] * case.topology.data_context
+    for group in groups:
+        for count, rank, start, stop in _cut(group):
+            for same in range(rank, len(totals), group.ranks):
+                totals[same] += size(count, start, stop)
+    return max(totals)
 
 
 def _cut(group: StateGroup) -> Iterator[tuple[int, int, int, int]]:
@@ -623,13 +626,7 @@ def _own_elements(case: MemoryCase, groups: Groups) -> int:
 
 def _touched_elements(groups: Groups, case: MemoryCase) -> int:
     """Elements of all parameters that lie wholly or partly in a partition; of the fullest partition."""
-    ranks = case.topology.data_context
-    totals = [0] * ranks
-    for group in groups:
-        for count, rank, _, _ in _cut(group):
-            for same in range(rank, ranks, group.ranks):
-                totals[same] += count
-    return max(totals)
+    return _fullest(case, groups, lambda count, *_: count)
 
 
 def _update_bytes(case: MemoryCase, share: Share) -> int:
@@ -658,10 +655,11 @@ def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) ->
     sent = case.communication_bytes
     # On a CPU, pages that nothing writes to take no memory.
     bucket = min(zero.reduce_bucket_size, elements) if case.on_cpu else zero.reduce_bucket_size
+    flat = max(0, 4 * min(elements, _FLAT_BUCKET) - freed)  # one flattened copy of the gradients
     if case.reduces_nothing:
         return 0
     if stage == 0:
-        return 0 if case.topology.data_context == 1 else max(0, 4 * min(elements, _FLAT_BUCKET) - freed)
+        return 0 if case.topology.data_context == 1 else flat
     if stage == 3:
         # DeepSpeed keeps what it needs again within the reuse distance, prefetches, and adds the module in work.
         kept = min(zero.max_live_parameters, zero.max_reuse_distance + zero.prefetch_bucket_size)
@@ -669,6 +667,6 @@ def _bucket_bytes(case: MemoryCase, share: Share, groups: Groups, freed: int) ->
         gathered = min(sum(modules), kept + max(modules))
         return sent * bucket + case.element_bytes * gathered
     if case.uses_bf16_optimizer:
-        return max(0, 4 * min(elements, _FLAT_BUCKET) - freed)  # one flattened copy of the gradients
+        return flat
     staged = BYTES[case.gradient_precision if stage == 1 or case.whole_gradients else case.precision]
     return staged * bucket * (2 if overlap else 1) if zero.contiguous_gradients else 0

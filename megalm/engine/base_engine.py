@@ -21,7 +21,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 from torch import Tensor, nn
 
-from megalm.checkpoint.shard_spec import HasFragment
+from megalm.checkpoint.shard_spec import Fragment
 from megalm.communicator import Communicator
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.data.sampling.samples import IGNORE_INDEX
@@ -37,6 +37,7 @@ from megalm.engine.optimizer.optimizer_state import FrozenWeights, OptimizerStat
 from megalm.engine.phase_clock import PhaseClock
 from megalm.model.layer_factory import WHOLE_SEQUENCE, ShardedAxis, VocabularyOutput, WholeSequence, shard_of
 from megalm.model.model_config import ModelConfig
+from megalm.model.modules import DropoutClock
 from megalm.parallel.process_groups import ParallelGroups
 from megalm.planning.resolve import ResolvedRun
 from megalm.rank_environment import rank_facts
@@ -227,6 +228,7 @@ class EngineContext:
 
     Attributes:
         judge: called before each update; None refuses only numbers that are not finite.
+        clock: of the model's dropout layers.
         sequence: how this rank holds a sample's sequence.
     """
 
@@ -236,6 +238,7 @@ class EngineContext:
     comm: Communicator
     groups: ParallelGroups
     judge: JudgeUpdate | None
+    clock: DropoutClock
     sequence: WholeSequence = WHOLE_SEQUENCE
 
     def settings(self) -> dict[str, Any]:
@@ -243,6 +246,9 @@ class EngineContext:
         settings = copy.deepcopy(self.run.deepspeed)
         # DeepSpeed takes the ranks of a context group, which share gradients, for ranks with samples of their own.
         settings["train_batch_size"] *= self.groups.context.size
+        if self.groups.pipeline.size > 1:
+            # Gradients are reduced once, after all backward passes, which DeepSpeed does not run.
+            settings["zero_optimization"]["overlap_comm"] = False
         return settings
 
 
@@ -278,37 +284,27 @@ class EngineBase(ABC):
     """Hands a model and its optimizer to DeepSpeed.
 
     Args:
-        model: the module that DeepSpeed runs, initialized, on the context's device and in the run's precision; under
-            ZeRO 3 already divided.
-        part: the module whose parameters have canonical names: the model, or its part on this rank.
+        model: the model, or its part on this rank, whose parameters have canonical names: initialized, on the context's
+            device and in the run's precision; under ZeRO 3 already divided.
         output: of the model; None on a rank without its head.
-        extra_settings: added to the run's configuration for `deepspeed.initialize`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        part: nn.Module,
-        context: EngineContext,
-        output: VocabularyOutput | None,
-        extra_settings: dict[str, Any] | None = None,
-    ) -> None:
-        run, groups = context.run, context.groups
-        settings = context.settings() | (extra_settings or {})
-        self._comm, self._device = context.comm, context.device
-        self._groups, self._copies = groups, groups.data_context
+    def __init__(self, model: nn.Module, context: EngineContext, output: VocabularyOutput | None) -> None:
+        run, groups, settings = context.run, context.groups, context.settings()
+        self._comm = context.comm
+        self._device = context.device
+        self._groups, self._sequence, self._clock = groups, context.sequence, context.clock
         self._data_ranks, self._replicas = groups.topology.data, groups.data_context.size
-        self._sequence = context.sequence
         # Every rank of the last stage's tensor group has the same loss: only the first reports it.
         self._reports_loss = output is not None and groups.tensor.index == 0
         # Of the length of a sequence, of which ranks hold parts, and slices of them.
         self._multiple: int = model.slices * context.sequence.multiple  # type: ignore[assignment, operator]
         self._output = output if self._reports_loss else None
         self._by_dataset = DatasetLosses(self._output, context.device)
-        self._experts = _expert_loads(part, context) if context.shape.moe_layers else None
+        self._experts = _expert_loads(model, context) if context.shape.moe_layers else None
         self._stage = int(settings["zero_optimization"]["stage"])
         self._scales_loss = bool(settings.get("fp16", {}).get("enabled", False))
-        parameters = dict(part.named_parameters())
+        parameters = dict(model.named_parameters())
         shards = {name: shard_of(parameter) for name, parameter in parameters.items()}
         copies = {name: groups.copies_of(name) for name in parameters}
         # Each with the number of ranks that hold the same.
@@ -316,7 +312,9 @@ class EngineBase(ABC):
         _mark_owned(parameters, shards)
         self._phases = _phase_clock(run, context.device)
         offload = settings["zero_optimization"].get("offload_optimizer") or {"device": "none"}
-        weight_groups = parameter_groups(part, run, context.shape.width_multiplier) or [group_without_parameters(model)]
+        weight_groups = parameter_groups(model, run, context.shape.width_multiplier) or [
+            group_without_parameters(model)
+        ]
         trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
         frozen = {name: parameter for name, parameter in parameters.items() if name not in trained}
         elements = sum(math.prod(shards[name].sizes) // copies[name].size for name in trained)
@@ -338,7 +336,7 @@ class EngineBase(ABC):
             self._engine, *_ = deepspeed.initialize(
                 model=model,
                 optimizer=inner,
-                mpu=None if hasattr(model, "mpu") else ModelParallelUnit(groups),  # a PipelineModule has its own
+                mpu=ModelParallelUnit(groups),
                 config=settings,
                 dist_init_required=False,
             )
@@ -348,12 +346,12 @@ class EngineBase(ABC):
         first = [name for name, group in copies.items() if group.index == 0]
         self._state = OptimizerState(self._engine, trained, shards, first, run.config.train.ema_decay)
         if isinstance(inner, Muon):
-            units = self._state.units_of("momentum_buffer", self._copies.size, groups.expert.size)
+            units = self._state.units_of("momentum_buffer", self._replicas, groups.expert.size)
             inner.lay_out(units, groups, is_copied=self._stage == 0)
         self._check.measure = self._state.gradient_squares
         self._first_counters = self._counters(self._state.optimizer_step())
 
-    def fragments(self) -> Iterator[HasFragment]:
+    def fragments(self) -> Iterator[Fragment]:
         yield from self._state.fragments()
         yield from self._frozen.fragments()
         if self._experts is not None:
@@ -393,6 +391,16 @@ class EngineBase(ABC):
         # The squares are of clipped, loss-scaled gradients: recover each norm from its share of the unclipped total.
         return {name: self._last_norm * math.sqrt(square / whole) for name, square in total.items()}
 
+    def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
+        self._engine.train()
+        self._begin_step(batch, learning_rate)
+        self._run_step(batch, step)
+        return self._end_of_step()
+
+    @abstractmethod
+    def _run_step(self, batch: GlobalBatch, step: int) -> None:
+        """Run forward and backward passes and the update, with `_arm_check` before it."""
+
     def phase_seconds(self) -> dict[str, float]:
         return self._phase_seconds
 
@@ -429,9 +437,12 @@ class EngineBase(ABC):
             factor = self._state.loss_scale() * self._groups.context.size / sequences
             self._experts.begin(sequences * self._data_ranks, factor)
 
-    def _micro_batch(self, index: int) -> int:
-        """Return the number, among those of all data-parallel ranks in a step, of this rank's micro-batch `index`."""
-        return index * self._data_ranks + self._groups.coordinate.data
+    def _begin_micro_batch(self, batch: GlobalBatch, step: int, index: int) -> None:
+        """Prepare the forward pass of this rank's micro-batch `index`."""
+        self._by_dataset.of(batch.micro_batches[index].datasets)
+        self._clock.step = step
+        # Its number among those of all data-parallel ranks in a step.
+        self._clock.micro_batch = index * self._data_ranks + self._groups.coordinate.data
 
     def _tensors(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return this rank's positions of tokens and labels, and whole documents, on the device."""
@@ -442,14 +453,6 @@ class EngineBase(ABC):
         documents = None if batch.documents is None else to_device(batch.documents)
         cut = self._sequence.cut
         return cut(to_device(batch.tokens)), cut(to_device(batch.labels)), documents
-
-    def _padded(self, tokens: npt.NDArray[np.int64]) -> Tensor:
-        """[B, T] -> this rank's positions of sequences that divide, on the device.
-
-        No token attends to the padding on the right.
-        """
-        missing = -tokens.shape[1] % self._multiple
-        return self._sequence.cut(torch.from_numpy(np.pad(tokens, ((0, 0), (0, missing)))).to(self._device))
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -463,7 +466,23 @@ class EngineBase(ABC):
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> float:
+        self._engine.eval()
         return float(self._sum_over_ranks(self._loss_sum(micro_batches)))
+
+    @torch.no_grad()
+    def next_token_logits(
+        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
+    ) -> npt.NDArray[np.float32]:
+        self._engine.eval()
+        missing = -tokens.shape[1] % self._multiple  # no token attends to the padding on the right
+        padded = torch.from_numpy(np.pad(tokens, ((0, 0), (0, missing)))).to(self._device)
+        with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
+            logits = self._logits(self._sequence.cut(padded), torch.from_numpy(positions).to(self._device))
+        return logits.float().cpu().numpy()
+
+    @abstractmethod
+    def _logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        """Return the logits [B, V] of the token after each position, on every rank; `tokens` are this rank's."""
 
     @torch.no_grad()
     def row_losses(self, batch: MicroBatch) -> npt.NDArray[np.float64]:
@@ -473,6 +492,7 @@ class EngineBase(ABC):
         own = slice(self._groups.coordinate.data, None, ranks)
         tokens = np.pad(batch.tokens, extra)[own]
         labels = np.pad(batch.labels, extra, constant_values=IGNORE_INDEX)[own]
+        self._engine.eval()
         found: list[Tensor] = []
         observed = self._output.observe if self._output is not None else None
         if self._output is not None:
@@ -490,10 +510,10 @@ class EngineBase(ABC):
         return losses[:rows].cpu().numpy()
 
     @abstractmethod
-    def _loss_sum(self, micro_batches: Sequence[MicroBatch]) -> Tensor | float:
+    def _loss_sum(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Return this rank's sum of losses in nats, of forward passes alone."""
 
-    def _sum_over_ranks(self, loss: Tensor | float, *others: Tensor) -> Tensor:
+    def _sum_over_ranks(self, loss: Tensor, *others: Tensor) -> Tensor:
         """Return the sums of `loss` over all samples and parts of them, and of `others` over all ranks, on the
         device, flat.
 
@@ -509,12 +529,13 @@ class EngineBase(ABC):
         dist.all_reduce(own)
         return own
 
-    def _arm_check(self, loss_sum: Tensor | float, divisor: int) -> None:
+    def _arm_check(self, loss_sum: Tensor, divisor: int) -> None:
         """Prepare the check of the update: call after the last backward pass, before DeepSpeed's step.
 
         Without ZeRO, DeepSpeed gives no norm, or only this pipeline stage's: it is computed here, from gradients that
         are already averaged.
         """
+        self._by_dataset.of(None)  # no other forward pass counts
         squares = []
         if self._stage == 0:
             found = [(it.grad, copies) for it, copies in self._owned if it.grad is not None]

@@ -31,6 +31,7 @@ from megalm.model.weight_gradients import WeightGradients
 from megalm.parallel.context_parallel import ExchangedSequence, RingSequence
 from megalm.parallel.expert_parallel import DividedExperts
 from megalm.parallel.process_groups import ParallelGroups, make_groups
+from megalm.parallel.sharded_linear import TensorProducts
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.planning.memory_fit import loss_chunk_tokens
 from megalm.planning.resolve import ResolvedRun
@@ -84,14 +85,14 @@ def build_engine(
     if groups.context.size > 1:
         divided = RingSequence if run.config.parallel.context_method == "ring" else ExchangedSequence
         sequence = divided(groups.context)
-    context = EngineContext(run, shape, device, comm, groups, judge, sequence)
+    context = EngineContext(run, shape, device, comm, groups, judge, clock, sequence)
     if traffic is not None:
         traffic.name_groups(context.groups, comm.process_group)
     float8 = run.config.precision.float8
     layers = LayerFactory(clock, run.compiled, float8, train.z_loss, sequence)
     if run.topology.tensor > 1:
-        how = run.config.parallel.sequence, run.compiled, float8, run.tensor_chunks
-        layers = TensorLayers(clock, groups.tensor, *how, train.z_loss, sequence)
+        products = TensorProducts(groups.tensor, run.config.parallel.sequence, float8, run.tensor_chunks)
+        layers = TensorLayers(clock, products, run.compiled, train.z_loss, sequence)
     if groups.expert.size > 1:
         layers.experts = DividedExperts(groups.expert)
     layers.router_losses = RouterLosses(train.router_aux_loss, train.router_z_loss)
@@ -115,9 +116,8 @@ def build_engine(
         blocks, costs = _balance(run, build, device, comm)
         if on_stages is not None:
             on_stages(blocks, costs)
-        make = _interleaved_engine if run.config.parallel.virtual_stages > 1 else _pipeline_engine
-        return make(context, build, clock, blocks, draw)
-    return _zero_engine(context, layers, clock, draw)
+        return _pipeline_engine(context, build, blocks, draw)
+    return _zero_engine(context, layers, draw)
 
 
 def _recomputation(run: ResolvedRun, device: torch.device) -> Recomputation:
@@ -126,7 +126,7 @@ def _recomputation(run: ResolvedRun, device: torch.device) -> Recomputation:
     return Recomputation(run.recompute, train.checkpoint_activations_every, train.mlp_chunk_tokens, inputs)
 
 
-def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClock, draw: DrawWeight | None) -> Engine:
+def _zero_engine(context: EngineContext, layers: LayerFactory, draw: DrawWeight | None) -> Engine:
     from megalm.engine.zero_engine import ZeroEngine
 
     run, shape = context.run, context.shape
@@ -140,16 +140,16 @@ def _zero_engine(context: EngineContext, layers: LayerFactory, clock: DropoutClo
                 _partition(stage, context)
 
         init = ParameterInit(context.device, _TYPES[run.precision], fill)
-        model = LanguageModel(shape, layers, clock, chunk, init, _recomputation(run, context.device))
+        model = LanguageModel(shape, layers, context.clock, chunk, init, _recomputation(run, context.device))
     if run.compiled:
         model.compile_blocks()
-    return ZeroEngine(model, clock, context)
+    return ZeroEngine(model, context)
 
 
-def _interleaved_engine(
-    context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
+def _pipeline_engine(
+    context: EngineContext, build: StageBuilder, blocks: tuple[int, ...], draw: DrawWeight | None
 ) -> Engine:
-    from megalm.engine.pipeline.interleaved_engine import InterleavedEngine, PipelinePart
+    from megalm.engine.pipeline.pipeline_engine import PipelineEngine, PipelinePart
 
     run, pipeline = context.run, context.groups.pipeline
     part = PipelinePart(build, blocks, run.pipeline.stages_of(pipeline.index))
@@ -157,23 +157,7 @@ def _interleaved_engine(
         weights.fill(part)
     if run.compiled:
         part.compile_blocks()
-    return InterleavedEngine(part, clock, context)
-
-
-def _pipeline_engine(
-    context: EngineContext, build: StageBuilder, clock: DropoutClock, blocks: tuple[int, ...], draw: DrawWeight | None
-) -> Engine:
-    from megalm.engine.pipeline.pipeline_engine import PipelineEngine
-    from megalm.engine.pipeline.pipeline_stage import MicroBatchContext, PipelineStage
-
-    run = context.run
-    stage = PipelineStage(build, MicroBatchContext(clock, context.shape, build.sequence.parts), run.topology, blocks)
-    part = stage.part_of_model()
-    with _InitialWeights([name for name, _ in part.named_parameters()], draw, context.groups) as weights:
-        weights.fill(part)
-    if run.compiled:
-        stage.compile_blocks()
-    return PipelineEngine(stage, context)
+    return PipelineEngine(part, context)
 
 
 class _InitialWeights:

@@ -119,16 +119,17 @@ def fastest_seconds(
     fastest, done, began, passed = float("inf"), 0, time.perf_counter(), 0.0
     while (done < repeats and passed < most_seconds) or passed < total_seconds:
         done += 1
-        _wait_for(device)
+        wait_for(device)
         start = time.perf_counter()
         work()
-        _wait_for(device)
+        wait_for(device)
         fastest = min(fastest, time.perf_counter() - start)
         passed = time.perf_counter() - began
     return fastest
 
 
-def _wait_for(device: torch.device) -> None:
+def wait_for(device: torch.device) -> None:
+    """Wait until the device has done what is queued."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -269,18 +270,10 @@ def pin_batch(batch: GlobalBatch) -> GlobalBatch:
     def pinned(array: npt.NDArray[Any]) -> npt.NDArray[Any]:
         return torch.from_numpy(array).pin_memory().numpy()
 
-    return replace(
-        batch,
-        micro_batches=tuple(
-            MicroBatch(
-                pinned(micro.tokens),
-                pinned(micro.labels),
-                None if micro.documents is None else pinned(micro.documents),
-                None if micro.datasets is None else pinned(micro.datasets),
-            )
-            for micro in batch.micro_batches
-        ),
-    )
+    def pinned_batch(micro: MicroBatch) -> MicroBatch:
+        return replace(micro, **{name: pinned(array) for name, array in vars(micro).items() if array is not None})
+
+    return replace(batch, micro_batches=tuple(map(pinned_batch, batch.micro_batches)))
 
 
 def _computes_on_cuda() -> bool:

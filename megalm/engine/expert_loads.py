@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from megalm.checkpoint.shard_spec import Fragment, FragmentKey, HasFragment
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey
 from megalm.engine.interface import RoutingStatistics
 from megalm.model.model_config import ModelConfig
 from megalm.model.moe import STATISTICS, MixtureOfExperts, routers
@@ -123,7 +123,7 @@ class ExpertBiases:
             signs = signs.pin_memory() if self._values.is_cuda else signs  # a copy that the host does not wait for
             self._values.add_(signs.to(self._values.device, non_blocking=True), alpha=self._rate)
 
-    def fragments(self) -> Iterator[HasFragment]:
+    def fragments(self) -> Iterator[Fragment]:
         for name, values in zip(self._names, self._values, strict=True) if self._saves else ():
             yield Fragment(self._key(name), values)
 

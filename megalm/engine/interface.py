@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megalm.checkpoint.shard_spec import HasFragment
+from megalm.checkpoint.shard_spec import Fragment
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 
 PROFILED_PHASE = "megalm "  # begins the name of a phase of a step in a profile
@@ -173,7 +173,7 @@ class Engine(Protocol):
     ) -> npt.NDArray[np.float32]:
         """[B, T] tokens, [B] positions -> fp32 logits [B, V] of the token after each position."""
 
-    def fragments(self) -> Iterator[HasFragment]:
+    def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's fragments of the fp32 masters and moments."""
 
     def counters(self) -> dict[str, Any]:

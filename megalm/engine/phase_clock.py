@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch.profiler import record_function
 
+from megalm.engine.device import wait_for
 from megalm.engine.interface import PROFILED_PHASE
 
 
@@ -42,6 +43,5 @@ class PhaseClock:
         return seconds
 
     def _now(self) -> float:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)
         return time.perf_counter()

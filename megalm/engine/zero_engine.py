@@ -10,8 +10,6 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer, GradPartitionBufferGroup
 from deepspeed.utils import set_z3_leaf_modules
@@ -20,9 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from megalm.data.sampling.batch_loader import GlobalBatch, MicroBatch
 from megalm.engine.base_engine import EngineBase, EngineContext
-from megalm.engine.interface import StepResult
 from megalm.model.model_config import lowest_block
-from megalm.model.modules import DropoutClock
 from megalm.model.parameter_groups import frozen_parameters
 from megalm.model.transformer import Block, LanguageModel
 
@@ -31,11 +27,10 @@ class ZeroEngine(EngineBase):
     """Trains `model` on data-parallel ranks.
 
     Args:
-        model: as in `EngineBase`; its parameters' names are canonical.
-        clock: the clock of the model's dropout layers.
+        model: as in `EngineBase`.
     """
 
-    def __init__(self, model: LanguageModel, clock: DropoutClock, context: EngineContext) -> None:
+    def __init__(self, model: LanguageModel, context: EngineContext) -> None:
         train = context.run.config.train
         if context.run.zero_stage == 3:
             # Gather a complete block, not layer by layer: fewer messages, and no DeepSpeed hooks inside a compiled
@@ -44,12 +39,11 @@ class ZeroEngine(EngineBase):
             # Where no input of a block has a gradient, its hooks would run before its backward pass, not after it.
             frozen = frozen_parameters(context.shape, train.parameter_groups)
             model.gradient_down_to = lowest_block(context.shape, frozen)
-        super().__init__(model, model, context, model.head.output)
+        super().__init__(model, context, model.head.output)
         if context.run.deepspeed["zero_optimization"].get("offload_param"):
             for parameter in model.parameters():
                 gather = parameter.all_gather_coalesced  # type: ignore[attr-defined]
                 parameter.all_gather_coalesced = _copying_ahead(gather)  # type: ignore[attr-defined]
-        self._clock = clock
         optimizer = self._engine.optimizer
         is_alone = context.groups.data_context.size == 1 and isinstance(optimizer, DeepSpeedZeroOptimizer)
         if is_alone and not optimizer.cpu_offload:
@@ -64,18 +58,15 @@ class ZeroEngine(EngineBase):
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(optimizer._fill_param_grad_accum_attribute)
 
-    def train_step(self, batch: GlobalBatch, step: int, learning_rate: float) -> StepResult:
+    def _run_step(self, batch: GlobalBatch, step: int) -> None:
         engine = self._engine
-        engine.train()
         self._state.release_buffers()
-        self._begin_step(batch, learning_rate)
         total = torch.zeros((), device=self._device)
         # ZeRO averages gradients over ranks; the loss is a mean over the targets of the *global* batch.
         scale = self._replicas / batch.divisor
         last = len(batch.micro_batches) - 1
         for index, micro_batch in enumerate(batch.micro_batches):
-            self._by_dataset.of(micro_batch.datasets)
-            self._clock.step, self._clock.micro_batch = step, self._micro_batch(index)
+            self._begin_micro_batch(batch, step, index)
             with self._unreduced() if self._whole_gradients and index < last else contextlib.nullcontext():
                 with self._phase("forward"):
                     loss_sum, _ = engine(*self._tensors(micro_batch))
@@ -83,11 +74,9 @@ class ZeroEngine(EngineBase):
                     engine.backward(loss_sum * scale, scale_wrt_gas=False)
             total += loss_sum.detach()
             if index == last:
-                self._by_dataset.of(None)
                 self._arm_check(total, batch.divisor)
             with self._phase("update"):
                 engine.step()
-        return self._end_of_step()
 
     @contextlib.contextmanager
     def _unreduced(self) -> Iterator[None]:
@@ -104,22 +93,15 @@ class ZeroEngine(EngineBase):
             engine.inside_no_sync_ctxt = optimizer._coalesce_grad_reduction = False
 
     def _loss_sum(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        self._engine.eval()
         total = torch.zeros((), device=self._device)
         for micro_batch in micro_batches:
             loss_sum, _ = self._engine(*self._tensors(micro_batch))
             total += loss_sum
         return total
 
-    @torch.no_grad()
-    def next_token_logits(
-        self, tokens: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]
-    ) -> npt.NDArray[np.float32]:
-        self._engine.eval()
-        own, places = self._padded(tokens), torch.from_numpy(positions).to(self._device)
-        with torch.compiler.set_stance("force_eager"):  # texts grow: each new length would be compiled again
-            logits = self._engine(own, positions=places)
-        return logits.float().cpu().numpy()
+    def _logits(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        logits: Tensor = self._engine(tokens, positions=positions)
+        return logits
 
 
 class _CopyAhead(TorchFunctionMode):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megalm.checkpoint.discovery import folder_name
 from megalm.checkpoint.save_transaction import bytes_needed, save_checkpoint
-from megalm.checkpoint.shard_spec import WEIGHTS, WEIGHTS_AND_MOMENTS, FragmentKey, FragmentOnAccess
+from megalm.checkpoint.shard_spec import WEIGHTS, WEIGHTS_AND_MOMENTS, Fragment, FragmentKey
 from megalm.communicator import SingleProcessCommunicator
 from megalm.config.validation import to_yaml
 from megalm.data.tokenizers.tokenizer import AUTO, Tokenizer, load_tokenizer
@@ -124,7 +124,7 @@ def _import(
         for name, size in shape.parameters().items()
         for kind in source.kinds
     )
-    stored = [FragmentOnAccess(key, partial(_values, source, key, advance)) for key in keys]
+    stored = [Fragment(key, partial(_values, source, key, advance)) for key in keys]
     optimizer = source.optimizer
     step = 0 if optimizer is None else optimizer.step
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -164,25 +164,17 @@ class RouterLosses:
     z: float = 0.0
 
 
-class ResidualStream(Protocol):
-    """How the ranks that share a layer hold the residual stream [B, S, H]; `ranks` is their number."""
+class ResidualStream:
+    """How the `ranks` that share a layer hold the residual stream [B, S, H]: one rank alone, all of it."""
 
-    ranks: int
-
-    def whole(self, hidden: Tensor) -> Tensor:
-        """The stream as [B, T, H], of which each rank makes a part of the use."""
-
-    def join(self, addend: Tensor) -> Tensor:
-        """The sum of the ranks' addends [B, T, H], as the stream."""
-
-
-class _UndividedStream:
     ranks = 1
 
     def whole(self, hidden: Tensor) -> Tensor:
+        """The stream as [B, T, H], of which each rank makes a part of the use."""
         return hidden
 
     def join(self, addend: Tensor) -> Tensor:
+        """The sum of the ranks' addends [B, T, H], as the stream."""
         return addend
 
 
@@ -256,7 +248,7 @@ class LayerFactory:
 
     def stream(self) -> ResidualStream:
         """The residual stream, for what is computed from all of it."""
-        return _UndividedStream()
+        return ResidualStream()
 
     def embedding(self, rows: int, width: int) -> nn.Embedding:
         """A lookup table [rows, width]; its rows may be divided."""

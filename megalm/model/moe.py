@@ -25,12 +25,8 @@ from megalm.model.modules import ACTIVATIONS
 from megalm.model.recomputation import in_backward
 from megalm.model.weight_gradients import SplitGroupedProduct
 
-STATISTICS = (
-    "dropped",
-    "entropy",
-    "balance_loss",
-    "z_loss",
-)  # what `MixtureOfExperts.statistics` has behind the experts
+# What `MixtureOfExperts.statistics` has behind the experts.
+STATISTICS = ("dropped", "entropy", "balance_loss", "z_loss")
 
 _ROUNDING = 1e-9  # of a product that would be whole
 _TINY = 1e-20  # a sum of sigmoids can be 0

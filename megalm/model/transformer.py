@@ -166,23 +166,19 @@ class Block(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Token embeddings, scaled or not, plus learned positions, which start again with each document under a mask.
+    """Token embeddings, scaled or not, plus learned positions, which start again with each document under a mask."""
 
-    Args:
-        own_table: false: the caller passes token embeddings, which it looked up in a table shared with the head.
-    """
-
-    def __init__(self, shape: ModelConfig, layers: LayerFactory, own_table: bool = True) -> None:
+    def __init__(self, shape: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
-        self.tokens = layers.embedding(shape.vocab_size, shape.hidden_size) if own_table else None
+        self.tokens = layers.embedding(shape.vocab_size, shape.hidden_size)
         self.scale = shape.embedding_scale
         learned = shape.position_embedding_type == "learned_absolute"
         self.positions = layers.positions(shape.max_position_embeddings, shape.hidden_size) if learned else None
         self.dropout = layers.dropout(shape.dropout, 0, "embedding", sharded=False)
 
     def forward(self, tokens: Tensor, documents: Tensor | None, start: int = 0) -> Tensor:
-        """[B, T] tokens, or their embeddings [B, T, H] without a table -> [B, T, H]; positions count from `start`."""
-        hidden = tokens if self.tokens is None else self.tokens(tokens)
+        """[B, T] tokens -> [B, T, H]; positions count from `start`."""
+        hidden: Tensor = self.tokens(tokens)
         if self.scale is not None:
             hidden = hidden * hidden.new_full((), self.scale)  # rounded to its precision, as in transformers
         if self.positions is not None:
@@ -298,8 +294,8 @@ class StageBuilder:
         size = self.shape.vocab_size, self.shape.hidden_size
         return self._built("embedding.tokens", lambda: self._layers.embedding(*size))
 
-    def embedding(self, own_table: bool = True) -> Embedding:
-        return self._built("embedding", lambda: Embedding(self.shape, self._layers, own_table))
+    def embedding(self) -> Embedding:
+        return self._built("embedding", lambda: Embedding(self.shape, self._layers))
 
     def block(self, index: int) -> Block:
         parts = self.shape, self._layers, self._rotation(index), self._clock
@@ -342,13 +338,7 @@ class StageBuilder:
 class LanguageModel(nn.Module):
     """A decoder-only transformer; every parameter's name here is its canonical name.
 
-    Args:
-        shape: all dimensions.
-        layers: the factory of linear, vocabulary and dropout layers.
-        clock: the moving part of dropout's seeds.
-        chunk_tokens: tokens whose logits are held at once by the loss.
-        init: of the parameters, which are left empty by default.
-        recomputation: what the backward pass computes again.
+    Args: those of `StageBuilder`; by default layers are undivided.
 
     Attributes:
         gradient_down_to: the block whose input gets a gradient, even if no parameter below it trains.

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megalm.model.layer_factory import ResidualStream
 from megalm.parallel.process_groups import AxisGroup
 
 Finish = Callable[[], Tensor]
@@ -21,6 +22,11 @@ Finish = Callable[[], Tensor]
 def sum_over(tensor: Tensor, group: AxisGroup) -> Tensor:
     """Sum of the ranks' tensors, in place."""
     return begin_sum(tensor, group)()
+
+
+def sum_of_copies(tensor: Tensor, group: AxisGroup) -> Tensor:
+    """Sum of the ranks' tensors, which stay as they are."""
+    return sum_over(tensor.clone(memory_format=torch.contiguous_format), group)
 
 
 def begin_sum(tensor: Tensor, group: AxisGroup) -> Finish:
@@ -61,55 +67,26 @@ def begin_scatter_sum(whole: Tensor, group: AxisGroup, result: Tensor | None = N
     return _finish(work, lambda: result)
 
 
-class SumGradient(torch.autograd.Function):
-    """The same tensor; its gradient is summed over the ranks, each of which does a part of the work on it."""
+# A linear map of a tensor.
+Map = Callable[[Tensor], Tensor]
+
+
+def linear(tensor: Tensor, forward: Map, backward: Map) -> Tensor:
+    """forward(tensor), whose gradient is backward(gradient): a linear map, and its transpose."""
+    result = _Linear.apply(tensor, forward, backward)  # type: ignore[no-untyped-call]  # torch: untyped
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, forward: Map, backward: Map) -> Tensor:
+        ctx.backward_map = backward
+        return forward(tensor)
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: AxisGroup) -> Tensor:
-        ctx.group = group
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return sum_over(gradients[0].clone(memory_format=torch.contiguous_format), ctx.group), None
-
-
-class Sum(torch.autograd.Function):
-    """The sum of the ranks' addends; each addend gets the sum's gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, addend: Tensor, group: AxisGroup) -> Tensor:
-        return sum_over(addend.clone(memory_format=torch.contiguous_format), group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0], None
-
-
-class GatherSequence(torch.autograd.Function):
-    """Slices [B, S, H] -> [B, T, H]; the gradient of a slice is summed over the ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, part: Tensor, group: AxisGroup) -> Tensor:
-        ctx.group = group
-        return begin_gather_sequence(part, group)()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return begin_scatter_sum(gradients[0].contiguous(), ctx.group)(), None
-
-
-class ScatterSum(torch.autograd.Function):
-    """Addends [B, T, H] -> this rank's slice [B, S, H] of their sum; the gradients of all slices are gathered."""
-
-    @staticmethod
-    def forward(ctx: Any, addend: Tensor, group: AxisGroup) -> Tensor:
-        ctx.group = group
-        return begin_scatter_sum(addend.contiguous(), group)()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return begin_gather_sequence(gradients[0], ctx.group)(), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.backward_map(gradients[0]), None, None
 
 
 def _finish(work: Any, result: Finish) -> Finish:
@@ -120,7 +97,7 @@ def _finish(work: Any, result: Finish) -> Finish:
     return wait
 
 
-class ReplicatedResidual:
+class ReplicatedResidual(ResidualStream):
     """How the ranks of a tensor group hold the residual stream between the sharded layers: [B, T, H] on every rank."""
 
     is_sequence_sharded = False
@@ -131,12 +108,15 @@ class ReplicatedResidual:
         self.slices = group.size if self.is_sequence_sharded else 1
 
     def whole(self, hidden: Tensor) -> Tensor:
-        """The stream as [B, T, H]; its gradient is summed over the ranks."""
-        return SumGradient.apply(hidden, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
+        """The stream as [B, T, H]; its gradient is summed over the ranks, each of which makes a part of its use."""
+        return linear(hidden, lambda it: it.view_as(it), self._summed)
 
     def join(self, addend: Tensor) -> Tensor:
-        """The sum of the ranks' addends [B, T, H], as the stream."""
-        return Sum.apply(addend, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
+        """The sum of the ranks' addends [B, T, H], as the stream; each addend gets the sum's gradient."""
+        return linear(addend, self._summed, lambda it: it)
+
+    def _summed(self, tensor: Tensor) -> Tensor:
+        return sum_of_copies(tensor, self.group)
 
     def begin_whole(self, hidden: Tensor) -> Finish:
         """Start `whole`, without a gradient."""
@@ -160,10 +140,16 @@ class SequenceShardedResidual(ReplicatedResidual):
     is_sequence_sharded = True
 
     def whole(self, hidden: Tensor) -> Tensor:
-        return GatherSequence.apply(hidden, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
+        return linear(hidden, self._gathered, self._scattered)
 
     def join(self, addend: Tensor) -> Tensor:
-        return ScatterSum.apply(addend, self.group)  # type: ignore[no-untyped-call]  # torch: untyped
+        return linear(addend, self._scattered, self._gathered)
+
+    def _gathered(self, part: Tensor) -> Tensor:
+        return begin_gather_sequence(part, self.group)()
+
+    def _scattered(self, whole: Tensor) -> Tensor:
+        return begin_scatter_sum(whole.contiguous(), self.group)()
 
     def begin_whole(self, hidden: Tensor) -> Finish:
         return begin_gather_sequence(hidden, self.group)

@@ -9,7 +9,7 @@ Shapes: R ranks, B batch, T sequence, C = T / R positions held here, N heads, K 
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -91,9 +91,9 @@ class ExchangedSequence(_DividedSequence):
         return returned.permute(1, 3, 0, 2, 4).flatten(2, 3).transpose(1, 2)  # as the output projection reads it
 
     def _exchange(self, parts: Tensor) -> Tensor:
-        result = Exchange.apply(parts, self._group.process_group.group_name)  # type: ignore[no-untyped-call]  # torch: untyped
-        assert isinstance(result, Tensor)
-        return result
+        """[R, ...], a part for each rank -> [R, ...], a part from each; so do the gradients travel back."""
+        exchanged = partial(_exchanged, group=self._group.process_group.group_name)
+        return collectives.linear(parts, exchanged, exchanged)
 
 
 class RingSequence(_DividedSequence):
@@ -117,19 +117,6 @@ class RingSequence(_DividedSequence):
         query, key, value, mask, sinks = inputs
         documents = None if mask is None else mask.documents
         return ring_attention(query, key, value, documents, rule, sinks, self._places)
-
-
-class Exchange(torch.autograd.Function):
-    """[R, ...], a part for each rank -> [R, ...], a part from each; so do the gradients travel back."""
-
-    @staticmethod
-    def forward(ctx: Any, parts: Tensor, group: str) -> Tensor:
-        ctx.group = group
-        return _exchanged(parts, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return _exchanged(gradients[0], ctx.group), None
 
 
 def _exchanged(parts: Tensor, group: str) -> Tensor:

@@ -12,7 +12,7 @@ hidden.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from megalm.model.layer_factory import AllExperts
 from megalm.model.moe import Rows
+from megalm.parallel import collectives
 from megalm.parallel.process_groups import AxisGroup
 
 
@@ -43,7 +44,9 @@ class DividedExperts(AllExperts):
         dist.all_to_all_single(arriving, sent, group=self._group.process_group)
         to_each, from_each = rows_of_ranks(len(rows), sent, arriving)
         assert to_each[self._group.index] == from_each[self._group.index], (to_each, from_each)
-        arrived = ExchangeRows.apply(rows, to_each, from_each, self._group)  # type: ignore[no-untyped-call]  # torch: untyped
+        there = partial(_exchanged, sent=to_each, received=from_each, group=self._group)
+        back = partial(_exchanged, sent=from_each, received=to_each, group=self._group)
+        arrived = collectives.linear(rows, there, back)
         # Sorted by sender, then by expert -> by expert.
         experts = torch.arange(sent.shape[1], device=rows.device).repeat(self._group.size)
         expert = experts.repeat_interleave(arriving.flatten(), output_size=sum(from_each))  # [A]
@@ -52,9 +55,7 @@ class DividedExperts(AllExperts):
 
         def combine(outputs: Tensor) -> Tensor:
             by_sender = Rows.apply(outputs, place, order, 1)  # type: ignore[no-untyped-call]  # torch: untyped
-            result = ExchangeRows.apply(by_sender, from_each, to_each, self._group)  # type: ignore[no-untyped-call]  # torch: untyped
-            assert isinstance(result, Tensor)
-            return result
+            return collectives.linear(by_sender, back, there)
 
         own = Rows.apply(arrived, order, place, 1)  # type: ignore[no-untyped-call]  # torch: untyped
         return own, arriving.sum(0), combine
@@ -66,20 +67,8 @@ def rows_of_ranks(rows: int, sent: Tensor, arriving: Tensor) -> tuple[list[int],
     return to_each, from_each
 
 
-class ExchangeRows(torch.autograd.Function):
-    """[sum of `sent`, H] -> [sum of `received`, H]: the first rows to the first rank, and so on; gradients go back."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: AxisGroup) -> Tensor:
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _exchanged(rows, sent, received, group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        return _exchanged(gradients[0], ctx.received, ctx.sent, ctx.group), None, None, None
-
-
 def _exchanged(rows: Tensor, sent: list[int], received: list[int], group: AxisGroup) -> Tensor:
+    """[sum of `sent`, H] -> [sum of `received`, H]: the first rows to the first rank, and so on."""
     result = rows.new_empty(sum(received), rows.shape[1])
     dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group.process_group)
     return result

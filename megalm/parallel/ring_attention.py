@@ -71,14 +71,6 @@ class _Tile:
     ahead: int
 
 
-@dataclass(frozen=True)
-class _Documents:
-    """Document numbers of the positions held here [B, C], and of those of another rank."""
-
-    queries: Tensor
-    keys: Tensor
-
-
 def ring_attention(
     query: Tensor,
     key: Tensor,
@@ -211,11 +203,12 @@ def _begin_shift(tensor: Tensor, group: AxisGroup) -> Callable[[], Tensor]:
     return wait
 
 
-def _documents(whole: Tensor | None, places: RingPlaces, source: int, length: int) -> _Documents | None:
+def _documents(whole: Tensor | None, places: RingPlaces, source: int, length: int) -> tuple[Tensor, Tensor] | None:
+    """Document numbers of the positions held here [B, C], and of those of a source rank."""
     if whole is None:
         return None
     own, other = (places.positions(rank, length, whole.device) for rank in (places.group.index, source))
-    return _Documents(whole[:, own], whole[:, other])
+    return whole[:, own], whole[:, other]
 
 
 def _per_row(sinks: Tensor, like: Tensor) -> Tensor:
@@ -226,7 +219,7 @@ def _per_row(sinks: Tensor, like: Tensor) -> Tensor:
 
 
 def _scores(
-    query: Tensor, key: Tensor, tile: _Tile, documents: _Documents | None, rule: ScoreRule
+    query: Tensor, key: Tensor, tile: _Tile, documents: tuple[Tensor, Tensor] | None, rule: ScoreRule
 ) -> tuple[Tensor, Tensor | None]:
     """[S, G, Q, E] of a tile, in fp32, -inf where a query does not attend to a key; and a soft cap's slope there."""
     shared, groups, _, _ = query.shape
@@ -241,6 +234,7 @@ def _scores(
         past = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril_(tile.ahead - rule.window)
         by_head.masked_fill_(past, -math.inf)
     if documents is not None:
-        others = documents.queries[:, tile.queries, None] != documents.keys[:, None, tile.keys]  # [B, Q, E]
+        own, other = documents
+        others = own[:, tile.queries, None] != other[:, None, tile.keys]  # [B, Q, E]
         by_head.view(len(others), -1, rows, columns).masked_fill_(others.unsqueeze(1), -math.inf)
     return by_head, slope

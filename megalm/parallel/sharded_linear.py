@@ -112,7 +112,7 @@ class TensorProducts:
         how: the arguments as plain values.
     """
 
-    def __init__(self, group: AxisGroup, sequence: bool, float8: bool, chunks: int) -> None:
+    def __init__(self, group: AxisGroup, sequence: bool = False, float8: bool = False, chunks: int = 1) -> None:
         self.stream = SequenceShardedResidual(group) if sequence else ReplicatedResidual(group)
         self.how = group.process_group.group_name, sequence, float8, chunks
         self._kind = Float8Products if float8 else Products

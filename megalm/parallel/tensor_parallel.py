@@ -108,11 +108,8 @@ class TensorLayers(LayerFactory):
     """Sharded layers that hold their group. Weights are left empty: `initialize` cuts them from whole ones.
 
     Args:
-        group: the ranks that share each layer.
-        sequence: ranks divide the residual stream between the sharded layers along the sequence.
+        products: of column and row layers; they know the ranks that share each layer.
         compiled: the element-wise work of the loss runs compiled.
-        float8: column and row layers multiply in float8.
-        chunks: of a micro-batch, whose communication runs while others are multiplied; 1: they take turns.
         z_loss: coefficient of the loss's penalty.
         context: how a context group holds a sample's sequence.
     """
@@ -120,18 +117,14 @@ class TensorLayers(LayerFactory):
     def __init__(
         self,
         clock: DropoutClock,
-        group: AxisGroup,
-        sequence: bool = False,
+        products: TensorProducts,
         compiled: bool = False,
-        float8: bool = False,
-        chunks: int = 1,
         z_loss: float = 0.0,
         context: WholeSequence = WHOLE_SEQUENCE,
     ) -> None:
-        super().__init__(clock, compiled, float8, z_loss, context)
-        self._group = group
-        self._products = TensorProducts(group, sequence, float8, chunks)
-        self._stream = self._products.stream
+        super().__init__(clock, compiled, z_loss=z_loss, sequence=context)
+        self._products, self._stream = products, products.stream
+        self._group = self._stream.group
         self.slices = self._stream.slices
 
     def column(self, in_features: int, out_features: int, bias: bool, parts: int) -> nn.Linear:
@@ -177,16 +170,10 @@ class TensorLayers(LayerFactory):
         return module
 
     def vocabulary_weight(self, vocab_size: int, hidden_size: int) -> nn.Parameter:
-        part = vocabulary_rows(vocab_size, self._group.size, self._group.index)
-        weight = nn.Parameter(torch.empty(part.size, hidden_size))
-        _annotate(weight, (vocab_size, hidden_size), 0, part)
-        return weight
+        return _divided((vocab_size, hidden_size), vocabulary_rows(vocab_size, self._group.size, self._group.index))
 
     def of_heads(self, heads: int) -> nn.Parameter:
-        part = whole_parts(heads, heads, self._group.size, self._group.index)
-        parameter = nn.Parameter(torch.empty(part.size))
-        _annotate(parameter, (heads,), 0, part)
-        return parameter
+        return _divided((heads,), whole_parts(heads, heads, self._group.size, self._group.index))
 
     def norm_over_heads(self, width: int, heads: int, epsilon: float, zero_centered: bool) -> RMSNorm:
         part = whole_parts(width, heads, self._group.size, self._group.index)
@@ -231,22 +218,11 @@ class ShardedRMSNorm(RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         count = self.weight.shape[0] * self._part.sharers
-        squares = _SumOverRanks.apply(wide.square().sum(-1, keepdim=True), self._group)  # type: ignore[no-untyped-call]  # torch: untyped
+        # Each rank makes another use of the sum: its gradient is summed too.
+        summed = partial(collectives.sum_of_copies, group=self._group)
+        squares = collectives.linear(wide.square().sum(-1, keepdim=True), summed, summed)
         normed = wide * torch.rsqrt(squares / count + self.epsilon)
         return (normed * self.gain()[self._part.first : self._part.last].float()).to(x.dtype)
-
-
-class _SumOverRanks(torch.autograd.Function):
-    """The sum of the ranks' tensors, of which each rank makes another use: its gradient is summed too."""
-
-    @staticmethod
-    def forward(ctx: Any, own: Tensor, group: AxisGroup) -> Tensor:
-        ctx.group = group
-        return collectives.sum_over(own.clone(memory_format=torch.contiguous_format), group)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return collectives.sum_over(gradients[0].clone(memory_format=torch.contiguous_format), ctx.group), None
 
 
 class RowLinear(nn.Module):
@@ -295,6 +271,13 @@ class _Row(torch.autograd.Function):
         # A slice of the gradient is gathered twice: the whole would be kept for longer than any other activation.
         features_gradient, _ = _needed(compute([of_features, False]), [of_features, False])
         return features_gradient, *ctx.later.of([ctx.weight], lambda: compute([False, True])[1:]), None, None
+
+
+def _divided(shape: tuple[int, ...], part: DimRange) -> nn.Parameter:
+    """A parameter of a part of the whole's first dimension."""
+    parameter = nn.Parameter(torch.empty(part.size, *shape[1:]))
+    _annotate(parameter, shape, 0, part)
+    return parameter
 
 
 def _annotate(parameter: Tensor, shape: tuple[int, ...], dimension: int, part: DimRange) -> None:

@@ -55,10 +55,8 @@ class VocabParallelOutput(VocabularyOutput):
         compiled: bool,
         sequence: WholeSequence = WHOLE_SEQUENCE,
     ) -> None:
-        self.rule = rule
+        super().__init__(rule, sequence=sequence)
         self.chunk = self._chunk
-        self.sequence = sequence
-        self.observe = None
         self._vocab_size = vocab_size
         self._stream = stream
         self._group = stream.group

@@ -155,7 +155,6 @@ def _import_first(case: ParityCase) -> None:
     import torch
     import torch._dynamo
 
-    import megalm.engine.pipeline.interleaved_engine
     import megalm.engine.pipeline.pipeline_engine
     import megalm.engine.zero_engine
     import megalm.parity.miniature_training  # noqa: F401
@@ -176,23 +175,16 @@ def _compare(case: ParityCase, folder: Path, advance: Callable[[], None]) -> Par
 
     one, many = folder / "one-rank", folder / "miniature"
     name = f"step-{SAVED:08d}"
-    (alone,) = _launch(
-        1,
-        lambda comm, device, say: train_and_resume(comm, device, case.reference, case.shape, one, say=say),
-        folder,
-        advance,
+    launch = partial(_launch, folder=folder, advance=advance)
+    (alone,) = launch(
+        1, lambda comm, device, say: train_and_resume(comm, device, case.reference, case.shape, one, say=say)
     )
-    ranks = _launch(
+    ranks = launch(
         case.run.topology.world_size,
         lambda comm, device, say: train_and_resume(comm, device, case.run, case.shape, many, one / name, say),
-        folder,
-        advance,
     )
-    (on_one,) = _launch(
-        1,
-        lambda comm, device, say: load_and_train(comm, device, case.reference, case.shape, many / name),
-        folder,
-        advance,
+    (on_one,) = launch(
+        1, lambda comm, device, say: load_and_train(comm, device, case.reference, case.shape, many / name)
     )
     advance()
     report = compare(alone, ranks, on_one, allowed(case.run.precision, case.run.config.train.optimizer_state))

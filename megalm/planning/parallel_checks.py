@@ -162,14 +162,6 @@ def pipeline_keeps_whole_states(case: CheckContext) -> Iterator[str]:
             f"{here} with zero_optimization.stage={case.zero.stage} ({path}): a pipeline keeps whole gradients over "
             "its micro-batches; use stage 1"
         )
-    # DeepSpeed sums the gradients of the first and the last stage for their common weight in `grad`, but accumulates
-    # fp16 gradients in fp32 elsewhere: each stage would train its own copy.
-    apart = case.precision == "fp16" and case.settings.data_types.grad_accum_dtype == "fp32"
-    if apart and case.shape.tie_word_embeddings:
-        yield (
-            f"{here} with fp16 and data_types.grad_accum_dtype=fp32 ({path}) trains tied embeddings wrongly in "
-            "DeepSpeed 0.19.8; remove grad_accum_dtype, use bf16, or set model.tie_word_embeddings=false"
-        )
     devices = {"offload_optimizer": case.zero.optimizer_device, "offload_param": case.zero.parameter_device}
     for name, device in devices.items():
         if device != "none":

@@ -29,7 +29,7 @@ from megalm.engine.traffic_counter import TrafficCounter
 from megalm.rank_environment import rank_facts
 from megalm.rehearsal import stand_ins
 from megalm.rehearsal.fake_cuda import FakeCuda, GpuProperties
-from megalm.rehearsal.rehearsal_report import AxisTraffic, Phase, PhaseName, Rehearsal, RehearsalCase
+from megalm.rehearsal.rehearsal_report import Phase, PhaseName, Rehearsal, RehearsalCase
 from megalm.rehearsal.watcher import Watcher
 from megalm.train.datasets import batch_layout
 
@@ -87,9 +87,8 @@ class _Recorder:
             return work()
         finally:
             device, host = (self._watcher.memory[kind] for kind in ("cuda", "cpu"))
-            traffic = [AxisTraffic(item.axis, item.collective, item.calls, item.bytes) for item in self._traffic.stop()]
-            events = tuple(self._watcher.events())
-            phase = Phase(name, device.peak, device.peak_place, device.live, host.peak, events, tuple(traffic))
+            events, traffic = tuple(self._watcher.events()), tuple(self._traffic.stop())
+            phase = Phase(name, device.peak, device.peak_place, device.live, host.peak, events, traffic)
             self.phases = [*(other for other in self.phases if other.name != name), phase]
 
 
@@ -101,7 +100,7 @@ def rehearse(case: RehearsalCase) -> Rehearsal:
     watcher, traffic = Watcher(), TrafficCounter()
     name = run.device.name or "GPU"
     FakeCuda(GpuProperties(name, run.device.memory_bytes, *case.capability), case.ranks_per_node, watcher).install()
-    stand_ins.install(case.capability, run.config.data.sample_length, watcher)
+    stand_ins.install(case.capability, watcher)
     _join(case, local)
     device = torch.device("cuda", local)
     torch.cuda.set_device(device)

@@ -80,7 +80,6 @@ _FIRST = (
     "megalm.rehearsal.rehearsal",
     "megalm.engine.zero_engine",
     "megalm.engine.pipeline.pipeline_engine",
-    "megalm.engine.pipeline.interleaved_engine",
 )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from megalm.cost_model.gpu_specs import compute_capability
 from megalm.cost_model.memory import Share, shares
+from megalm.engine.interface import Traffic
 from megalm.model.model_config import ModelConfig
 from megalm.planning.resolve import ResolvedRun
 
@@ -82,16 +83,6 @@ class HostEvent:
 
 
 @dataclass(frozen=True)
-class AxisTraffic:
-    """Collectives of one kind along one axis of the ranks, as `megalm.engine.interface.Traffic`."""
-
-    axis: str
-    collective: str
-    calls: int
-    bytes: int
-
-
-@dataclass(frozen=True)
 class Phase:
     """A part of the rehearsal.
 
@@ -107,7 +98,7 @@ class Phase:
     kept_bytes: int
     host_peak_bytes: int
     events: tuple[HostEvent, ...]
-    traffic: tuple[AxisTraffic, ...]
+    traffic: tuple[Traffic, ...]
 
     def count(self, *kinds: EventKind) -> int:
         return sum(event.count for event in self.events if event.kind in kinds)

@@ -26,9 +26,9 @@ Replacement = tuple[Any, str, Any]
 _AMPERE = 8  # has flash attention, from this major capability on
 
 
-def install(capability: tuple[int, int], sequence_length: int, watcher: Watcher) -> None:
+def install(capability: tuple[int, int], watcher: Watcher) -> None:
     """Replace them for the rest of the process."""
-    replaced = _of_torch(watcher), _kernels(capability), _of_deepspeed(sequence_length), _of_experts()
+    replaced = _of_torch(watcher), _kernels(capability), _of_deepspeed(), _of_experts()
     for owner, name, value in chain(*replaced):
         setattr(owner, name, value)
     # Without a kernel for "cuda" autograd would take it apart, and hold each of five results.
@@ -135,9 +135,8 @@ def _kernels(capability: tuple[int, int]) -> Iterator[Replacement]:
     yield operator, "create_fw_bw_graph", without_hooks
 
 
-def _of_deepspeed(sequence_length: int) -> Iterator[Replacement]:
+def _of_deepspeed() -> Iterator[Replacement]:
     from deepspeed.ops.op_builder import AsyncIOBuilder, CPUAdamBuilder
-    from deepspeed.runtime.pipe.engine import PipelineEngine
     from deepspeed.runtime.zero import parameter_offload, partition_parameters, partitioned_param_coordinator, stage3
 
     # ZeRO 3 compares rank 0's numbers, which it has received, with its own: nothing is received.
@@ -149,15 +148,6 @@ def _of_deepspeed(sequence_length: int) -> Iterator[Replacement]:
     yield cpp_extensions, "compiling_alone", contextlib.nullcontext
     for builder in (CPUAdamBuilder, AsyncIOBuilder):
         yield builder, "load", lambda *_, **__: _NoExtension()
-
-    # The stage before has not sent the size of its hidden states.
-    def received(engine: Any, _: int) -> Any:
-        stage = engine.module
-        held = sequence_length // stage.sequence.parts // stage.slices
-        size = [engine.train_micro_batch_size_per_gpu(), held, stage.hidden_size]
-        return engine._allocate_or_extend_buffers(0, size, next(stage.parameters()).dtype)
-
-    yield PipelineEngine, "_recv_tensor_meta", received
 
 
 def _of_experts() -> Iterator[Replacement]:

@@ -4,7 +4,7 @@ Rows have `kind` and `time` (unix seconds), and by kind:
 
 - `train`: step, tokens, samples (number of the next one), loss, lr, grad_norm, loss_scale, tokens_per_second,
   step_seconds, mfu, memory_bytes (peak of rank 0), attempt; with wall_clock_breakdown also rank 0's forward_seconds,
-  backward_seconds and update_seconds, and in a pipeline those of each other instruction (SendActivation_seconds); in a
+  backward_seconds and update_seconds, and in a pipeline wait_seconds (for other stages) and reduce_seconds; in a
   mixture loss_of_NAME of each dataset, nats per target of its samples in this step, null without one: weighted by their
   targets they add up to loss; of a model with experts expert_load_max and expert_load_min (the fullest and the
   emptiest expert of any layer, 1: its equal share), router_entropy (nats, the mean over tokens and layers),

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from megalm.checkpoint.copies.copy_process import AFTER_TRAINING_SECONDS, CopyHandle, CopyRequest, start_copies
+from megalm.checkpoint.copies.copy_process import AFTER_TRAINING_SECONDS, CopyHandle, CopyRequest
 from megalm.checkpoint.copies.copy_store import CopyStore
 from megalm.checkpoint.copies.fetch import check_copy_place, fetch_newest, refuse_copies_of_another_run
 from megalm.checkpoint.retention import Retention, tidy
@@ -63,7 +63,7 @@ def start_run_copies(folder: RunFolder, config: RunConfig) -> CopyHandle | None:
         return None
     kept = Retention(settings.copy_keep_last, settings.keep_every_steps, settings.best)
     files = tuple(path.name for path in folder.small_files)
-    return start_copies(CopyRequest(folder.path.resolve(), settings.copy_to, kept, files))
+    return CopyHandle(CopyRequest(folder.path.resolve(), settings.copy_to, kept, files))
 
 
 def finish_run_copies(handle: CopyHandle | None, config: RunConfig, code: int, say: Callable[[str], None]) -> None:
@@ -73,7 +73,7 @@ def finish_run_copies(handle: CopyHandle | None, config: RunConfig, code: int, s
     settings = config.checkpoint
     limit = settings.copy_wait_seconds if code == EXIT_DONE else min(settings.copy_wait_seconds, _LEAVING_SECONDS)
     missing = handle.finish(limit, say)
-    status = handle.reader.read(now=True)
+    status = handle.read(now=True)
     if missing:
         why = f" ({status.problem})" if status.problem else ""
         command = shlex.join(["megalm", "checkpoint", "copy", str(handle.request.run_dir), str(settings.copy_to)])

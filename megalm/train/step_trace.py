@@ -28,7 +28,7 @@ COMMUNICATION = "communication: "  # and the axis
 HOST_WAITS, DEVICE_WAITS, OTHER = "host waits for the device", "device waits for the host", "other"
 _PARTS = ("data", "forward", "backward", "optimizer", COMMUNICATION, "logging", HOST_WAITS, DEVICE_WAITS, OTHER)
 # Phases of the engines, where the part has another name.
-_PART_OF_PHASE = {"update": "optimizer", "LoadMicroBatch": "data"}
+_PART_OF_PHASE = {"update": "optimizer"}
 _ANNOTATIONS, _LAUNCHES = ("user_annotation",), ("cuda_runtime", "cuda_driver")
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 _WAITING_CALL = re.compile(r"Synchronize|^cudaMemcpy$|^cuStreamWaitValue")

@@ -109,20 +109,16 @@ def _restore(engine: Any, path: Path) -> CheckpointReader:
 
 def _assert_weights_are(engine: Any, reader: CheckpointReader) -> None:
     masters = reader.model()
-    for name, parameter in _part(engine).named_parameters():
+    for name, parameter in engine._part.named_parameters():
         expected = shard_of(parameter).cut(masters[name]).to(parameter.dtype)
         assert torch.equal(parameter.data, expected), name
-
-
-def _part(engine: Any) -> torch.nn.Module:
-    return engine._part if hasattr(engine, "_part") else engine._model.part_of_model()
 
 
 def _tied_weight(engine: Any) -> np.ndarray | None:
     """The copy on this rank, if it is of the first or the last stage of a pipeline."""
     if not hasattr(engine, "_pipeline"):
         return None
-    weight = dict(_part(engine).named_parameters()).get("embedding.tokens.weight")
+    weight = dict(engine._part.named_parameters()).get("embedding.tokens.weight")
     return None if weight is None else weight.detach().float().numpy().copy()
 
 

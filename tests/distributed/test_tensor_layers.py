@@ -24,6 +24,7 @@ from megalm.model.moe import MixtureOfExperts
 from megalm.model.recomputation import KEEP_ALL, Recomputation
 from megalm.model.transformer import MLP, Embedding, LanguageModel, LanguageModelHead, initialize
 from megalm.parallel.process_groups import AxisGroup, make_groups
+from megalm.parallel.sharded_linear import TensorProducts
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.topology import Topology
 from tests.ranks import run_ranks
@@ -69,7 +70,7 @@ class Lab:
 
     def use(self, float8: bool) -> None:
         self.dense = LayerFactory(CLOCK, float8=float8)
-        self.sharded: LayerFactory = TensorLayers(CLOCK, self.group, self.sequence, float8=float8, chunks=self.chunks)
+        self.sharded: LayerFactory = TensorLayers(CLOCK, TensorProducts(self.group, self.sequence, float8, self.chunks))
 
     def stream(self, whole: Tensor) -> Tensor:
         if not self.sequence:
@@ -195,7 +196,7 @@ def _float8_mlp(lab: Lab) -> dict[str, float]:
 
 def _float8_training(lab: Lab) -> dict[str, float]:
     """Nats between the losses of a group in float8 and of one rank in fp32, the most in 24 steps."""
-    factories = lab.dense, TensorLayers(CLOCK, lab.group, lab.sequence, float8=True)
+    factories = lab.dense, TensorLayers(CLOCK, TensorProducts(lab.group, lab.sequence, float8=True))
     sizes = shape("llama", 4)
     losses = []
     for layers in factories:

@@ -21,6 +21,7 @@ from megalm.model.modules import DropoutClock
 from megalm.model.transformer import Block, initialize
 from megalm.parallel.context_parallel import ExchangedSequence, RingSequence
 from megalm.parallel.process_groups import make_groups
+from megalm.parallel.sharded_linear import TensorProducts
 from megalm.parallel.tensor_parallel import TensorLayers
 from megalm.topology import Topology
 from tests.distributed.selection import selected
@@ -225,8 +226,8 @@ def _masks(comm: Any, device: torch.device) -> dict[tuple[str, str], Any]:
     )
     found: dict[tuple[str, str], Any] = {}
     factories = {
-        "tensor": TensorLayers(clock, group),
-        "sequence": TensorLayers(clock, group, sequence=True),
+        "tensor": TensorLayers(clock, TensorProducts(group)),
+        "sequence": TensorLayers(clock, TensorProducts(group, sequence=True)),
         "context": LayerFactory(clock, sequence=ExchangedSequence(group)),
     }
     for kind, layers in factories.items():
@@ -257,8 +258,8 @@ def _saved_bytes(comm: Any, device: torch.device) -> dict[str, int]:
     group = make_groups(Topology(comm.size, tensor=comm.size), comm.rank, comm.timeout).tensor
     factories: dict[str, LayerFactory] = {
         "dense": LayerFactory(clock),
-        "tensor": TensorLayers(clock, group),
-        "sequence": TensorLayers(clock, group, sequence=True),
+        "tensor": TensorLayers(clock, TensorProducts(group)),
+        "sequence": TensorLayers(clock, TensorProducts(group, sequence=True)),
         "context": LayerFactory(clock, sequence=ExchangedSequence(group)),
         "ring": LayerFactory(clock, sequence=RingSequence(group)),
     }

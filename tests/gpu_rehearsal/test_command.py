@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from megalm.cli.main import main
-from megalm.rehearsal.rehearsal_report import AxisTraffic, HostEvent, Phase, Rehearsal, extrapolated
+from megalm.engine.interface import Traffic
+from megalm.rehearsal.rehearsal_report import HostEvent, Phase, Rehearsal, extrapolated
 from tests.gpu_rehearsal.budgets import MODEL
 from tests.messages import assert_names
 
@@ -98,7 +99,7 @@ def test_a_compiler_that_fails_is_named_with_its_error(
 def test_each_further_micro_batch_adds_the_same() -> None:
     def of(calls: int, waits: int) -> Rehearsal:
         events = (HostEvent("read", "a", 1, 4), HostEvent("to_device", "b", waits, 8 * waits))
-        traffic = (AxisTraffic("data", "all_reduce", calls, 100 * calls),)
+        traffic = (Traffic("data", "all_reduce", calls, 100 * calls),)
         return Rehearsal(0, 0, 10, (Phase("step", 5, "a", 1, 0, events, traffic),), None, True, 1.0)
 
     assert extrapolated(of(2, 4), of(3, 6), 14).phases == of(16, 32).phases

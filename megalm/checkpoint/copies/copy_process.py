@@ -1,6 +1,6 @@
 """The process that copies a run's checkpoints to another place, behind training.
 
-The training process calls `start_copies`, reads what was done with `CopyHandle.new_copies` and ends with `finish`;
+The training process starts it as a `CopyHandle`, reads what was done with `new_copies` and ends with `finish`;
 `megalm checkpoint copy` drives the same `Copier`. No error of the other place reaches training: it is tried again for
 as long as the run lasts.
 """
@@ -11,12 +11,13 @@ import argparse
 import logging
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from megalm.checkpoint.copies.copy_status import LOCK_FILE, Copied, CopyReader, CopyStatus
 from megalm.checkpoint.copies.copy_store import CopyStore, copies_due
@@ -61,12 +62,8 @@ class CopyRequest:
     def store(self) -> CopyStore:
         return CopyStore(self.address, self.run_dir.name)
 
-    def words(self) -> list[str]:
-        keep = self.retention
-        words = [str(self.run_dir), self.address, *(word for name in self.files for word in ("--file", name))]
-        words += [] if keep.keep_last is None else ["--keep-last", str(keep.keep_last)]
-        words += [] if keep.keep_every_steps is None else ["--keep-every", str(keep.keep_every_steps)]
-        return words + (["--keep-best"] if keep.keep_best else [])
+
+_REQUEST = TypeAdapter(CopyRequest)  # as JSON on a command line
 
 
 class Copier:
@@ -175,30 +172,32 @@ class Copier:
         self._on_status(self.status)
 
 
-@dataclass
-class CopyHandle:
-    """The training process's handle of the process that copies. Nothing here raises or waits, but `finish`."""
+class CopyHandle(CopyReader):
+    """The training process's handle of the process that copies. Nothing here raises or waits, but `finish`.
 
-    request: CopyRequest
-    process: subprocess.Popen[bytes]
-    reader: CopyReader
-    since: float = field(default_factory=time.time)
-    _started: float = field(default_factory=time.monotonic)
+    The process has its own session and ignores a job's signals, so that it can finish what training leaves.
+    """
+
+    def __init__(self, request: CopyRequest) -> None:
+        super().__init__(request.run_dir, since=time.time())
+        self.request = request
+        self._start()
+
+    def _start(self) -> None:
+        self._started = time.monotonic()
+        words = [_REQUEST.dump_json(self.request).decode(), "--parent-pid", str(os.getpid())]
+        self.process = start_beside(_MODULE, words, self.run_dir / LOG_FILE)
 
     def new_copies(self) -> dict[str, Copied]:
         """Return the copies made since the last call. Starts the process again if it has ended."""
         if self.process.poll() is not None and time.monotonic() > self._started + _RESTART_SECONDS:
-            self._started = time.monotonic()
-            self.process = _start_process(self.request)
-        return self.reader.new_copies(self.since)
-
-    def new_warnings(self) -> list[str]:
-        return self.reader.new_warnings()
+            self._start()
+        return super().new_copies()
 
     def in_work(self) -> list[Path]:
         """Return the checkpoint that is being copied, which is not to be deleted meanwhile."""
-        copying = self.reader.read(now=True).copying
-        return [] if copying is None else [self.request.run_dir / "checkpoints" / copying]
+        copying = self.read(now=True).copying
+        return [] if copying is None else [self.run_dir / "checkpoints" / copying]
 
     def finish(self, timeout_seconds: float, say: Callable[[str], None]) -> list[str]:
         """Wait until all is copied; return the names of the checkpoints that are not.
@@ -211,25 +210,12 @@ class CopyHandle:
         deadline = time.monotonic() + timeout_seconds
         bar = ProgressBar("copying checkpoints", None, say=say, shown=sizes)
         while self.process.poll() is None and time.monotonic() < deadline:
-            status = self.reader.read(now=True)
+            status = self.read(now=True)
             bar.begin(f"copying {status.copying or 'checkpoints'}", status.bytes_total or None)
             bar.update(status.bytes_done, f"{len(status.due)} to go" if len(status.due) > 1 else "")
             time.sleep(0.1)
-        status = self.reader.read(now=True)
+        status = self.read(now=True)
         return [] if self.process.poll() == EXIT_DONE else list(status.due) or ["the newest checkpoints"]
-
-
-def start_copies(request: CopyRequest) -> CopyHandle:
-    """Start to copy a run's checkpoints; returns at once.
-
-    The process has its own session and ignores a job's signals, so that it can finish what training leaves.
-    """
-    return CopyHandle(request, _start_process(request), CopyReader(request.run_dir))
-
-
-def _start_process(request: CopyRequest) -> subprocess.Popen[bytes]:
-    words = [*request.words(), "--parent-pid", str(os.getpid())]
-    return start_beside(_MODULE, words, request.run_dir / LOG_FILE)
 
 
 def follow(request: CopyRequest, parent: ParentWatch) -> None:
@@ -285,14 +271,9 @@ def copy_now(request: CopyRequest, patience_seconds: float, on_status: Callable[
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """`RUN_DIR ADDRESS --parent-pid N`, see utils/child_process.py; exit code 0: all is copied."""
+    """`REQUEST --parent-pid N`, see utils/child_process.py; exit code 0: all is copied."""
     parser = argparse.ArgumentParser(prog=_MODULE, description="Copy the checkpoints of a run as they are written.")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("address")
-    parser.add_argument("--file", action="append", default=[])
-    parser.add_argument("--keep-last", type=int)
-    parser.add_argument("--keep-every", type=int)
-    parser.add_argument("--keep-best", action="store_true")
+    parser.add_argument("request", type=_REQUEST.validate_json)
     parser.add_argument("--parent-pid", type=int, required=True)
     options = parser.parse_args(arguments)
     os.nice(19)
@@ -307,9 +288,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         AFTER_TRAINING_SECONDS,
         lambda: logger.error("not everything is copied: megalm checkpoint copy RUN ADDRESS copies the rest"),
     )
-    retention = Retention(options.keep_last, options.keep_every, options.keep_best)
     try:
-        follow(CopyRequest(options.run_dir, options.address, retention, tuple(options.file)), parent)
+        follow(options.request, parent)
     except Exception as error:
         logger.error("copying ended: %s", short_reason(error))
         return EXIT_FAILED

@@ -71,9 +71,14 @@ _REMIND_SECONDS = 3600.0
 
 @dataclass
 class CopyReader:
-    """Reads copies.json at most once a second, and tells what is new in it. A time in the future is of a later file."""
+    """Reads copies.json at most once a second, and tells what is new in it. A time in the future is of a later file.
+
+    Args:
+        since: unix time from which on a copy is new.
+    """
 
     run_dir: Path
+    since: float = 0.0
     status: CopyStatus = field(default_factory=CopyStatus)
     _next_read: float = 0.0
     _reported: set[str] = field(default_factory=set)
@@ -85,12 +90,12 @@ class CopyReader:
             self.status = CopyStatus.read(self.run_dir)
         return self.status
 
-    def new_copies(self, since: float) -> dict[str, Copied]:
-        """Return the copies made at unix time `since` or later that were not returned before."""
+    def new_copies(self) -> dict[str, Copied]:
+        """Return the new copies that were not returned before."""
         found = {
             name: copied
             for name, copied in self.read().copied.items()
-            if copied.at >= since and f"{name} {copied.at}" not in self._reported
+            if copied.at >= self.since and f"{name} {copied.at}" not in self._reported
         }
         self._reported |= {f"{name} {copied.at}" for name, copied in found.items()}
         return found

@@ -26,7 +26,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind, FragmentOnAccess, HasFragment
+from megalm.checkpoint.shard_spec import Fragment, FragmentKey, FragmentKind
 from megalm.engine.nvme_offload import SwappedStates
 from megalm.engine.optimizer.low_precision_adam import LowPrecisionAdam
 from megalm.model.layer_factory import ShardedAxis
@@ -36,6 +36,8 @@ from megalm.parallel.process_groups import AxisGroup
 
 ReadFragment = Callable[[FragmentKey], Tensor]
 
+# Attributes of DeepSpeed's optimizers of ZeRO 3, of ZeRO 1 and 2, and of its BF16_Optimizer.
+_MASTERS = ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition")
 _SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
@@ -126,19 +128,22 @@ class OptimizerState:
         self._engine = engine
         self._outer = engine.optimizer
         self._inner: torch.optim.Optimizer = getattr(self._outer, "optimizer", self._outer)
+        found = next((name for name in _MASTERS if hasattr(self._outer, name)), None)
+        # The tensors that the inner optimizer steps.
+        self._flats = list(parameters.values()) if found is None else list(getattr(self._outer, found))
         self._names = {id(parameter): name for name, parameter in parameters.items()}
         self._parameters = parameters
         self._shards = shards
         self._first_copies = frozenset(first_copies)
         self._swapped = SwappedStates(self._outer) if getattr(self._outer, "swap_optimizer", False) else None
         self._moments = dict(self._moments_of_flats())
-        self.ema = WeightEma(ema_decay, self._flats())
+        self.ema = WeightEma(ema_decay, self._flats)
         self._packed = self._inner if isinstance(self._inner, LowPrecisionAdam) else None
         if self._packed is not None:
             for flat, pieces in self._owned_by_flat():
                 self._packed.lay_out(flat, [(it.offset, it.start, it.stop - it.start) for it in pieces])
 
-    def fragments(self) -> Iterator[HasFragment]:
+    def fragments(self) -> Iterator[Fragment]:
         """Yield every fragment that this rank owns, once. Tensors are views: copy them before the next step.
 
         Fragments on disk and low-precision moments are copies, read on access: access each once, in this order.
@@ -150,9 +155,9 @@ class OptimizerState:
                 values = partial(self._values, owned, kind)
                 if self._swapped is not None and self._swapped.holds(flat):
                     is_last = (owned, kind) == own[-1]
-                    yield FragmentOnAccess(owned.key(kind), partial(self._swapped.read, flat, values, is_last))
+                    yield Fragment(owned.key(kind), partial(self._swapped.read, flat, values, is_last))
                 elif self._packed is not None and kind in ("exp_avg", "exp_avg_sq"):
-                    yield FragmentOnAccess(owned.key(kind), partial(self._packed.read, flat, owned.offset, kind))
+                    yield Fragment(owned.key(kind), partial(self._packed.read, flat, owned.offset, kind))
                 else:
                     yield Fragment(owned.key(kind), values())
 
@@ -205,7 +210,7 @@ class OptimizerState:
             data_ranks: data x context.
             expert_ranks: neighbours of them that divide the experts.
         """
-        units = [[flat] for flat in self._flats() if moment in self._moments.get(id(flat), ())]
+        units = [[flat] for flat in self._flats if moment in self._moments.get(id(flat), ())]
         if self._outer is self._inner:
             units = [list(group["params"]) for group in self._inner.param_groups if moment in group["moments"]]
         owned = [list(self._owned(rank)) for rank in range(data_ranks)]
@@ -326,7 +331,7 @@ class OptimizerState:
     def _refresh_low_precision(self) -> None:
         outer = self._outer
         if hasattr(outer, "fp32_partitioned_groups_flat"):
-            for index, flat in enumerate(outer.fp32_partitioned_groups_flat):
+            for index, flat in enumerate(self._flats):
                 with self._present(flat):
                     outer._reassign_or_swap_out_partitioned_parameters(index)
             outer.checkpoint_event_epilogue()
@@ -347,7 +352,7 @@ class OptimizerState:
         pieces: dict[int, tuple[nn.Parameter, list[OwnedRange]]] = {}
         for owned in self._owned():
             pieces.setdefault(id(owned.flat), (owned.flat, []))[1].append(owned)
-        for flat in self._flats():
+        for flat in self._flats:
             pieces.setdefault(id(flat), (flat, []))
         return list(pieces.values())
 
@@ -357,16 +362,9 @@ class OptimizerState:
         if self._outer is self._inner:
             yield from ((id(parameter), group["moments"]) for group in groups for parameter in group["params"])
             return
-        for index, flat in enumerate(self._flats()):  # ZeRO 1 and 2 have one of each group, ZeRO 3 its sub-groups
+        for index, flat in enumerate(self._flats):  # ZeRO 1 and 2 have one of each group, ZeRO 3 its sub-groups
             group = getattr(self._outer, "sub_group_to_group_id", {}).get(index, index)
             yield id(flat), groups[group]["moments"]
-
-    def _flats(self) -> list[nn.Parameter]:
-        """Return the tensors that the inner optimizer steps."""
-        for name in ("fp32_partitioned_groups_flat", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
-            if hasattr(self._outer, name):
-                return list(getattr(self._outer, name))
-        return list(self._parameters.values())
 
     def _owned(self, data_rank: int | None = None) -> Iterator[OwnedRange]:
         """Yield what this rank owns, or another data rank: then only the offsets are of that rank's tensors."""
@@ -374,24 +372,16 @@ class OptimizerState:
         if hasattr(outer, "fp32_partitioned_groups_flat"):
             return self._owned_in_stage_3(data_rank)
         if hasattr(outer, "single_partition_of_fp32_groups"):
-            return self._owned_in_flat_groups(
-                outer.bit16_groups, outer.bit16_groups_flat, outer.single_partition_of_fp32_groups, data_rank
-            )
+            return self._owned_in_flat_groups(outer.bit16_groups, outer.bit16_groups_flat, data_rank)
         if hasattr(outer, "fp32_groups_flat_partition"):
-            return self._owned_in_flat_groups(
-                outer.bf16_groups, outer.bf16_groups_flat, outer.fp32_groups_flat_partition, data_rank
-            )
+            return self._owned_in_flat_groups(outer.bf16_groups, outer.bf16_groups_flat, data_rank)
         return self._owned_without_zero()
 
     def _owned_in_flat_groups(
-        self,
-        groups: list[list[nn.Parameter]],
-        flats: list[Tensor],
-        masters: list[nn.Parameter],
-        data_rank: int | None,
+        self, groups: list[list[nn.Parameter]], flats: list[Tensor], data_rank: int | None
     ) -> Iterator[OwnedRange]:
         """ZeRO 1 and 2: a group's parameters are in one flat buffer, of which each rank owns an equal part."""
-        for index, (group, flat, master) in enumerate(zip(groups, flats, masters, strict=True)):
+        for index, (group, flat, master) in enumerate(zip(groups, flats, self._flats, strict=True)):
             size = master.numel()
             own = ds_comm.get_rank(group=self._outer.real_dp_process_group[index])
             first = (own if data_rank is None else data_rank) * size
@@ -412,7 +402,7 @@ class OptimizerState:
             start = (outer._get_param_partition_rank(parameter) if data_rank is None else data_rank) * part
             stop = min(start + part, math.prod(self._shards[name].sizes))
             if start < stop:
-                master = outer.fp32_partitioned_groups_flat[group]
+                master = self._flats[group]
                 yield OwnedRange(name, self._shards[name], start, stop, master, offset)
 
     def _owned_without_zero(self) -> Iterator[OwnedRange]:
@@ -444,12 +434,12 @@ class FrozenWeights:
         self._copies = copies
         self._unrounded: dict[str, Tensor] = {}  # canonical name -> this rank's part
 
-    def fragments(self) -> Iterator[HasFragment]:
+    def fragments(self) -> Iterator[Fragment]:
         """Yield this rank's parts, fp32."""
         for name in self._parameters:
             key = self._part(name)
             if self._shards[name].is_owner and key.count:
-                yield FragmentOnAccess(key, partial(self._read, key))
+                yield Fragment(key, partial(self._read, key))
 
     @torch.no_grad()
     def load(self, read: Callable[[FragmentKey], Tensor]) -> None:

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from megalm.checkpoint.checkpointer import CheckpointWriter
 from megalm.checkpoint.copies import copy_process, copy_store, fetch
-from megalm.checkpoint.copies.copy_process import Copier, CopyRequest, copy_now, start_copies
+from megalm.checkpoint.copies.copy_process import Copier, CopyHandle, CopyRequest, copy_now
 from megalm.checkpoint.copies.copy_status import CopyReader, CopyStatus
 from megalm.checkpoint.copies.copy_store import CopyStore, LostCopy, copies_due
 from megalm.checkpoint.copies.fetch import check_copy_place, fetch_newest, restore_run_files
@@ -201,7 +201,7 @@ def test_a_dead_server_is_tried_again_and_training_never_waits(
         s3_server.use(monkeypatch, network.port)
         save(run / "checkpoints", 10)
         (run / "metrics.jsonl").write_text('{"kind":"train"}\n{"kind":"tr')
-        handle = start_copies(CopyRequest(run, s3, ALL, ("metrics.jsonl", "none.json")))
+        handle = CopyHandle(CopyRequest(run, s3, ALL, ("metrics.jsonl", "none.json")))
         try:
             wait_for(lambda: CopyStatus.read(run).problem)
             started = time.monotonic()
@@ -217,7 +217,7 @@ def test_a_dead_server_is_tried_again_and_training_never_waits(
             assert time.monotonic() - started < 1.0
             network.bytes_per_second = None
             assert handle.finish(60.0, lambda _: None) == []
-            handle.reader._next_read = 0.0
+            handle._next_read = 0.0
             assert list(handle.new_copies()) == ["step-00000010"]
         finally:
             handle.process.kill()
@@ -232,7 +232,7 @@ def test_a_dead_server_is_tried_again_and_training_never_waits(
 def test_the_end_of_a_run_waits_for_a_stated_time(s3: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s3_server.use(monkeypatch, 9)  # nothing listens there
     save(run / "checkpoints", 10)
-    handle = start_copies(CopyRequest(run, s3, ALL))
+    handle = CopyHandle(CopyRequest(run, s3, ALL))
     try:
         started = time.monotonic()
         assert handle.finish(1.0, lambda _: None) != []

@@ -279,17 +279,6 @@ def test_the_notice_reaches_the_run(start: Start) -> None:
     assert not any("parallel.tensor" in notice for notice in together.notices)
 
 
-def test_a_pipeline_does_not_tie_weights_whose_gradients_it_would_not_add_up(start: Start) -> None:
-    fp16: dict[str, Any] = {"bf16": None, "fp16": {"enabled": True}, **zero(1)}
-    apart = fp16 | {"data_types": {"grad_accum_dtype": "fp32"}}
-    tied, untied = "model.tie_word_embeddings=true", "model.tie_word_embeddings=false"
-    message = refused(start, "parallel.pipeline=2", tied, device=GPU, **apart)
-    assert_names(message, "parallel.pipeline=2", "fp16", "data_types.grad_accum_dtype=fp32", "0.19.8", untied)
-    start("parallel.pipeline=2", tied, device=GPU, **fp16)
-    start("parallel.pipeline=2", untied, device=GPU, **apart)
-    start(tied, device=GPU, **apart)
-
-
 @pytest.mark.parametrize(
     ("gpu", "changes", "names"),
     [

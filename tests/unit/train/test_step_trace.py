@@ -55,7 +55,7 @@ def test_a_moment_of_a_cpu_belongs_to_the_innermost_mark() -> None:
             "megalm communication data all_reduce", begin + 8, begin + 9, AUTOGRAD
         )  # while the main thread works
         trace.mark("megalm update", begin + 15, begin + 17)
-        trace.mark("megalm SendGrad", begin + 17, begin + 18)
+        trace.mark("megalm wait", begin + 17, begin + 18)
         trace.mark("megalm logging", begin + 18, begin + 19)
     found = trace.read()
     assert (found.steps, found.seconds) == (2, pytest.approx(0.020))
