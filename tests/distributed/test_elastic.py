@@ -165,7 +165,7 @@ def test_the_last_checkpoint_is_that_of_one_rank(runs: tuple[Path, Path]) -> Non
             assert (found - expected).norm() <= limit * expected.norm(), (name, kind)
 
 
-def test_each_change_is_told_in_one_line(runs: tuple[Path, Path]) -> None:
+def test_each_change_is_reported_in_one_line(runs: tuple[Path, Path]) -> None:
     events = [row for row in read_metrics(runs[0] / "metrics.jsonl") if row.get("event") in ("start", "resume")]
     stretches = [stretch for each in STRETCHES.values() for stretch in each]
     assert len(events) == len(stretches)

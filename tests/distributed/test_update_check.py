@@ -177,7 +177,7 @@ def test_what_is_no_number_is_never_applied(ranks: Any, name: str, world_size: i
 
 
 @pytest.mark.parametrize(("name", "world_size"), EVERY)
-def test_a_refused_gradient_is_told_by_parameter(ranks: Any, name: str, world_size: int) -> None:
+def test_a_refused_gradient_is_reported_by_parameter(ranks: Any, name: str, world_size: int) -> None:
     """Adam's first moment after one step is a tenth of the clipped gradient: the shares must be the same.
 
     Tolerance: the squares are added up in another order, in fp64, from fp32 numbers.

@@ -87,7 +87,7 @@ def test_it_trains_and_goes_on(story: Story) -> None:
     assert [row["samples"] for row in train_rows(story.folder)] == [*range(16, 129, 16), 136, 144]
 
 
-def test_the_mixture_and_its_repetition_are_told(story: Story) -> None:
+def test_the_mixture_and_its_repetition_are_reported(story: Story) -> None:
     assert re.search(r"data +web: 75\.0% of the samples, 0\.\d\d epochs of [\d,]+ tokens\n", story.first.stdout)
     assert re.search(r"data +code: 25\.0% of the samples, \d\.\d\d epochs", story.first.stdout)
     assert re.search(r"data +from step 7: code 100\.0%\n", story.second.stdout)

@@ -182,7 +182,7 @@ def test_text_and_choices_of_every_good_checkpoint(folder: Path, small_data: Sma
     assert answers["step"] == 4
 
 
-def test_a_run_is_told_apart_from_its_damage(folder: Path, tmp_path: Path) -> None:
+def test_a_run_is_distinguished_from_its_damage(folder: Path, tmp_path: Path) -> None:
     """One line, exit code 2."""
     shutil.copytree(folder / "runs", tmp_path / "runs")
     build_dataset([Document("of another tokenizer " * 30, "here:1")], ByteTokenizer(), tmp_path / "other")

@@ -193,7 +193,7 @@ guard.run(work)
 """
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path: Path) -> None:
+def test_a_full_disk_is_reported_in_one_line(tmp_path: Path) -> None:
     """Though the account of it does not fit that disk either."""
     with job(tmp_path, [sys.executable, "-c", FULL, tmp_path / "failures" / "attempt-1.txt"]) as started:
         finished = started.wait()

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.e2e
 @pytest.mark.parametrize(
     ("tools", "why"), [((), "ninja not being installed"), (("ninja",), "c++: not found")], ids=["nothing", "ninja"]
 )
-def test_it_is_told_in_a_line(
+def test_it_is_reported_in_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tools: tuple[str, ...], why: str
 ) -> None:
     from deepspeed.ops.op_builder.builder import OpBuilder

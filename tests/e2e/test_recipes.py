@@ -102,7 +102,7 @@ def test_a_spoilt_run_is_mended_from_its_last_good_step(small_data: SmallData, t
     assert sorted({row["step"] for row in losses}) == [8, 10, 12, 14]
 
 
-def test_what_was_spoilt_is_never_gone_on_from(small_data: SmallData, tmp_path: Path) -> None:
+def test_what_was_spoilt_is_never_resumed_from(small_data: SmallData, tmp_path: Path) -> None:
     """The mended run stops before the spoilt steps; what goes on by itself goes on from it."""
     often = ("checkpoint.interval_steps=2", "evaluate.interval_steps=null")
     train(tmp_path, small_data, "gpt2-diagnostic", "train.steps=8", *often)

@@ -95,7 +95,7 @@ def test_one_line_before_anything_starts(small_data: SmallData, tmp_path: Path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_everything_that_is_wrong_is_told_at_once(small_data: SmallData, tmp_path: Path) -> None:
+def test_everything_that_is_wrong_is_reported_at_once(small_data: SmallData, tmp_path: Path) -> None:
     """Of the command line, of the JSON, and of the rules across both; one line each after a first one."""
     json_file = write_json(tmp_path / "ds.json", gradient_cliping=1.0, optimizer={"type": "Lamb", "params": {"lr": 1}})
     words = (*small_data.changed("train.stepps=5"), "model.num_attention_heads=5")

@@ -229,7 +229,7 @@ def test_a_dead_server_is_tried_again_and_training_never_waits(
         assert s3_server.files_holding(run, "a-secret-access-key") == []
 
 
-def test_the_end_of_a_run_waits_for_a_stated_time(s3: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_end_of_a_run_waits_for_an_explicit_time(s3: str, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     s3_server.use(monkeypatch, 9)  # nothing listens there
     save(run / "checkpoints", 10)
     handle = CopyHandle(CopyRequest(run, s3, ALL))

@@ -154,7 +154,7 @@ def test_leftovers_of_a_killed_job_are_put_in_order(tmp_path: Path) -> None:
     assert tidy(tmp_path) == tidy(tmp_path / "not there") == []
 
 
-def test_a_checkpoint_that_cannot_be_deleted_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_that_cannot_be_deleted_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save(tmp_path, 10)
     save(tmp_path, 20)
 

@@ -81,7 +81,7 @@ def test_every_key_has_an_outcome(name: str) -> None:
         assert {".".join(parts[:end]) for end in range(1, len(parts) + 1)} & outcomes, key
 
 
-def test_all_problems_of_both_files_are_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_both_files_are_reported_at_once(tmp_path: Path) -> None:
     worst = {key: value for shape in SHAPES.values() for key, value in shape.json.items() if shape.refused}
     (tmp_path / "theirs.json").write_text(json.dumps(worst))
     translation = translate(worst)

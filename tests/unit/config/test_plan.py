@@ -714,7 +714,7 @@ def test_the_verdict_says_whether_a_run_fits_and_what_makes_it_fit(start: Start)
     assert "85%" not in section_of(plan_text(plan, 8), "Notices").replace("into 85%", "")
 
 
-def test_a_stated_micro_batch_near_the_limit_is_noticed(start: Start) -> None:
+def test_an_explicit_micro_batch_near_the_limit_is_noticed(start: Start) -> None:
     each = "train.reduce_gradients=micro_batch"  # by itself it would keep whole gradients in a roomy memory only
     roomy = make_plan(start(each, train_micro_batch_size_per_gpu=8, ranks=1, device=GPU), 8192)
     near = replace(GPU, memory_bytes=int(roomy.memory.total / 0.95))

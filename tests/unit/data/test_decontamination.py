@@ -355,7 +355,7 @@ def test_conversations(tmp_path: Path, evaluation: Path) -> None:
     assert_names(error.value, "--overlap-action", "--messages-key")
 
 
-def test_a_merge_with_what_was_not_compared_is_told(
+def test_a_merge_with_what_was_not_compared_is_reported(
     tmp_path: Path, corpus: Path, evaluation: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     build(corpus, tmp_path / "clean", options_of(evaluation))

@@ -245,7 +245,7 @@ def test_what_packing_refuses(make_dataset: MakeDataset) -> None:
         assert_names(refused.value, "data.packing=best_fit")
 
 
-def test_padding_is_told(make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_padding_is_reported(make_dataset: MakeDataset, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = make_dataset([7] * 300)
     assert expected_padding(dataset.sequence_lengths, 8) == packed(dataset).padding_share == 0.25
     assert_names(describe(dataset.prefix, None, [8])["best-fit packing"], 8, "25.00%", "0.0%")

@@ -151,7 +151,7 @@ def test_raw_text_that_was_touched_or_is_gone_is_no_reason(tmp_path: Path, corpu
 
 @pytest.mark.parametrize("stated", ["raw", "raw/a.jsonl", "raw/*.jsonl"])
 @pytest.mark.parametrize("rebuild", ["never", "auto"])
-def test_stated_inputs_that_are_gone_are_no_reason_either(
+def test_explicit_inputs_that_are_gone_are_no_reason_either(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stated: str, rebuild: Rebuild
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -165,7 +165,7 @@ def test_stated_inputs_that_are_gone_are_no_reason_either(
         ensure_dataset(tmp_path / "x", Wanted(ByteTokenizer(), inputs=("other.jsonl",)), rebuild)
 
 
-def test_stated_inputs(tmp_path: Path, corpus: Path) -> None:
+def test_explicit_inputs(tmp_path: Path, corpus: Path) -> None:
     """They make a dataset that is not there, and another than they name is refused or built again."""
     text = tmp_path / "plain" / "a.txt"
     text.parent.mkdir()

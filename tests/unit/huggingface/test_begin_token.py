@@ -94,7 +94,7 @@ def test_an_import_keeps_it(kind: str, tokenizer_files: dict[str, str], tmp_path
         assert again[name] == first[name]
 
 
-def test_another_tokenizer_without_one_is_told(tokenizer_files: dict[str, str], tmp_path: Path) -> None:
+def test_another_tokenizer_without_one_is_reported(tokenizer_files: dict[str, str], tmp_path: Path) -> None:
     publish(checkpoint_of(tmp_path, tokenizer_files["huggingface"], 0), tmp_path / "out")
     other = Path(tokenizer_files["bpe"])
     made = import_model(HuggingFaceFolder(tmp_path / "out"), tmp_path / "back", other, nothing)

@@ -166,7 +166,7 @@ def test_what_cannot_be_done_is_refused_by_name_and_value(base: dict[str, Any], 
     assert_names(refused.value, f"{key}={value!r}")
 
 
-def test_everything_wrong_is_told_at_once() -> None:
+def test_everything_wrong_is_reported_at_once() -> None:
     with pytest.raises(DataError) as refused:
         to_shape({**LLAMA, "hidden_act": "tanh", "num_experts": 4, "hidden_size": None})
     assert_names(refused.value, "hidden_act='tanh'", "num_experts=4", "hidden_size")

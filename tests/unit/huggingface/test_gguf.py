@@ -188,7 +188,7 @@ def test_a_tokenizer_that_it_would_read_otherwise_is_refused(
     assert_names(refused.value, spec, *named)
 
 
-def test_a_normalization_is_told(tmp_path: Path) -> None:
+def test_a_normalization_is_reported(tmp_path: Path) -> None:
     pre = pre_tokenizers.ByteLevel(add_prefix_space=False)
     assert_names(to_gguf(load_tokenizer(byte_level(tmp_path, pre, normalizer={"type": "NFC"})), 310).note, "NFC")
 

@@ -298,7 +298,7 @@ def test_a_vocabulary_larger_than_the_tokenizers_is_kept_and_a_smaller_one_refus
     assert_names(refused.value, "tokenizer.json", 301, 300, "--tokenizer")
 
 
-def test_what_megalm_does_otherwise_with_texts_is_told(tmp_path: Path, tokenizer_files: dict[str, str]) -> None:
+def test_what_megalm_does_otherwise_with_texts_is_reported(tmp_path: Path, tokenizer_files: dict[str, str]) -> None:
     theirs_of("llama").save_pretrained(tmp_path / "hf")  # its configuration has eos_token_id 2
     folder = Path(tokenizer_files["huggingface"]).parent
     config = json.loads((tmp_path / "hf/config.json").read_text())

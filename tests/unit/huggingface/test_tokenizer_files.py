@@ -91,7 +91,7 @@ def test_ids_are_the_same_on_any_text(text: str, exported: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize(("end", "told"), [("{{ eos_token }}", False), ("{{ eos_token }}\n", False), ("", True)])
-def test_a_chat_template_that_ends_no_turn_is_told(end: str, told: bool, tmp_path: Path) -> None:
+def test_a_chat_template_that_ends_no_turn_is_reported(end: str, told: bool, tmp_path: Path) -> None:
     template = ChatTemplate(
         "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}" + end + "{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -125,7 +125,7 @@ def test_a_text_can_end_a_document(kind: str, exported: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_converters_are_told_that_no_space_comes_before_a_text(kind: str, exported: dict[str, Any]) -> None:
+def test_converters_learn_that_no_space_comes_before_a_text(kind: str, exported: dict[str, Any]) -> None:
     """Where it is missing, llama.cpp's adds one, and every text has other ids."""
     config = json.loads((exported[kind][3] / "tokenizer_config.json").read_text())
     assert config["add_prefix_space"] is False

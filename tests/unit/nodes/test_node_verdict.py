@@ -65,7 +65,7 @@ def test_a_slow_node_is_named_but_forbids_no_run(field: str, value: float, nodes
     assert (found.node, found.forbids) == ("n1", False)
 
 
-def test_the_figure_is_told_against_the_median_with_rank_and_device() -> None:
+def test_the_figure_is_reported_against_the_median_with_rank_and_device() -> None:
     (found,) = named(3, 2, product_flops={3: 350e12, 2: 490e12})
     assert found.node == "n1"
     assert_names(found, "n1", "350 TFLOP/s", "700 TFLOP/s", "0.50", "rank 3", "cuda:1")

@@ -221,7 +221,7 @@ def test_every_run_is_in_the_legend_by_its_name(name: str, tmp_path: Path) -> No
     assert max(map(len, written)) <= 50
 
 
-def test_runs_of_one_name_are_told_apart_in_the_picture_too(
+def test_runs_of_one_name_are_distinguished_in_the_picture_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

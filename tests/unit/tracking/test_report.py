@@ -185,7 +185,7 @@ def test_a_run_of_nothing_but_nan(tmp_path: Path) -> None:
     assert_names(no_number, "training loss", 19)
 
 
-def test_a_spike_is_told_of_with_its_report_and_does_not_press_the_curve_flat(tmp_path: Path) -> None:
+def test_a_spike_is_reported_with_its_report_and_does_not_press_the_curve_flat(tmp_path: Path) -> None:
     rows = [train_row(step, 900.0 if step == 60 else 3.0 - step / 100) for step in range(1, 100)]
     spike = event(
         "spike", 59, at_step=60, quantity="loss", decided="skip", loss=900.0, grad_norm=7.0, limit=4.0, median=2.5,

@@ -176,7 +176,7 @@ def test_a_step_that_was_refused_is_marked_after_the_last_that_counts() -> None:
     assert " 1000.0 " not in loss.lines[0].path  # step 19 is before it
 
 
-def test_tokens_are_told_under_the_steps() -> None:
+def test_tokens_are_reported_under_the_steps() -> None:
     (loss, *_) = charts(history_of([train_row(step, 3.0) for step in range(1, 101)]))
     assert loss.x_ticks[1:3] == [(20.0, "20", "1.28k"), (40.0, "40", "2.56k")]
     assert loss.x_ticks[0] == (0.0, "0", "")
@@ -190,7 +190,7 @@ def test_tokens_are_told_under_the_steps() -> None:
         (500_000, ["0", "100k", "200k", "300k", "400k", "500k"]),
     ],
 )
-def test_steps_are_told_in_as_many_digits_as_they_differ_in(last: int, labels: list[str]) -> None:
+def test_steps_are_reported_in_as_many_digits_as_they_differ_in(last: int, labels: list[str]) -> None:
     (loss, *_) = charts(history_of([train_row(last, 3.0)]))
     assert [text for _, text, _ in loss.x_ticks] == labels
 

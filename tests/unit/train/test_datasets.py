@@ -202,7 +202,7 @@ def test_the_index_of_a_large_dataset_is_checked_once(
         assert_names(error.value, index, 1)
 
 
-def test_a_shard_with_near_copies_in_it_is_told(tmp_path: Path) -> None:
+def test_a_shard_with_near_copies_in_it_is_reported(tmp_path: Path) -> None:
     lines = [json.dumps({"text": f"{number} " * 100}) for number in range(40)]
     (tmp_path / "some.jsonl").write_text("\n".join(lines))
     options = BuildOptions(dedup="minhash", shard=(0, 2))
@@ -211,7 +211,7 @@ def test_a_shard_with_near_copies_in_it_is_told(tmp_path: Path) -> None:
     assert_names(warning, tmp_path / "shard", "data_tools/merge_datasets.py --dedup minhash")
 
 
-def test_a_stride_reaches_the_samples_and_is_told_loudly(tmp_path: Path) -> None:
+def test_a_stride_reaches_the_samples_and_is_reported_loudly(tmp_path: Path) -> None:
     prefix = write(tmp_path / "known", [199_386])
     where = [f"data.train={prefix}", "data.sequence_length=1024", "train.steps=10"]
     run, data = opened(*where, "data.stride=1")
@@ -511,7 +511,7 @@ def test_the_token_that_begins_a_document(tmp_path: Path) -> None:
         assert_names(refused.value, prefix, bos, "data.bos_token")
 
 
-def test_foreign_documents_that_begin_as_the_tokenizer_begins_a_text_are_told(
+def test_foreign_documents_that_begin_as_the_tokenizer_begins_a_text_are_reported(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = chat_json(tmp_path, ["some text"])

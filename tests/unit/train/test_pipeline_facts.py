@@ -19,7 +19,7 @@ def _run(json_name: str, *overrides: str) -> ResolvedRun:
     return resolve(loaded, read_deepspeed_json(str(Path(DS_CONFIGS_FOLDER) / json_name)), 2, CPU)
 
 
-def test_stages_and_bubble_are_told() -> None:
+def test_stages_and_bubble_are_reported() -> None:
     text = pipeline_facts(_run("pipeline.json", "parallel.pipeline=2"), (3, 1), StageCosts(1, 2, 3))
     stages, bubble = text.splitlines()
     assert_names(stages, 2, "3 + 1", "58% + 42%", "parameters")

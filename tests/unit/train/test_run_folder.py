@@ -99,7 +99,7 @@ def test_an_imported_checkpoint_is_no_run(tmp_path: Path) -> None:
     assert_names(refused.value, f"--resume {path}", "run.name=NEW")
 
 
-def test_a_root_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_a_root_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run\.root"):
         open_run_folder(tmp_path / "file" / "runs", None, "quickstart", resume=False)

@@ -87,7 +87,7 @@ def test_without_locks_two_jobs_of_a_machine_see_each_other(tmp_path: Path, monk
         take_and_release(tmp_path)
 
 
-def test_a_folder_that_cannot_be_written_is_told_in_a_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_is_reported_in_a_line(tmp_path: Path) -> None:
     (tmp_path / "lock").mkdir()
     with pytest.raises(ConfigError) as refused:
         RunLock(tmp_path).take()

@@ -55,7 +55,7 @@ def test_scheme_host_and_database_are_shown(address: str, shown: str) -> None:
         assert hide_credentials_in_word(word).endswith(shown)
 
 
-def test_what_cannot_be_told_apart_is_hidden() -> None:
+def test_what_cannot_be_distinguished_is_hidden() -> None:
     assert SECRET not in public_address(f"http://me:{SECRET}")
 
 

@@ -108,7 +108,7 @@ def test_bytes(number: float | None, text: str | None) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"), [("5GB", 5 * 10**9), ("500mb", 5 * 10**8), ("2GiB", 2 << 30), ("1.5 K", 1500), ("7", 7)]
 )
-def test_stated_bytes(text: str, expected: int) -> None:
+def test_explicit_bytes(text: str, expected: int) -> None:
     assert parse_bytes(text, "--size") == expected
 
 

@@ -58,7 +58,7 @@ def test_the_age_of_the_process_does_not_change_with_the_clock(monkeypatch: pyte
     assert abs(process_start() - before) < 60
 
 
-def test_torchrun_is_told_only_of_what_a_restart_can_mend(tmp_path: Path) -> None:
+def test_torchrun_is_reported_only_of_what_a_restart_can_mend(tmp_path: Path) -> None:
     path = tmp_path / "end"
     told = {"MEGALM_END_FILE": str(path)}
     assert [code_for_launcher(code, told) for code in (0, 1, 137)] == [0, 1, 137]

@@ -46,7 +46,9 @@ def row(tmp_path: Path, data: dict[str, Any], segments: int = 1, name: str = "da
         ({"train": None, "recipe": "python-stdlib"}, ["python-stdlib"]),
     ],
 )
-def test_every_dataset_is_told_without_its_folder(tmp_path: Path, data: dict[str, Any], names: list[object]) -> None:
+def test_every_dataset_is_reported_without_its_folder(
+    tmp_path: Path, data: dict[str, Any], names: list[object]
+) -> None:
     told = row(tmp_path, data)
     assert_names(told, *names)
     assert re.findall(r"[\d,]*\d", told) == [str(name) for name in names if str(name)[0].isdigit()]
@@ -61,7 +63,7 @@ def test_only_a_model_that_was_pretrained_here_is_called_untuned(tmp_path: Path)
         assert ("pretrained with megalm" in text) == ("- pretrained\n" in text) == told
 
 
-def test_data_that_was_changed_on_the_way_is_told(tmp_path: Path) -> None:
+def test_data_that_was_changed_on_the_way_is_reported(tmp_path: Path) -> None:
     assert_names(row(tmp_path, {"train": "web"}, segments=3), "web", 3)
 
 

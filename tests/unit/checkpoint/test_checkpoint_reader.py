@@ -115,7 +115,7 @@ def test_every_layout_reads_every_other(tmp_path: Path, written: str) -> None:
     assert torch.equal(reader.model()["w"], whole)
 
 
-def test_holes_are_told(tmp_path: Path) -> None:
+def test_holes_are_reported(tmp_path: Path) -> None:
     first, second = layouts()["columns 2"]
     with pytest.raises(CheckpointError) as error:
         saved(tmp_path, [Fragment(first, torch.zeros(12))])

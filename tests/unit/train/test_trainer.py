@@ -315,7 +315,7 @@ def test_a_peak_that_is_exceeded_is_doubted_once(tmp_path: Path) -> None:
     assert_names(warning["text"], "MFU", "100%")
 
 
-def test_losses_are_told_beside_those_of_a_document(tmp_path: Path) -> None:
+def test_losses_are_reported_beside_those_of_a_document(tmp_path: Path) -> None:
     """The training loss by its median of the steps so far: step 7 alone is no trend."""
     claims = ", ".join(
         f"{{claim: {name}_loss, step: {step}, value: {value}}}"

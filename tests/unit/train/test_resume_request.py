@@ -148,7 +148,7 @@ def test_a_job_that_restarts_in_vain_is_refused(folder: RunFolder, monkeypatch: 
     assert record_attempt(folder, reader, ResumeOptions("auto"), attempt=6).restarts_without_progress == 0
 
 
-def test_damage_is_told_and_a_named_checkpoint_is_the_way_out(folder: RunFolder) -> None:
+def test_damage_is_reported_and_a_named_checkpoint_is_the_way_out(folder: RunFolder) -> None:
     folder.request.write_bytes(folder.request.read_bytes()[:-9])
     with pytest.raises(CheckpointError) as refused:
         read_last_attempt(folder, "auto")
@@ -170,7 +170,7 @@ def test_flags_that_say_nothing_without_others_are_refused() -> None:
     assert Arguments(None, resume="7", extend_steps=5, extend_strategy="weights").resume_options().weights_only
 
 
-def test_an_extension_from_weights_is_a_run_of_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_extension_from_weights_is_a_run_of_that_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     options, files = Arguments(None, resume="7", extend_steps=5, extend_strategy="weights").read(1, CPU)
     assert (files.loaded.config.train.steps, options.extension) == (5, Extension(5, "weights"))

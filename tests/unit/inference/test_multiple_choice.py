@@ -229,7 +229,7 @@ def test_long_contexts_lose_their_beginning(model: InferenceModel, tmp_path: Pat
         ('{"context": "a", "choices": ["b", "c"], "answer": "1"}', ["answer", 0, 1]),
     ],
 )
-def test_what_is_no_question_is_told_with_its_line(tmp_path: Path, line: str, names: list[object]) -> None:
+def test_what_is_no_question_is_reported_with_its_line(tmp_path: Path, line: str, names: list[object]) -> None:
     path = tmp_path / "q.jsonl"
     path.write_text(json.dumps(QUESTIONS[0]) + "\n\n" + line + "\n", encoding="utf-8")
     with pytest.raises(DataError) as caught:

@@ -341,7 +341,7 @@ def test_no_lines_by_the_look_of_them(tmp_path: Path) -> None:
     assert find_inputs([path], ReadReport())[0].kind == ".jsonl"
 
 
-def test_a_stated_kind_holds_whatever_the_names(tmp_path: Path) -> None:
+def test_an_explicit_kind_holds_whatever_the_names(tmp_path: Path) -> None:
     lines = b'{"text": "a"}\n{"text": "b"}\n'
     for name, content in (("part-0", lines), ("part-1.gz", gzip.compress(lines)), ("x.txt", lines), ("y.json", lines)):
         (tmp_path / name).write_bytes(content)
