@@ -234,7 +234,7 @@ def test_datasets_built_apart_lose_what_is_near_in_another(tmp_path: Path, corpu
     assert stated.options["minhash_threshold"] == 0.9
 
 
-def test_unknown_settings_are_refused(tmp_path: Path, corpus: list[Path]) -> None:
+def test_a_merge_that_loses_signatures_is_refused(tmp_path: Path, corpus: list[Path]) -> None:
     for shard in range(2):
         build_files(corpus, ByteTokenizer(), tmp_path / f"{shard}", options((shard, 2)))
     shards, out = [tmp_path / "0", tmp_path / "1"], tmp_path / "out"

@@ -46,7 +46,7 @@ def row(tmp_path: Path, data: dict[str, Any], segments: int = 1, name: str = "da
         ({"train": None, "recipe": "python-stdlib"}, ["python-stdlib"]),
     ],
 )
-def test_every_dataset_is_reported_without_its_folder(
+def test_datasets_are_reported_without_their_folder(
     tmp_path: Path, data: dict[str, Any], names: list[object]
 ) -> None:
     told = row(tmp_path, data)
