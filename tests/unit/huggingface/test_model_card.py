@@ -46,9 +46,7 @@ def row(tmp_path: Path, data: dict[str, Any], segments: int = 1, name: str = "da
         ({"train": None, "recipe": "python-stdlib"}, ["python-stdlib"]),
     ],
 )
-def test_datasets_are_reported_without_their_folder(
-    tmp_path: Path, data: dict[str, Any], names: list[object]
-) -> None:
+def test_datasets_are_reported_without_their_folder(tmp_path: Path, data: dict[str, Any], names: list[object]) -> None:
     told = row(tmp_path, data)
     assert_names(told, *names)
     assert re.findall(r"[\d,]*\d", told) == [str(name) for name in names if str(name)[0].isdigit()]
