@@ -40,7 +40,8 @@ def test_json_has_the_verdict_the_plan_and_the_phases(capfd: pytest.CaptureFixtu
     phases = {phase["name"]: phase for phase in found["phases"]}
     assert list(phases) == ["start", "step", "validation", "sample"]
     received = [item for item in phases["step"]["traffic"] if item["collective"] == "recv"]
-    assert [item["calls"] for item in received] == [6]
+    # The hidden states of each micro-batch, and the first stage's gradient of the tied weight.
+    assert [item["calls"] for item in received] == [6 + 1]
 
 
 def test_a_run_that_does_not_fit_fails(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:

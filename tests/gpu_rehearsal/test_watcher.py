@@ -29,7 +29,7 @@ from megalm.rehearsal.watcher import Watcher
 
 watcher = Watcher()
 FakeCuda(GpuProperties("A100", 80 << 30, 8, 0), 8, watcher).install()
-stand_ins.install((8, 0), 16, watcher)
+stand_ins.install((8, 0), watcher)
 torch.cuda.set_device(3)
 found = {}
 

@@ -54,7 +54,7 @@ def test_the_definition_has_what_the_dockerfile_has() -> None:
 def test_they_copy_what_exists_and_install_what_ci_does() -> None:
     assert copied()
     assert all((ROOT / source).exists() for source in copied())
-    ci = set(re.findall(r"^need \S+ (\S+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
+    ci = set(re.findall(r"^ *need \S+ (\S+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE))
     packages = set(apt_packages(sections(DEFINITION.read_text())["post"]))
     assert packages - {SYSTEM} <= ci | {"python3-venv", "python3-dev"}
     assert {"g++", "make", "python3"} <= packages

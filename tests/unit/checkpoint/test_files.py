@@ -109,22 +109,20 @@ def test_as_much_memory_is_locked_as_is_planned(monkeypatch: pytest.MonkeyPatch)
     assert locked == [(held[0].tensor.data_ptr(), sum(4 * fragment.key.count for fragment in live))]
 
 
-class OnDisk:
+def on_disk(fragment: Fragment, reads: list[FragmentKey]) -> Fragment:
     """A fragment that is read when its tensor is asked for."""
 
-    def __init__(self, fragment: Fragment, reads: list[FragmentKey]) -> None:
-        self.key, self._fragment, self._reads = fragment.key, fragment, reads
+    def read() -> torch.Tensor:
+        reads.append(fragment.key)
+        return fragment.tensor.clone()
 
-    @property
-    def tensor(self) -> torch.Tensor:
-        self._reads.append(self.key)
-        return self._fragment.tensor.clone()
+    return Fragment(fragment.key, read)
 
 
 def test_what_lies_on_a_disk_is_read_once() -> None:
     reads: list[FragmentKey] = []
     live = fragments(1)
-    copies = HostStaging().take([live[0], *(OnDisk(fragment, reads) for fragment in live[1:])])
+    copies = HostStaging().take([live[0], *(on_disk(fragment, reads) for fragment in live[1:])])
     assert reads == [fragment.key for fragment in live[1:]]
     for copy, fragment in zip(copies, live, strict=True):
         torch.testing.assert_close(copy.tensor.view(-1), fragment.tensor.view(-1), rtol=0, atol=0)
