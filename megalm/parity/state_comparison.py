@@ -65,7 +65,9 @@ class Tolerance:
 TOLERANCES = {
     "fp32": Tolerance(loss=1e-5, norm=1e-5, weights=1e-5, moments=1e-5, logits=1e-5),
     "fp16": Tolerance(loss=1e-5, norm=1e-3, weights=1e-2, moments=2e-2, logits=5e-3),
-    "bf16": Tolerance(loss=1e-4, norm=5e-3, weights=5e-2, moments=5e-2, logits=3e-2),
+    # CPUs round bf16 products otherwise: the same rows have moments within 3e-2 on one and 9e-2 on another, where a
+    # rank's part that is missing or counted twice makes a difference of 5e-1.
+    "bf16": Tolerance(loss=1e-4, norm=5e-3, weights=1e-1, moments=1e-1, logits=3e-2),
 }
 # The same number added to all scores changes no softmax: in exact arithmetic a bias on keys has no gradient and no
 # effect. What it has in floating point is rounding alone, which Adam turns into steps.
