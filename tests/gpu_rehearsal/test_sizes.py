@@ -1,8 +1,4 @@
-"""The plan's memory against that of a rehearsal, at real sizes: within a tenth.
-
-On every change with half the blocks and half the vocabulary: parts keep their shares of the memory, and a rehearsal
-takes its time for each block.
-"""
+"""The plan's memory against that of a rehearsal, at real sizes: within a tenth."""
 
 from __future__ import annotations
 
@@ -37,7 +33,6 @@ class Size:
 
     Attributes:
         micro_batch: sequences.
-        whole: with all of its blocks and of its vocabulary.
     """
 
     model: str
@@ -45,15 +40,11 @@ class Size:
     ranks: int
     micro_batch: int
     keys: Mapping[str, Any] = field(default_factory=dict)
-    whole: bool = False
 
     def case(self, folder: Path) -> tuple[RehearsalCase, Plan]:
         names = "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size"
         *numbers, vocabulary, length = _MODELS[self.model]
         keys = {f"model.{name}": number for name, number in zip(names, numbers, strict=True)}
-        if not self.whole:
-            keys["model.num_hidden_layers"] //= 2
-            vocabulary //= 2
         keys |= {"model.vocab_size": vocabulary, "data.sequence_length": length, **self.keys}
         keys["model.tie_word_embeddings"] = self.model in ("360m", "1.3b")
         layout = Layout(self.json, self.ranks, 0, keys=keys, micro_batch=self.micro_batch)
@@ -91,20 +82,13 @@ SIZES = {
     "1.3b, zero 2": Size("1.3b", "zero2.json", 64, 4),
     "1.3b, zero 3": Size("1.3b", "zero3.json", 8, 4),
     "1.3b, pipeline": Size("1.3b", "pipeline.json", 8, 4, {"parallel.pipeline": 2}),
-}
-LARGE = {
-    **{f"{name}, whole": replace(size, whole=True) for name, size in SIZES.items()},
-    "7b, zero 3": Size("7b", "zero3.json", 64, 1, whole=True),
-    "70b, zero 3": Size("70b", "zero3.json", 64, 1, {"train.checkpoint_activations_every": 1}, whole=True),
+    "7b, zero 3": Size("7b", "zero3.json", 64, 1),
     "70b, tensor and pipeline": Size(
-        "70b",
-        "pipeline.json",
-        64,
-        1,
-        {"parallel.tensor": 8, "parallel.pipeline": 8, "parallel.sequence": True},
-        whole=True,
+        "70b", "pipeline.json", 64, 1, {"parallel.tensor": 8, "parallel.pipeline": 8, "parallel.sequence": True}
     ),
 }
+# A rehearsal of ZeRO 3 takes its time for each gathered block: minutes.
+LARGE = {"70b, zero 3": Size("70b", "zero3.json", 64, 1, {"train.checkpoint_activations_every": 1})}
 
 
 def rehearsed(sizes: Mapping[str, Size]) -> dict[str, tuple[RehearsalCase, Plan, Rehearsal]]:
