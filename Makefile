@@ -42,7 +42,7 @@ pretrain: install ## Install, then pretrain the default run on what this machine
 
 install: $(STAMPS)/megalm ## Make .venv with everything that training needs
 
-# Modules run side by side, the long ones first. The tests of one stay together: they share what they train.
+# Modules run side by side, in the order of tests/conftest.py. The tests of one stay together: they share what they train.
 test: install $(STAMPS)/dev ## Install, then run the tests that every change has to pass (ARGS="-k name")
 ifeq ($(strip $(ARGS)),)
 	$(VENV)/bin/python -m pytest --durations=20 -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder \
